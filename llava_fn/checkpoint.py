@@ -1,0 +1,169 @@
+"""Checkpoints: a folder of safetensors, a JSON manifest and SHA256SUMS, which appears whole or not at all.
+
+    000100/params.safetensors   the leaves that this run trains, or a whole model
+    000100/optim.safetensors    AdamW's moments, if they were kept
+    000100/tokenizer.model      the sentencepiece model that the ids belong to
+    000100/manifest.json        model, image mode, template, step, recipe; the base: path and fingerprint
+    000100/SHA256SUMS           of all the others; `sha256sum -c SHA256SUMS` checks them too
+
+A folder is written under a temporary name, flushed to the disk, and renamed. Nothing in it is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tensordict import TensorDict
+
+from llava_fn import spec as specs
+from llava_fn import tree
+
+SUMS = "SHA256SUMS"
+TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` returns: trees are absent where the checkpoint holds none."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    params: TensorDict
+    moments: tuple[TensorDict, TensorDict] | None
+    tokenizer: bytes
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sums(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
+    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+
+
+def fingerprint(folder: Path) -> str:
+    """One digest for the whole checkpoint: that of its SHA256SUMS."""
+    return _digest(folder / SUMS)
+
+
+def verify(folder: Path) -> None:
+    """ValueError naming each file that is missing, added or changed since the checkpoint was written."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
+    said = (folder / SUMS).read_bytes()
+    found = _sums(folder)
+    if said == found.encode():
+        return
+    changed = set(said.decode("utf-8", "replace").splitlines()) ^ set(found.splitlines())
+    names = sorted({line.partition("  ")[2] for line in changed})
+    raise ValueError(f"{folder} is damaged: {SUMS} does not agree with {', '.join(names)}; use another checkpoint")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flat(params: TensorDict) -> dict[str, torch.Tensor]:
+    return {"/".join(k): v.contiguous() for k, v in zip(tree.paths(params), tree.values(params), strict=True)}
+
+
+def save(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    params: TensorDict,
+    moments: tuple[TensorDict, TensorDict] | None,
+    tokenizer: bytes,
+) -> None:
+    """Write a checkpoint to `folder`, replacing one of that name. OSError naming the folder if the disk is full.
+
+    A process killed at any instant leaves the old checkpoint or the new one, and perhaps a `.part-` folder, which
+    `clean` removes.
+    """
+    part = folder.with_name(TEMPORARY + folder.name)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        save_file(_flat(params), part / "params.safetensors")
+        if moments is not None:
+            first, second = map(_flat, moments)
+            both = {f"first/{k}": v for k, v in first.items()} | {f"second/{k}": v for k, v in second.items()}
+            save_file(both, part / "optim.safetensors")
+        (part / "tokenizer.model").write_bytes(tokenizer)
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (part / SUMS).write_text(_sums(part))
+        for path in (*part.iterdir(), part):
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"could not write checkpoint {folder} ({free / 2**20:.0f} MiB free): {error}") from error
+    remove(folder)
+    part.rename(folder)
+    _flush(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, if there, so that half of it is never found under its name."""
+    if folder.exists():
+        gone = folder.with_name(TEMPORARY + "old-" + folder.name)
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clean(runs: Path) -> None:
+    """Remove what a killed process left unfinished in a folder of checkpoints."""
+    for part in runs.glob(TEMPORARY + "*"):
+        shutil.rmtree(part)
+
+
+def steps(runs: Path) -> list[int]:
+    """The steps that have a checkpoint in this folder, rising."""
+    return sorted(int(p.name) for p in runs.glob("[0-9]*") if p.name.isdigit())
+
+
+def at(runs: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return runs / f"{step:06d}"
+
+
+def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> TensorDict:
+    with safe_open(path, "pt", device=str(device)) as f:
+        want = {prefix + "/".join(k): p for k, p in specs.leaves(spec)}
+        have = {k for k in f.keys() if k.startswith(prefix)}
+        missing, extra = sorted(want.keys() - have), sorted(have - want.keys())
+        if missing or extra:
+            raise ValueError(f"{path} does not fit the config: missing {missing}, unexpected {extra}")
+        wrong = [f"{k} is {s}, not {p.shape}" for k, p in want.items() if (s := tuple(f.get_slice(k).get_shape())) != p.shape]
+        if wrong:
+            raise ValueError(f"{path} does not fit the config: {'; '.join(wrong)}")
+        return specs.build(spec, lambda k, _: f.get_tensor(prefix + "/".join(k)))
+
+
+def load(folder: Path, spec: specs.Spec, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
+    """Read and verify a checkpoint. spec: the leaves that it should hold, whole. ValueError names what does not fit."""
+    verify(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    pair = None
+    if moments:
+        path = folder / "optim.safetensors"
+        if not path.exists():
+            raise ValueError(f"{folder} was saved without optimizer state; resume it with --no-load-optim")
+        pair = tuple(_read(path, spec, prefix, device) for prefix in ("first/", "second/"))
+    params = _read(folder / "params.safetensors", spec, "", device)
+    return Checkpoint(folder, manifest, params, pair, (folder / "tokenizer.model").read_bytes())

@@ -1,0 +1,88 @@
+"""What a model is: frozen dataclasses of plain numbers, checked when they are made.
+
+Presets: LLAVA_7B and LLAVA_13B (LLaVA-1.5 as published) and LLAVA_EMOJI (the embedded default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def _divides(name: str, whole: int, parts_name: str, parts: int) -> None:
+    if parts < 1 or whole % parts:
+        raise ValueError(f"{name}={whole} is not a multiple of {parts_name}={parts}; choose sizes that divide")
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The CLIP image tower (Radford et al. 2021; HF CLIPVisionConfig). Defaults: ViT-L/14 at 336 px.
+
+    `feature_layer` counts hidden states as HF does: 0 is the input of the first block, -1 the output of the last.
+    LLaVA reads -2, so the last block has no parameters here: nothing that it computes is ever used.
+    """
+
+    image: int = 336  # pixels per side
+    patch: int = 14  # pixels per side
+    width: int = 1024
+    blocks: int = 24
+    heads: int = 16
+    ffn: int = 4096
+    eps: float = 1e-5
+    act: str = "quick_gelu"  # or "gelu", the exact erf form
+    feature_layer: int = -2
+
+    def __post_init__(self) -> None:
+        _divides("vision.image", self.image, "vision.patch", self.patch)
+        _divides("vision.width", self.width, "vision.heads", self.heads)
+        if self.act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"vision.act={self.act!r} is not one of quick_gelu, gelu")
+        if not -self.blocks - 1 <= self.feature_layer <= self.blocks:
+            raise ValueError(f"vision.feature_layer={self.feature_layer} names no hidden state of {self.blocks} blocks")
+
+    @property
+    def patches(self) -> int:
+        """Patches per image, which is image positions per image in the token stream."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def used(self) -> int:
+        """Blocks that run: the hidden state that LLaVA reads is the output of block number `used`."""
+        return self.feature_layer if self.feature_layer >= 0 else self.blocks + 1 + self.feature_layer
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The decoder (Touvron et al. 2023; HF LlamaConfig). Defaults: Vicuna-7B-v1.5."""
+
+    vocab: int = 32000
+    width: int = 4096
+    blocks: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    ffn: int = 11008
+    eps: float = 1e-5
+    theta: float = 10000.0  # rotary base
+    tied: bool = False  # the head is the embedding table
+
+    def __post_init__(self) -> None:
+        _divides("llama.width", self.width, "llama.heads", self.heads)
+        _divides("llama.heads", self.heads, "llama.kv_heads", self.kv_heads)
+        if self.head % 2:
+            raise ValueError(f"llama.width / llama.heads = {self.head} is odd; rotary embedding turns pairs")
+
+    @property
+    def head(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Llava:
+    """LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): CLIP, a two-layer MLP projector, Llama."""
+
+    vision: Vision = Vision()
+    llama: Llama = Llama()
+
+
+LLAVA_7B = Llava()
+LLAVA_13B = Llava(llama=Llama(width=5120, blocks=40, heads=40, kv_heads=40, ffn=13824))

@@ -1,0 +1,77 @@
+"""Attention over a ragged stream: samples stand one after another, `Segments` says where each begins and ends.
+
+Contract: q: t n h, k and v: s m h -> t n h, all of one dtype. n is a multiple of m (grouped KV heads: query head j
+reads KV head j // (n/m)). Scores are scaled by h**-0.5. Each segment attends to itself alone. `causal` is anchored
+bottom right: the last query of a segment sees all of its keys, the one before sees one fewer; so a segment may have
+fewer queries than keys when the queries are its last rows. Every query sees at least one key: no row is fully masked.
+The same layout as TND of npu_fusion_attention (sparse_mode 3) and the varlen form of flash attention.
+Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Rows of each sample in the stream: queries[j] query rows and keys[j] key rows, on the host."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.queries) != len(self.keys):
+            raise ValueError(f"{len(self.queries)} query segments but {len(self.keys)} key segments")
+        wrong = [j for j, (q, k) in enumerate(zip(self.queries, self.keys, strict=True)) if not 1 <= q <= k]
+        if wrong:
+            j = wrong[0]
+            raise ValueError(f"segment {j} has {self.queries[j]} queries and {self.keys[j]} keys; need 1 <= q <= k")
+
+    @staticmethod
+    def of(lengths: Sequence[int]) -> Segments:
+        """Segments in which every row is query and key."""
+        return Segments(tuple(lengths), tuple(lengths))
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """(b, queries, keys) for each run of b neighbouring segments of the same size: one dense batch."""
+        for (q, k), run in groupby(zip(self.queries, self.keys, strict=True)):
+            yield sum(1 for _ in run), q, k
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """q: t n h, k v: s m h -> t n h; see the module's contract. ValueError if the rows do not fit the segments."""
+    if (q.shape[0], k.shape[0]) != (sum(segments.queries), sum(segments.keys)):
+        raise ValueError(
+            f"q has {q.shape[0]} rows and k {k.shape[0]}, but the segments hold "
+            f"{sum(segments.queries)} queries and {sum(segments.keys)} keys"
+        )
+    out, t, s = [], 0, 0
+    for b, rows, cols in segments.runs():
+        part = slice(s, s + b * cols)
+        out.append(_dense(q[t : t + b * rows], k[part], v[part], b, causal))
+        t, s = t + b * rows, s + b * cols
+    return torch.cat(out)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
+    """b segments of one size. q: (b t) n h, k v: (b s) m h -> (b t) n h."""
+    groups = q.shape[1] // k.shape[1]
+    q = rearrange(q, "(b t) n h -> b n t h", b=b)
+    if groups > 1:
+        k, v = (repeat(x, "(b s) m h -> b (m g) s h", b=b, g=groups) for x in (k, v))
+    else:
+        k, v = (rearrange(x, "(b s) m h -> b m s h", b=b) for x in (k, v))
+    t, s = q.shape[2], k.shape[2]
+    mask = None
+    if causal and t != s and t > 1:  # torch's is_causal is anchored top left; one query sees every key
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and t == s)
+    return rearrange(x, "b n t h -> (b t) n h")

@@ -1,0 +1,102 @@
+"""Llama (Touvron et al. 2023; HF modeling_llama.py) on a ragged stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llava_fn.batch import Stream
+from llava_fn.config import Llama
+from llava_fn.grad import remat
+from llava_fn.kernels import Segments, attention, rms_norm, rotary, rotary_tables, swiglu
+from llava_fn.parallel import vocab
+from llava_fn.parallel.collectives import TP
+from llava_fn.spec import Param, Spec, norm
+from llava_fn.spec import linear as weight
+
+LOGIT_ROWS = 2048
+
+
+def spec(c: Llama) -> Spec:
+    """Parameters; the head is absent where it is the embedding table."""
+    d = c.width
+    return {
+        "embed": Param((c.vocab, d), ("vocab", None), d**-0.5 if c.tied else 0.02),
+        "blocks": {str(i): _block_spec(c) for i in range(c.blocks)},
+        "norm": norm(d),
+        **({} if c.tied else {"head": weight(c.vocab, d, ("vocab", None))}),
+    }
+
+
+def _block_spec(c: Llama) -> Spec:
+    d, f, kv = c.width, c.ffn, c.kv_heads * c.head
+    column, row = ("heads", None), (None, "heads")
+    return {
+        "norm1": norm(d),
+        "wq": weight(d, d, column), "wk": weight(kv, d, column), "wv": weight(kv, d, column),
+        "wo": weight(d, d, row),
+        "norm2": norm(d),
+        "w_gate": weight(f, d, ("ffn", None)), "w_up": weight(f, d, ("ffn", None)),
+        "w_down": weight(d, f, (None, "ffn")),
+    }  # fmt: skip
+
+
+def block(p: TensorDict, x: Tensor, turn: tuple[Tensor, Tensor], segments: Segments, rows: Tensor | None, c: Llama, tp: TP):
+    """One decoder block. x: t d -> t d, V on tp; turn: cos and sin, each t 1 h.
+
+    rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
+    nothing else: x: t d -> r d. `segments.queries` then counts `rows`.
+    """
+    h = tp.enter(rms_norm(x, p["norm1"], c.eps))
+    k, v = (rearrange(linear(h, p[w]), "t (m h) -> t m h", h=c.head) for w in ("wk", "wv"))
+    k = rotary(k, *turn)
+    if rows is not None:
+        x, h, turn = tp.select(x, rows), h[rows], (turn[0][rows], turn[1][rows])
+    q = rotary(rearrange(linear(h, p["wq"]), "t (n h) -> t n h", h=c.head), *turn)
+    h = rearrange(attention(q, k, v, segments, causal=True), "t n h -> t (n h)")
+    x = x + tp.leave(linear(h, p["wo"]))
+    h = tp.enter(rms_norm(x, p["norm2"], c.eps))
+    return x + tp.leave(linear(swiglu(linear(h, p["w_gate"]), linear(h, p["w_up"])), p["w_down"]))
+
+
+def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), block: Callable = block) -> Tensor:
+    """All blocks and the final norm. x: t d, V on tp -> r d, R on tp: the rows that `stream` reads.
+
+    block: this module's `block`, or a form of it that computes the same (remat, compiled).
+    """
+    turn = rotary_tables(stream.positions, c.head, c.theta)
+    for i in range(c.blocks - 1):
+        x = block(p["blocks"][str(i)], x, turn, stream.segments, None, c, tp)
+    x = block(p["blocks"][str(c.blocks - 1)], x, turn, stream.read_segments, stream.read, c, tp)
+    return tp.enter(rms_norm(x, p["norm"], c.eps))
+
+
+def head(p: TensorDict, c: Llama) -> Tensor:
+    """The weight of the output layer, v d."""
+    return p["embed" if c.tied else "head"]
+
+
+def logits(p: TensorDict, x: Tensor, c: Llama) -> Tensor:
+    """x: r d -> r v, V on tp along v."""
+    return linear(x, head(p, c))
+
+
+def nll(p: TensorDict, x: Tensor, targets: Tensor, c: Llama, tp: TP = TP()) -> Tensor:
+    """Negative log-likelihood of each row's target, fp32[r]. x: r d, R on tp; targets: int64[r].
+
+    The logits of at most LOGIT_ROWS rows exist at a time; where there are more rows they are computed again in the
+    backward pass.
+    """
+
+    def chunk(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return vocab.cross_entropy(linear(x, weight), targets, tp.axis)
+
+    if len(x) <= LOGIT_ROWS:
+        return chunk(x, head(p, c), targets)
+    parts = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return torch.cat([remat(chunk)(x, head(p, c), t) for x, t in parts])

@@ -1,0 +1,82 @@
+"""LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): image features take the place of the image's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from tensordict import TensorDict
+from torch import Tensor
+
+from llava_fn import image, llama, projector, vit
+from llava_fn.batch import Batch
+from llava_fn.config import Llava
+from llava_fn.grad import remat
+from llava_fn.parallel import vocab
+from llava_fn.parallel.collectives import TP
+from llava_fn.spec import Spec
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the blocks run. It changes time and memory, never what is computed."""
+
+    vit_block: Callable = vit.block
+    llama_block: Callable = llama.block
+    tp: TP = TP()
+
+
+def execution(recompute: bool = False, compile: bool = False) -> Execution:
+    """recompute: keep only each block's input for the backward pass. compile: run blocks through torch.compile."""
+    blocks = [vit.block, llama.block]
+    if compile:
+        blocks = [torch.compile(b, dynamic=True) for b in blocks]
+    if recompute:
+        blocks = [remat(b) for b in blocks]
+    return Execution(*blocks)
+
+
+def spec(c: Llava) -> Spec:
+    """Parameters of the three parts."""
+    return {
+        "vision": vit.spec(c.vision),
+        "projector": projector.spec(c.vision.width, c.llama.width),
+        "llama": llama.spec(c.llama),
+    }
+
+
+def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution()) -> Tensor:
+    """What the decoder sees of images. pixels: uint8[i, 3, image, image] -> f[(i p), d]."""
+    pixels = image.normalise(pixels).to(p["vision"]["patch"].dtype)
+    x = vit.encode(p["vision"], pixels, c.vision, run.vit_block)
+    return rearrange(projector.project(p["projector"], x), "i p d -> (i p) d")
+
+
+def splice(x: Tensor, feats: Tensor, rows: Tensor) -> Tensor:
+    """x: t d with feats: r d put at rows: int64[r]."""
+    return x.index_copy(0, rows, feats)
+
+
+def embed(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:
+    """The decoder's input, f[t, d]: embeddings of the text, features of the images. ValueError if they do not match."""
+    x = vocab.embed(p["llama"]["embed"], batch.ids.clamp(min=0), run.tp.axis)
+    if len(batch.image_rows) != len(batch.pixels) * c.vision.patches:
+        raise ValueError(
+            f"{len(batch.image_rows)} image tokens do not match {len(batch.pixels)} images of "
+            f"{c.vision.patches} patches (records {', '.join(batch.records)})"
+        )
+    return splice(x, features(p, batch.pixels, c, run), batch.image_rows) if len(batch.pixels) else x
+
+
+def forward(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:
+    """The decoder's last hidden states at the rows that the batch reads, f[r, d]."""
+    x = run.tp.split(embed(p, batch, c, run))
+    return llama.decode(p["llama"], x, batch.stream, c.llama, run.tp, run.llama_block)
+
+
+def nll(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:
+    """Negative log-likelihood in nats of each labelled token, fp32[n], in the order of the stream."""
+    x = forward(p, batch, c, run)[batch.labelled]
+    return llama.nll(p["llama"], x, batch.targets, c.llama, run.tp)

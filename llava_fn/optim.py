@@ -1,0 +1,81 @@
+"""AdamW, gradient clipping and the learning-rate schedule, as functions of trees and step numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from llava_fn import tree
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Hyperparameters. Defaults: LLaVA-1.5 pre-training (scripts/v1_5/pretrain.sh, HF Trainer)."""
+
+    lr: float = 1e-3  # peak
+    warmup: float = 0.03  # share of all steps, rounded up
+    min_lr: float = 0.0  # share of the peak that the cosine ends at
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # of weights and embeddings; never of norms and biases
+    clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's running means of the gradient and of its square, fp32, with the paths of the parameters."""
+
+    first: TensorDict
+    second: TensorDict
+
+
+def init(params: TensorDict) -> Moments:
+    """Zero moments for these fp32 parameters."""
+    zeros = [tree.rebuild(params, [torch.zeros_like(p) for p in tree.values(params)]) for _ in range(2)]
+    return Moments(*zeros)
+
+
+def learning_rate(c: Optim, step: int, steps: int) -> float:
+    """Rate of update number `step` (from 1) of `steps`: linear from 0 over the warm-up, then half a cosine.
+
+    As HF's get_cosine_schedule_with_warmup, whose first update has rate 0: update k uses the factor of k - 1.
+    """
+    warmup, done = math.ceil(c.warmup * steps), step - 1
+    if done < warmup:
+        return c.lr * done / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
+    return c.lr * (c.min_lr + (1 - c.min_lr) * cosine)
+
+
+def clip(grads: TensorDict, limit: float) -> Tensor:
+    """Scale grads in place to a global norm of at most `limit`, as torch's clip_grad_norm_. -> the norm before, fp32[]."""
+    norm = tree.global_norm(grads)
+    if limit:
+        torch._foreach_mul_(tree.values(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr: float, c: Optim) -> None:
+    """Update number `step` (from 1), in place: params and moments are consumed.
+
+    Two groups: tensors of two or more dims decay, norms and biases do not.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; torch's fused kernel.
+    """
+    for decays in (True, False):
+        rows = [
+            row
+            for row in zip(*(tree.values(t) for t in (params, grads, moments.first, moments.second)), strict=True)
+            if (row[0].ndim > 1) == decays
+        ]
+        if rows:
+            p, g, first, second = map(list, zip(*rows, strict=True))
+            torch._fused_adamw_(
+                p, g, first, second, [], [torch.tensor(float(step), device=x.device) for x in p],
+                lr=lr, beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay if decays else 0.0, eps=c.eps,
+                amsgrad=False, maximize=False,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Mesh axes and the collectives on them. On an axis of size 1 every collective is the identity."""

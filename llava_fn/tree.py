@@ -1,0 +1,58 @@
+"""Trees of tensors: TensorDicts that are taken apart, put together and mapped, never edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+Path = tuple[str, ...]
+
+
+def paths(tree: TensorDict) -> list[Path]:
+    """The path of every leaf, in order."""
+    return [(k,) if isinstance(k, str) else k for k in tree.keys(True, True)]
+
+
+def values(tree: TensorDict) -> list[Tensor]:
+    """Every leaf, in the order of `paths`."""
+    return list(tree.values(True, True))
+
+
+def rebuild(like: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
+    """A locked tree with the paths of `like` and these leaves, in the order of `values(like)`."""
+    tree = TensorDict({})
+    for path, leaf in zip(paths(like), leaves, strict=True):
+        tree[path] = leaf
+    return tree.lock_()
+
+
+def split(tree: TensorDict, wanted: Callable[[Path], bool]) -> tuple[TensorDict, TensorDict]:
+    """(leaves whose path is wanted, the others). Freezing is splitting: there are no flags on tensors."""
+    parts = TensorDict({}), TensorDict({})
+    for path, leaf in zip(paths(tree), values(tree), strict=True):
+        parts[not wanted(path)][path] = leaf
+    return parts[0].lock_(), parts[1].lock_()
+
+
+def merge(a: TensorDict, b: TensorDict) -> TensorDict:
+    """The union of two trees. ValueError on a leaf that both hold."""
+    tree = TensorDict({})
+    for part in (a, b):
+        for path, leaf in zip(paths(part), values(part), strict=True):
+            if path in tree:
+                raise ValueError(f"both trees hold {'/'.join(path)}")
+            tree[path] = leaf
+    return tree.lock_()
+
+
+def cast(tree: TensorDict, dtype: torch.dtype) -> TensorDict:
+    """Every leaf in `dtype`; a leaf that has it already is not copied."""
+    return rebuild(tree, [leaf.to(dtype) for leaf in values(tree)])
+
+
+def global_norm(tree: TensorDict) -> Tensor:
+    """The 2-norm of all leaves as one vector, float32[]."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for leaf in values(tree)])))

@@ -1,0 +1,70 @@
+"""CLIP's vision transformer, up to the hidden state that LLaVA reads (Radford et al. 2021; HF modeling_clip.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange, repeat
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llava_fn.config import Vision
+from llava_fn.kernels import Segments, attention, gelu, layer_norm, quick_gelu
+from llava_fn.spec import Param, Spec, bias, norm
+from llava_fn.spec import linear as weight
+
+
+def spec(c: Vision) -> Spec:
+    """Parameters of the patch embedding and of the blocks that run."""
+    d = c.width
+    return {
+        "patch": weight(d, 3 * c.patch**2),  # the convolution of CLIP, flattened: a patch is (channel, row, column)
+        "cls": Param((d,), (None,), d**-0.5),
+        "positions": Param((c.patches + 1, d), (None, None), d**-0.5),
+        "norm_g": norm(d),
+        "norm_b": bias(d),
+        "blocks": {str(i): _block_spec(d, c.ffn) for i in range(c.used)},
+    }
+
+
+def _block_spec(d: int, f: int) -> Spec:
+    return {
+        "norm1_g": norm(d), "norm1_b": bias(d),
+        "wq": weight(d, d), "bq": bias(d), "wk": weight(d, d), "bk": bias(d),
+        "wv": weight(d, d), "bv": bias(d), "wo": weight(d, d), "bo": bias(d),
+        "norm2_g": norm(d), "norm2_b": bias(d),
+        "w_up": weight(f, d), "b_up": bias(f), "w_down": weight(d, f), "b_down": bias(d),
+    }  # fmt: skip
+
+
+def block(p: TensorDict, x: Tensor, segments: Segments, c: Vision) -> Tensor:
+    """One pre-norm block. x: t d -> t d, where a segment is an image."""
+    h = layer_norm(x, p["norm1_g"], p["norm1_b"], c.eps)
+    q, k, v = (
+        rearrange(linear(h, p[w], p[b]), "t (n h) -> t n h", n=c.heads)
+        for w, b in (("wq", "bq"), ("wk", "bk"), ("wv", "bv"))
+    )
+    h = rearrange(attention(q, k, v, segments, causal=False), "t n h -> t (n h)")
+    x = x + linear(h, p["wo"], p["bo"])
+    h = linear(layer_norm(x, p["norm2_g"], p["norm2_b"], c.eps), p["w_up"], p["b_up"])
+    h = quick_gelu(h) if c.act == "quick_gelu" else gelu(h)
+    return x + linear(h, p["w_down"], p["b_down"])
+
+
+def encode(p: TensorDict, pixels: Tensor, c: Vision, block: Callable = block) -> Tensor:
+    """Patch features without the class token: hidden state `c.feature_layer`, no final norm.
+
+    pixels: f[i, 3, image, image], normalised -> f[i, p, d]. Patches in row-major order. block: this module's `block`,
+    or a form of it that computes the same (remat, compiled).
+    The patch embedding is a matmul, so no hardware's convolution shortcut (HF32) touches it.
+    """
+    patches = rearrange(pixels, "i c (y a) (x b) -> i (y x) (c a b)", a=c.patch, b=c.patch)
+    x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), linear(patches, p["patch"])], 1)
+    x = rearrange(x + p["positions"], "i p d -> (i p) d")
+    x = layer_norm(x, p["norm_g"], p["norm_b"], c.eps)
+    segments = Segments.of([c.patches + 1] * len(pixels))
+    for i in range(c.used):
+        x = block(p["blocks"][str(i)], x, segments, c)
+    return rearrange(x, "(i p) d -> i p d", i=len(pixels))[:, 1:]
