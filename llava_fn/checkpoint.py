@@ -11,33 +11,56 @@ A folder is written under a temporary name, flushed to the disk, and renamed. No
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
+from llava_fn import llava, tree
 from llava_fn import spec as specs
-from llava_fn import tree
+from llava_fn.config import Llava, plain, structure
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What `load` returns: trees are absent where the checkpoint holds none."""
+class Base:
+    """The checkpoint that holds the parts which a run did not train."""
 
-    path: Path
-    manifest: Mapping[str, Any]
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    model: Llava
+    parts: tuple[str, ...]  # of the model, that this checkpoint holds: vision, projector, llama
+    image_mode: str
+    template: str
+    compat: str | None
+    step: int = 0
+    base: Base | None = None
+    recipe: dict | None = None  # the config of the run, as far as the numbers depend on it
+    data: list | None = None  # fingerprint of the records
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` returns."""
+
+    manifest: Manifest
     params: TensorDict
     moments: tuple[TensorDict, TensorDict] | None
     tokenizer: bytes
@@ -85,7 +108,7 @@ def _flat(params: TensorDict) -> dict[str, torch.Tensor]:
 
 def save(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     params: TensorDict,
     moments: tuple[TensorDict, TensorDict] | None,
     tokenizer: bytes,
@@ -105,7 +128,7 @@ def save(
             both = {f"first/{k}": v for k, v in first.items()} | {f"second/{k}": v for k, v in second.items()}
             save_file(both, part / "optim.safetensors")
         (part / "tokenizer.model").write_bytes(tokenizer)
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (part / "manifest.json").write_text(json.dumps(plain(manifest), indent=1) + "\n")
         (part / SUMS).write_text(_sums(part))
         for path in (*part.iterdir(), part):
             _flush(path)
@@ -155,10 +178,19 @@ def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> Te
         return specs.build(spec, lambda k, _: f.get_tensor(prefix + "/".join(k)))
 
 
-def load(folder: Path, spec: specs.Spec, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
-    """Read and verify a checkpoint. spec: the leaves that it should hold, whole. ValueError names what does not fit."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, unverified. ValueError names the field that this version does not know."""
+    try:
+        return structure(Manifest, json.loads((folder / "manifest.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'manifest.json'}: {error}") from error
+
+
+def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
+    """Read and verify a checkpoint, with the optimizer's moments if they are asked for. ValueError if it is damaged."""
     verify(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
+    spec = {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
     pair = None
     if moments:
         path = folder / "optim.safetensors"
@@ -166,4 +198,22 @@ def load(folder: Path, spec: specs.Spec, moments: bool = False, device: torch.de
             raise ValueError(f"{folder} was saved without optimizer state; resume it with --no-load-optim")
         pair = tuple(_read(path, spec, prefix, device) for prefix in ("first/", "second/"))
     params = _read(folder / "params.safetensors", spec, "", device)
-    return Checkpoint(folder, manifest, params, pair, (folder / "tokenizer.model").read_bytes())
+    return Checkpoint(manifest, params, pair, (folder / "tokenizer.model").read_bytes())
+
+
+def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Checkpoint:
+    """A checkpoint with its base's parts beside its own. ValueError if the base is gone or not the one trained on."""
+    own = load(folder, device=device)
+    if own.manifest.base is None:
+        return own
+    base = Path(own.manifest.base.path)
+    check_base(own.manifest.base)
+    return dataclasses.replace(own, params=tree.merge(load_model(base, device).params, own.params))
+
+
+def check_base(base: Base) -> None:
+    """ValueError unless the folder is there and is the very checkpoint that was trained on."""
+    if not (Path(base.path) / SUMS).is_file():
+        raise ValueError(f"the base {base.path} is gone; put it back")
+    if fingerprint(Path(base.path)) != base.fingerprint:
+        raise ValueError(f"the base {base.path} is not the one that was trained on: its {SUMS} has changed")

@@ -1,11 +1,14 @@
-"""What a model is: frozen dataclasses of plain numbers, checked when they are made.
-
-Presets: LLAVA_7B and LLAVA_13B (LLaVA-1.5 as published) and LLAVA_EMOJI (the embedded default).
-"""
+"""What a model is: frozen dataclasses of plain numbers, checked when they are made; and how any config meets JSON."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
 
 
 def _divides(name: str, whole: int, parts_name: str, parts: int) -> None:
@@ -86,3 +89,34 @@ class Llava:
 
 LLAVA_7B = Llava()
 LLAVA_13B = Llava(llama=Llama(width=5120, blocks=40, heads=40, kv_heads=40, ffn=13824))
+LLAVA_EMOJI = Llava(
+    Vision(image=32, patch=8, width=128, blocks=5, heads=4, ffn=512),
+    Llama(vocab=512, width=128, blocks=4, heads=4, kv_heads=4, ffn=384),
+)  # small enough to learn from nothing in minutes on a laptop
+
+C = TypeVar("C")
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON holds it: dicts, lists, numbers, texts."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def structure(kind: type[C], values: Mapping[str, Any]) -> C:
+    """The inverse of `plain`. ValueError names the field that is unknown, missing or of a wrong type or value."""
+    try:
+        return dacite.from_dict(kind, values, dacite.Config(strict=True, type_hooks={Path: Path}, cast=[tuple]))
+    except dacite.DaciteError as error:
+        raise ValueError(f"{kind.__name__}: {error}") from error
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """One line for each place where two plain values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(a) + [k for k in b if k not in a]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [f"{path}: {a} -> {b}"]

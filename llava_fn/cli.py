@@ -1,0 +1,47 @@
+"""Configuration of a recipe: a frozen dataclass, from a preset or a JSON file, with single fields from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from llava_fn.config import structure
+
+C = TypeVar("C")
+
+
+def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None) -> C:
+    """The config that the command line asks for. `--config NAME|FILE.json` picks where it starts from.
+
+    presets: name -> config; the first is the default. Exits with a message on an unknown flag, like any command line.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    start = next(iter(presets))
+    if "--config" in args:
+        i = args.index("--config")
+        if i + 1 == len(args):
+            sys.exit(f"--config needs one of {', '.join(presets)}, or a JSON file")
+        start = args[i + 1]
+        del args[i : i + 2]
+    try:
+        config = presets[start] if start in presets else read(type(next(iter(presets.values()))), Path(start))
+    except ValueError as error:
+        sys.exit(str(error))
+    names = f"{', '.join(presets)} (first: default), or the JSON file of an earlier run"
+    text = f"{doc}\n\n--config NAME  where the values start from: {names}. Shown here: {start}."
+    return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
+
+
+def read(kind: type[C], path: Path) -> C:
+    """A config from JSON. ValueError names the file and the field that is unknown, missing or of a wrong type."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such preset and no such file")
+    try:
+        return structure(kind, json.loads(path.read_text()))
+    except ValueError as error:  # of JSON, of a field, or of a value
+        raise ValueError(f"{path}: {error}") from error

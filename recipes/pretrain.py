@@ -1,0 +1,163 @@
+"""Pre-train a LLaVA: images in, captions out.
+
+Without arguments: the data set that comes with the package, and a small model from random weights, all of it trained.
+`--config published`: LLaVA-1.5's first stage. It trains the projector between a CLIP and a Vicuna, which `--base`
+brings, on LLaVA-Pretrain, which `--data.sources.0.records` and `--data.sources.0.images` name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llava_fn import captions, cli, data, emoji, llava, report, runs, tree
+from llava_fn.checkpoint import Manifest
+from llava_fn.config import LLAVA_EMOJI, Llava, plain
+from llava_fn.optim import Optim
+from llava_fn.parallel import launch
+from llava_fn.train import State, Task, train_step
+
+EMOJI_DATA = Path("runs/emoji-data")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """The whole run."""
+
+    run_dir: Path
+    data: data.Data
+    optim: Optim
+    train: Literal["projector", "projector+llama", "all"]  # the others are frozen
+    model: Llava | None = None  # of random weights; a base brings its own
+    tokenizer: Path | None = None  # a sentencepiece model; a base brings its own
+    base: Path | None = None  # a checkpoint with the image tower and the decoder
+    unpack: Path | None = None  # where to put the data set that comes with the package
+    heldout: data.Source | None = None  # captioned at the end
+    saving: runs.Saving = runs.Saving()
+    seed: int = 42  # of random weights; the order of the data has its own
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; masters and optimizer are float32
+    loss: Literal["token_mean", "rank_mean"] = "token_mean"  # rank_mean: the original's mean of micro-batch means
+    recompute: bool = False  # keep only each block's input for the backward pass
+    compile: bool = False  # run each block through torch.compile
+
+
+EMOJI = Pretrain(
+    run_dir=Path("runs/emoji"),
+    data=data.Data(
+        sources=(data.Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=26.0, workers=1, max_tokens=64
+    ),
+    optim=Optim(lr=2e-3, warmup=0.05, beta2=0.98, weight_decay=0.1),
+    train="all",
+    model=LLAVA_EMOJI,
+    tokenizer=EMOJI_DATA / "tokenizer.model",
+    unpack=EMOJI_DATA,
+    heldout=data.Source(EMOJI_DATA / "heldout.json", EMOJI_DATA),
+)
+PUBLISHED = Pretrain(
+    run_dir=Path("runs/pretrain"),
+    data=data.Data(sources=(data.Source(Path("blip_laion_cc_sbu_558k.json"), Path("images")),), accumulate=32),
+    optim=Optim(),
+    train="projector",
+    base=Path("weights/base"),
+    dtype="bfloat16",
+    recompute=True,
+)
+
+
+def recipe(c: Pretrain) -> dict:
+    """The part of the config that the numbers of a run depend on."""
+    free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer")
+    return plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
+
+
+def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:
+    """(when it was asked for, seconds until it came, item)."""
+    began = time.monotonic()
+    for item in items:
+        yield began, time.monotonic() - began, item
+        began = time.monotonic()
+
+
+def main(c: Pretrain) -> State:
+    """Train to the end, from wherever the run folder stands, and return the last state."""
+    launch.refuse_several_processes(os.environ)
+    device, dtype = launch.pick_device(c.device), getattr(torch, c.dtype)
+    if c.unpack:
+        emoji.unpack(c.unpack)
+    records = [data.read(source) for source in c.data.sources]
+    begin = runs.start(c.model, c.base, c.tokenizer, c.train, c.seed, device=device, dtype=dtype)
+    vision, parts = begin.model.vision, tuple(dict.fromkeys(path[0] for path in tree.paths(begin.trainable)))
+    how = data.Preparation(
+        begin.tokenizer, c.data.template, c.data.compat, c.data.image_mode, vision.image, vision.patches, c.data.max_tokens
+    )
+    manifest = Manifest(
+        begin.model, parts, c.data.image_mode, c.data.template, c.data.compat,
+        base=begin.base, recipe=recipe(c), data=data.fingerprint(c.data.sources),
+    )  # fmt: skip
+    plan = data.plan(records, c.data, how)
+    path = runs.source(c.run_dir, c.saving.resume)
+    state = runs.resume(path, manifest, begin.trainable, c.saving, device)
+    run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, c, device)
+    task = Task(begin.frozen, begin.model, c.optim, plan.steps(), dtype, c.loss, llava.execution(c.recompute, c.compile))
+    print(summary(begin, records, state, task, path), file=sys.stderr)
+    state = fit(run, state, task, data.steps(records, plan, how, state.step, task.steps), device)
+    report.plot_loss(report.read_metrics(run.folder / "metrics.jsonl", state.step), run.folder / "loss.png")
+    if c.heldout:
+        show(run, tree.merge(state.params, tree.cast(begin.frozen, torch.float32)), begin, c.heldout, how)
+    return state
+
+
+def fit(run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], device: torch.device) -> State:
+    """The loop: an update, its figures, now and then a checkpoint."""
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        report.rewind(run.folder / name, state.step)
+    skipped = len(report.read_metrics(run.folder / "skipped.jsonl", state.step))
+    with report.Progress(state.step, task.steps) as progress:
+        for began, wait, step in timed(steps):
+            state, m = train_step(state, [batch.to(device) for batch in step.batches], task)
+            seconds = time.monotonic() - began
+            row = dataclasses.asdict(m) | {"seconds": seconds, "wait": wait, "memory_gib": report.memory(device)}
+            run.log(state.step, row, step.bad)
+            skipped += len(step.bad)
+            progress.show(
+                state.step,
+                f"loss {m.loss:.3f} {m.tokens / seconds:.0f} tokens/s {m.samples / seconds:.1f} samples/s "
+                f"wait {wait / seconds:.0%} {row['memory_gib']:.1f} GiB" + (f" skipped {skipped}" if skipped else ""),
+            )
+            if state.step % run.saving.save_interval == 0 or state.step == task.steps:
+                run.save(state)
+    return state
+
+
+def summary(begin: runs.Start, records: list[list[data.Record]], state: State, task: Task, path: Path | None) -> str:
+    """What is about to happen, for the log."""
+    sizes = [sum(leaf.numel() for leaf in tree.values(part)) / 1e6 for part in (begin.trainable, begin.frozen)]
+    return (
+        f"{sum(map(len, records))} records, {task.steps} updates; {sizes[0]:.1f} M parameters trained, {sizes[1]:.1f} M "
+        f"frozen; random at the start: {', '.join(begin.random) or 'none'}; "
+        + (f"goes on from {path}" if path else "starts at update 1")
+    )
+
+
+def show(run: runs.Run, params, begin: runs.Start, heldout: data.Source, how: data.Preparation) -> None:
+    """Caption the held-out images; print a few, write them all."""
+    samples = [data.sample(record, how) for record in data.read(heldout)]
+    result = captions.caption(params, samples, begin.model, begin.tokenizer)
+    report.samples_page(result, [s.pixels[0] for s in samples], run.folder / "samples.html")
+    for truth, said in list(zip(result.truth, result.said, strict=True))[:: len(samples) // 12]:
+        print(f"  {'right' if truth == said else 'WRONG'}  {truth}" + ("" if truth == said else f"  |  {said}"))
+    print(report.headline(result))
+    print(f"all of them: {run.folder / 'samples.html'}; loss: {run.folder / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    main(cli.parse({"emoji": EMOJI, "published": PUBLISHED}, __doc__))
