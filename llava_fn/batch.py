@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llava_fn.kernels import Segments
+from llava_fn.text import IMAGE
 
-IMAGE = -200  # the id that stands for an image: once in a text, at each of its positions in a stream (LLaVA constants.py)
+
 
 
 @dataclass(frozen=True)
