@@ -12,8 +12,6 @@ from llava_fn.kernels import Segments
 from llava_fn.text import IMAGE
 
 
-
-
 @dataclass(frozen=True)
 class Sample:
     """One record, ready for the model. label[j] says that token j is to be predicted (from those before it).

@@ -28,11 +28,14 @@ class Execution:
     tp: TP = TP()
 
 
-def execution(recompute: bool = False, compile: bool = False) -> Execution:
-    """recompute: keep only each block's input for the backward pass. compile: run blocks through torch.compile."""
+def execution(recompute: bool = False, backend: str = "") -> Execution:
+    """recompute: keep only each block's input for the backward pass. backend: compile blocks with that of torch.compile.
+
+    One graph serves all blocks and all batches.
+    """
     blocks = [vit.block, llama.block]
-    if compile:
-        blocks = [torch.compile(b, dynamic=True) for b in blocks]
+    if backend:
+        blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]
     if recompute:
         blocks = [remat(b) for b in blocks]
     return Execution(*blocks)

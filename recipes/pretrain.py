@@ -47,7 +47,7 @@ class Pretrain:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; masters and optimizer are float32
     loss: Literal["token_mean", "rank_mean"] = "token_mean"  # rank_mean: the original's mean of micro-batch means
     recompute: bool = False  # keep only each block's input for the backward pass
-    compile: bool = False  # run each block through torch.compile
+    compile: str = ""  # the backend of torch.compile to run each block through, e.g. inductor
 
 
 EMOJI = Pretrain(

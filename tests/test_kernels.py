@@ -1,0 +1,134 @@
+"""Each reference kernel against the formula of its contract, forward and gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from llava_fn import kernels
+from llava_fn.kernels import Segments
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def naive_attention(q, k, v, segments, causal):
+    """One query at a time, straight from the contract."""
+    out, group, t0, s0 = [], q.shape[1] // k.shape[1], 0, 0
+    for rows, cols in zip(segments.queries, segments.keys, strict=True):
+        for j in range(rows):
+            seen = s0 + (cols - rows + j + 1 if causal else cols)
+            heads = []
+            for n in range(q.shape[1]):
+                keys, values = k[s0:seen, n // group], v[s0:seen, n // group]
+                scores = keys @ q[t0 + j, n] / math.sqrt(q.shape[2])
+                heads.append(scores.softmax(0) @ values)
+            out.append(torch.stack(heads))
+        t0, s0 = t0 + rows, s0 + cols
+    return torch.stack(out)
+
+
+sizes = st.integers(1, 5).flatmap(lambda k: st.tuples(st.integers(1, k), st.just(k)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(sizes, min_size=1, max_size=5), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.booleans())
+def test_attention_equals_one_query_at_a_time(pairs, heads, causal):
+    segments = Segments(*map(tuple, zip(*pairs, strict=True)))
+    q = rand(sum(segments.queries), heads[0], 4, seed=1)
+    k, v = (rand(sum(segments.keys), heads[1], 4, seed=s) for s in (2, 3))
+    mine = kernels.attention(q, k, v, segments, causal)
+    want = naive_attention(q, k, v, segments, causal)
+    weight = rand(*want.shape, seed=4).detach()
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (mine, want)]
+    torch.testing.assert_close(mine, want)
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_takes_strided_input():
+    wide = rand(6, 3, 2, 4)
+    q, k, v = (wide[:, i] for i in range(3))
+    segments = Segments.of([2, 4])
+    strided = kernels.attention(q, k, v, segments, True)
+    torch.testing.assert_close(strided, kernels.attention(*(x.contiguous() for x in (q, k, v)), segments, True))
+
+
+@pytest.mark.parametrize(
+    "queries, keys, said",
+    [((2,), (1,), "2 queries and 1 keys"), ((0,), (3,), "0 queries"), ((1, 1), (2,), "2 query segments but 1")],
+)
+def test_segments_that_would_leave_a_row_without_keys_are_refused(queries, keys, said):
+    with pytest.raises(ValueError, match=said):
+        Segments(queries, keys)
+
+
+def test_rows_that_do_not_fit_the_segments_are_refused():
+    with pytest.raises(ValueError, match="q has 3 rows and k 3, but the segments hold 4"):
+        kernels.attention(*(rand(3, 1, 2) for _ in range(3)), Segments.of([4]), True)
+
+
+def test_norms_follow_their_formulas():
+    x, gain, bias = rand(3, 7), rand(7, seed=1), rand(7, seed=2)
+    rms = x * gain / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
+    centred = x - x.mean(-1, keepdim=True)
+    layer = centred / (centred.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * gain + bias
+    x32, gain32, bias32 = (z.detach().float() for z in (x, gain, bias))
+    torch.testing.assert_close(kernels.rms_norm(x32, gain32, 0.1), rms.float())
+    torch.testing.assert_close(kernels.layer_norm(x32, gain32, bias32, 0.1), layer.float())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_norms_round_once(seed):
+    x, gain, bias = (rand(*s, seed=seed + i).detach().bfloat16() for i, s in enumerate([(64, 33), (33,), (33,)]))
+    for mine, exact in (
+        (kernels.rms_norm(x, gain, 1e-5), kernels.rms_norm(x.float(), gain.float(), 1e-5)),
+        (kernels.layer_norm(x, gain, bias, 1e-5), kernels.layer_norm(x.float(), gain.float(), bias.float(), 1e-5)),
+    ):
+        assert torch.equal(mine, exact.bfloat16())
+
+
+def test_rotary_turns_each_pair_by_its_angle():
+    head, theta, positions = 6, 100.0, torch.tensor([0, 1, 5, 2])
+    x = rand(4, 2, head).float()
+    mine = kernels.rotary(x, *kernels.rotary_tables(positions, head, theta))
+    for t, position in enumerate(positions.tolist()):
+        for j in range(head // 2):
+            angle = position * theta ** (-2 * j / head)
+            pair = torch.complex(x[t, :, j], x[t, :, j + head // 2]) * complex(math.cos(angle), math.sin(angle))
+            torch.testing.assert_close(mine[t, :, j], pair.real)
+            torch.testing.assert_close(mine[t, :, j + head // 2], pair.imag)
+
+
+def test_rotary_rounds_its_tables_to_the_input():
+    x, tables = rand(4, 2, 6).detach().bfloat16(), kernels.rotary_tables(torch.arange(4), 6, 50.0)
+    rounded = [z.bfloat16() for z in tables]
+    assert kernels.rotary(x, *tables).dtype == torch.bfloat16
+    assert torch.equal(kernels.rotary(x, *tables), kernels.rotary(x, *rounded))
+
+
+def test_activations_follow_their_formulas():
+    x, up = rand(50), rand(50, seed=1)
+    torch.testing.assert_close(kernels.gelu(x), x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+    torch.testing.assert_close(kernels.quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
+    torch.testing.assert_close(kernels.swiglu(x, up), x / (1 + torch.exp(-x)) * up)
+
+
+def test_cross_entropy_is_the_negative_log_probability_of_the_target():
+    logits, targets = rand(5, 9).float(), torch.tensor([0, 8, 3, 3, 1])
+    want = -(logits.exp() / logits.exp().sum(1, keepdim=True)).log()[torch.arange(5), targets]
+    torch.testing.assert_close(kernels.cross_entropy(logits, targets), want)
+    assert kernels.cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_gradients_equal_finite_differences():
+    q, k, v = rand(5, 4, 2), rand(6, 2, 2, seed=1), rand(6, 2, 2, seed=2)
+    assert gradcheck(lambda *x: kernels.attention(*x, Segments((2, 3), (3, 3)), True), (q, k, v))
+    tables = [z.double() for z in kernels.rotary_tables(torch.arange(5), 2, 10.0)]
+    assert gradcheck(lambda x: kernels.rotary(x, *tables), (q,))
+    for op in (kernels.gelu, kernels.quick_gelu):
+        assert gradcheck(op, (rand(6),))
+    assert gradcheck(kernels.swiglu, (rand(6), rand(6, seed=1)))
