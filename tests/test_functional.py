@@ -36,7 +36,7 @@ def make_batch(texts=((5, 4), (3, 2), (6, 4))):
 
 def loss(p, batch, run=llava.Execution()):
     nll = llava.nll(p, batch, C, run)
-    return nll.mean(), len(nll)
+    return nll.mean(), nll.detach()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_value_and_grad_equals_torch_func(params):
     (value, aux), grads = value_and_grad(loss)(params, batch)
     want, (other, _) = torch.func.grad_and_value(loss, has_aux=True)(params, batch)
     torch.testing.assert_close(value, other)
-    assert aux == len(batch.targets) and not value.requires_grad
+    assert len(aux) == len(batch.targets) and not value.requires_grad
     equal(grads, want)
 
 
@@ -90,14 +90,13 @@ def test_compiled_blocks_change_no_gradient_and_are_compiled_once(params):
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters
     counter.clear()
-    run = llava.execution(recompute=True, backend="aot_eager")
-    for texts in (((5, 4), (3, 2), (6, 4)), ((9, 4), (3, 7), (6, 6), (5, 5))):
+    run = llava.execution(recompute=True, backend="eager")
+    graphs = []
+    for texts in (((5, 4), (3, 2)), ((9, 4), (3, 7), (6, 6)), ((7, 7), (8, 2)), ((3, 3), (4, 4), (5, 5), (6, 6))):
         batch = make_batch(texts)
         equal(value_and_grad(loss)(params, batch, run)[1], value_and_grad(loss)(params, batch)[1])
-        graphs = counter["stats"]["unique_graphs"]
-    equal(value_and_grad(loss)(params, make_batch(((7, 7), (8, 2))), run)[1],
-          value_and_grad(loss)(params, make_batch(((7, 7), (8, 2))))[1])  # fmt: skip
-    assert counter["stats"]["unique_graphs"] == graphs
+        graphs.append(counter["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 4
 
 
 def test_model_works_under_jvp(params):

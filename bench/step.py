@@ -1,0 +1,157 @@
+"""Time of a training step: ours and Hugging Face transformers', same weights, same samples, in turns, in one process.
+
+    python bench/step.py --model prop --stage projector --threads 1
+
+The peer is LlavaForConditionalGeneration as it is usually trained: a right-padded batch with a mask, sdpa attention,
+towers frozen by requires_grad, torch.optim.AdamW. Both begin with the same losses, which are printed; then each round
+times one step of each. The figure is CPU seconds of the process (with one thread: work done, whatever else the machine
+does) and, with more threads, wall seconds. The last line is the ratio of medians. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tensordict import TensorDict
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_fn import config, convert, image, llava, optim, tree
+from llava_fn.batch import Batch, Sample, collate
+from llava_fn.text import IMAGE
+from llava_fn.train import STAGES, State, Task, train_step
+
+LLAMA = {"width": 512, "blocks": 8, "heads": 8, "kv_heads": 8, "ffn": 1376}
+MODELS = {
+    "brief": config.Llava(  # a large vocabulary weighs most
+        config.Vision(image=224, width=384, blocks=6, heads=6, ffn=1536), config.Llama(vocab=32000, **LLAMA)
+    ),
+    "prop": config.Llava(  # head, image tower and decoder have the shares of LLaVA-1.5-7B
+        config.Vision(image=336, width=128, blocks=8, heads=2, ffn=512), config.Llama(vocab=1024, **LLAMA)
+    ),
+}
+HF_IMAGE = 3  # the id of the peer's placeholder
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One comparison."""
+
+    model: Literal["brief", "prop"] = "prop"
+    stage: Literal["projector", "projector+llama"] = "projector"
+    samples: int = 4  # per step
+    threads: int = 1
+    rounds: int = 7
+    compile: str = ""  # backend for our blocks, e.g. inductor; the peer stays eager
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def make_samples(c: config.Llava, stage: str, n: int) -> list[Sample]:
+    """Pre-training: an image and a caption of 12 to 40 tokens. Fine-tuning: 45 tokens of prompt, 20 to 80 of answer."""
+    rng = torch.Generator().manual_seed(0)
+    prompt, low, high = (0, 12, 40) if stage == "projector" else (45, 20, 80)
+    out = []
+    for j in range(n):
+        answer = int(torch.randint(low, high + 1, (1,), generator=rng))
+        words = torch.randint(4, c.llama.vocab, (prompt + answer,), generator=rng).tolist()
+        ids = [1, *[IMAGE] * c.vision.patches, *words]
+        label = [False] * (len(ids) - answer) + [True] * answer
+        pixels = torch.randint(0, 256, (1, 3, c.vision.image, c.vision.image), generator=rng, dtype=torch.uint8)
+        out.append(Sample(str(j), tuple(ids), tuple(label), pixels))
+    return out
+
+
+def peer_model(c: config.Llava) -> LlavaForConditionalGeneration:
+    """The peer with random weights."""
+    v, t = c.vision, c.llama
+    vision = CLIPVisionConfig(
+        hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.blocks, num_attention_heads=v.heads,
+        image_size=v.image, patch_size=v.patch,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=t.vocab, hidden_size=t.width, intermediate_size=t.ffn, num_hidden_layers=t.blocks,
+        num_attention_heads=t.heads, num_key_value_heads=t.kv_heads, rms_norm_eps=t.eps,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    both = LlavaConfig(vision_config=vision, text_config=text, image_token_id=HF_IMAGE, image_seq_length=v.patches)
+    return LlavaForConditionalGeneration(both).train()
+
+
+def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.Optim) -> Callable[[int], float]:
+    """One step of the usual kind, from its number to its loss."""
+    longest = max(len(s.ids) for s in samples)
+    ids, labels, mask = (torch.full((len(samples), longest), fill) for fill in (0, -100, 0))
+    for row, s in enumerate(samples):
+        n, tokens = len(s.ids), torch.tensor(s.ids)
+        ids[row, :n] = torch.where(tokens == IMAGE, HF_IMAGE, tokens)
+        labels[row, :n] = torch.where(torch.tensor(s.label), tokens, -100)
+        mask[row, :n] = 1
+    pixels = image.normalise(torch.cat([s.pixels for s in samples]))
+    for name, p in model.named_parameters():
+        p.requires_grad = "multi_modal_projector" in name or (c.stage != "projector" and "vision_tower" not in name)
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+
+    def step(number: int) -> float:
+        for group in adamw.param_groups:
+            group["lr"] = optim.learning_rate(o, number, 100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.dtype == "bfloat16"):
+            loss = model(input_ids=ids, labels=labels, attention_mask=mask, pixel_values=pixels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], o.clip)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o: optim.Optim) -> Callable[[int], float]:
+    """One step of ours, from its number to its loss."""
+    dtype = getattr(torch, c.dtype)
+    mine, frozen = tree.split(params, STAGES[c.stage])
+    mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
+    task = Task(tree.cast(frozen, dtype), model, o, 100, dtype, run=llava.execution(backend=c.compile))
+    state = [State(0, mine, optim.init(mine))]
+
+    def step(number: int) -> float:
+        state[0], metrics = train_step(state[0], [batch], task)
+        return metrics.loss
+
+    return step
+
+
+def main(c: Bench) -> float:
+    """Print both times of each round and the ratio; return it."""
+    torch.set_num_threads(c.threads)
+    clock = time.process_time if c.threads == 1 else time.perf_counter
+    model, o = MODELS[c.model], optim.Optim(lr=1e-4)
+    samples, peer = make_samples(model, c.stage, c.samples), peer_model(model)
+    names = convert.llava_names(model.vision.used, model.llama.blocks)
+    params = convert.read({k: v.detach() for k, v in peer.state_dict().items()}, names, llava.spec(model))
+    pair = {
+        "ours": our_step(params, collate(samples), model, c, o),
+        "transformers": peer_step(peer, samples, c, o),
+    }
+    for number in (1, 2, 3):  # also the warm-up
+        print(f"loss of step {number}: " + ", ".join(f"{name} {step(number):.6f}" for name, step in pair.items()))
+    times: dict[str, list[float]] = {name: [] for name in pair}
+    for number in range(4, 4 + c.rounds):
+        for name, step in pair.items():
+            began = clock()
+            step(number)
+            times[name].append(clock() - began)
+        print("  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()), flush=True)
+    ours, theirs = (statistics.median(t) for t in times.values())
+    kind = "CPU" if c.threads == 1 else "wall"
+    print(f"{c}\nmedian {kind} seconds: ours {ours:.3f}, transformers {theirs:.3f}; ratio {theirs / ours:.2f}")
+    return theirs / ours
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

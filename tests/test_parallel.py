@@ -1,0 +1,106 @@
+"""The collectives and the model on two and three processes (gloo) against one: the loss and every gradient."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from llava_fn import config, llama, spec, tree
+from llava_fn.batch import Stream
+from llava_fn.grad import remat, value_and_grad
+from llava_fn.parallel import collectives, vocab
+from llava_fn.parallel.collectives import TP
+from llava_fn.parallel.mesh import Axis, Mesh
+
+C = config.Llama(vocab=24, width=12, blocks=3, heads=6, kv_heads=6, ffn=18)
+LENGTHS, TAILS = (5, 7, 6), (2, 3, 1)  # 18 tokens, 6 rows read: both divide over 2 and 3
+IDS = torch.randint(0, C.vocab, (18,), generator=torch.Generator().manual_seed(1))
+TARGETS = torch.randint(0, C.vocab, (6,), generator=torch.Generator().manual_seed(2))
+KINDS = {  # name -> type of its input and of its output
+    "enter": "IR", "leave": "PI", "gather": "VR", "scatter": "PV", "split": "IV", "join": "VI",
+}  # fmt: skip
+
+
+def loss(p, tp: TP, block):
+    x = vocab.embed(p["embed"], IDS, tp.axis)
+    x = llama.decode(p, tp.split(x), Stream.of(LENGTHS, TAILS), C, tp, block)
+    return llama.nll(p, x, TARGETS, C, tp).mean(), None
+
+
+def replicated(path: tuple[str, ...]) -> bool:
+    return path[-1].startswith("norm")
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    axis = Axis("tp", world, rank, dist.group.WORLD)
+    out = {"adjoint": {}}
+    for name, (before, after) in KINDS.items():
+        rng = torch.Generator().manual_seed(10 * rank)
+        shape = (6 // world if before == "V" else 6,)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3) if before == "I" else rng).requires_grad_()
+        y = getattr(collectives, name)(x, axis, 0)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4) if after == "I" else rng)
+        (back,) = torch.autograd.grad(y, x, g)
+        out["adjoint"][name] = (x.detach(), y.detach(), g, back)
+    whole = spec.init(llama.spec(C), 0, Mesh(tp=axis))
+    for sequence in (True, False):
+        for name, block in (("plain", llama.block), ("remat", remat(llama.block))):
+            (value, _), grads = value_and_grad(loss)(whole, TP(axis, sequence), block)
+            leaves = []
+            for path, g in zip(tree.paths(grads), tree.values(grads), strict=True):
+                if sequence and replicated(path):  # each rank saw its tokens only
+                    dist.all_reduce(g)
+                leaves.append(g)
+            out[sequence, name] = (value, dict(zip(tree.paths(grads), leaves, strict=True)))
+    torch.save(out, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (request.param, folder), request.param)
+        yield [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(request.param)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_collective_keeps_its_type_and_its_backward_is_its_adjoint(ranks, name):
+    world = len(ranks)
+    x, y, g, back = (list(column) for column in zip(*(r["adjoint"][name] for r in ranks), strict=True))
+    before, after = KINDS[name]
+    value = {"I": x[0], "R": x[0], "V": torch.cat(x) if before == "V" else None, "P": sum(x) if before == "P" else None}
+    for rank in range(world):
+        part = value[before].chunk(world)[rank] if after == "V" else value[before]
+        torch.testing.assert_close(y[rank], part)
+    total = {"R": lambda: sum(g), "I": lambda: g[0], "V": lambda: torch.cat(g)}[after]()
+    for rank in range(world):
+        torch.testing.assert_close(back[rank], total.chunk(world)[rank] if before == "V" else total)
+
+
+@pytest.mark.parametrize("block", ["plain", "remat"])
+@pytest.mark.parametrize("sequence", [True, False])
+def test_tensor_parallel_llama_equals_one_process(ranks, sequence, block):
+    world = len(ranks)
+    (value, _), grads = value_and_grad(loss)(spec.init(llama.spec(C), 0), TP(), llama.block)
+    params = dict(spec.leaves(llama.spec(C)))
+    for rank, got in enumerate(ranks):
+        mine, leaves = got[sequence, block]
+        torch.testing.assert_close(mine, value)
+        for path, leaf in leaves.items():
+            block_of = spec.shard(params[path], Mesh(tp=Axis("tp", world, rank)))
+            torch.testing.assert_close(leaf, grads[path][block_of])
+
+
+def test_collectives_on_an_axis_of_one_are_the_input_itself():
+    x = torch.ones(3)
+    assert all(getattr(collectives, name)(x, Axis("tp"), 0) is x for name in KINDS)
+
+
+def test_split_refuses_tokens_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"dim 0 of \(5,\) does not divide over tp=2"):
+        collectives.split(torch.ones(5), Axis("tp", 2), 0)
