@@ -1,14 +1,24 @@
-"""Names of parameters in Hugging Face's layouts of CLIP, Llama and LLaVA, and the tables that map them to paths."""
+"""Hugging Face's layouts of CLIP, Llama and LLaVA: configs to ours, and tables that map names of tensors to paths."""
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
+from llava_fn import llama, vit
 from llava_fn import spec as specs
+from llava_fn.config import Llama, Vision
 
 Table = Mapping[str, str]  # path of a leaf, joined by "/" -> name in the other layout
 
@@ -83,3 +93,109 @@ def read(tensors: Mapping[str, Tensor], names: Table, spec: specs.Spec) -> Tenso
     if wrong:
         raise ValueError(f"{len(wrong)} tensors have the wrong shape: {'; '.join(wrong)}")
     return specs.build(spec, lambda path, p: tensors[names["/".join(path)]].reshape(p.shape))
+
+
+def vision_config(values: Mapping[str, Any]) -> Vision:
+    """Ours from HF's CLIPVisionConfig, which leaves out what is at its default (configuration_clip.py)."""
+    return Vision(
+        image=values.get("image_size", 224),
+        patch=values.get("patch_size", 32),
+        width=values.get("hidden_size", 768),
+        blocks=values.get("num_hidden_layers", 12),
+        heads=values.get("num_attention_heads", 12),
+        ffn=values.get("intermediate_size", 3072),
+        eps=values.get("layer_norm_eps", 1e-5),
+        act=values.get("hidden_act", "quick_gelu"),
+    )
+
+
+def llama_config(values: Mapping[str, Any]) -> Llama:
+    """Ours from HF's LlamaConfig, which leaves out what is at its default (configuration_llama.py).
+
+    ValueError for a scaled rotary embedding, biases or heads of their own width: nothing here computes those.
+    """
+    rope = values.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if values.get("rope_scaling") or kind != "default":
+        raise ValueError(f"this Llama scales its rotary embedding ({values.get('rope_scaling') or kind}); not supported")
+    if values.get("attention_bias") or values.get("mlp_bias"):
+        raise ValueError("this Llama has biases; not supported")
+    heads = values.get("num_attention_heads", 32)
+    config = Llama(
+        vocab=values.get("vocab_size", 32000),
+        width=values.get("hidden_size", 4096),
+        blocks=values.get("num_hidden_layers", 32),
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        ffn=values.get("intermediate_size", 11008),
+        eps=values.get("rms_norm_eps", 1e-6),
+        theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        tied=values.get("tie_word_embeddings", False),
+    )
+    if values.get("head_dim") not in (None, config.head):
+        raise ValueError(f"this Llama's heads are {values['head_dim']} wide, not width / heads = {config.head}")
+    return config
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an HF folder: safetensors if there are any, else .bin files, which are never unpickled.
+
+    ValueError if there are none, if two files hold one name, or if the index names a file that is missing.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors and no pytorch_model*.bin; fetch the weights into it")
+    for index in folder.glob("*.index.json"):
+        absent = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in folder.iterdir()}
+        if absent:
+            raise ValueError(f"{index} names files that are missing: {', '.join(sorted(absent))}")
+    found: dict[str, Tensor] = {}
+    for path in files:
+        part = _tensors_of(path)
+        twice = sorted(found.keys() & part.keys())
+        if twice:
+            raise ValueError(f"{path} repeats {', '.join(twice)} of another file in {folder}")
+        found |= part
+    return found
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
+
+
+# What an image tower's file may hold that LLaVA never reads; blocks after the last one that runs are the other part.
+CLIP_UNUSED = re.compile(r"text_model\.|(visual|text)_projection\.|logit_scale$|post_layernorm\.|.*position_ids$")
+LLAMA_UNUSED = re.compile(r".*rotary_emb\.inv_freq$")
+
+
+def read_clip(folder: Path) -> tuple[Vision, TensorDict]:
+    """The image tower of an HF CLIP folder (CLIPModel or CLIPVisionModel)."""
+    values = json.loads((folder / "config.json").read_text())
+    c = vision_config(values.get("vision_config", values))
+    found = {n.removeprefix("vision_model."): t for n, t in tensors(folder).items() if not CLIP_UNUSED.match(n)}
+    found = {n: t for n, t in found.items() if not CLIP_UNUSED.match(n)}
+    late = re.compile("|".join(rf"encoder\.layers\.{i}\." for i in range(c.used, c.blocks)) or "(?!)")
+    return c, read_all({n: t for n, t in found.items() if not late.match(n)}, vit_names(c.used), vit.spec(c), folder)
+
+
+def read_llama(folder: Path) -> tuple[Llama, TensorDict]:
+    """The decoder of an HF Llama folder."""
+    c = llama_config(json.loads((folder / "config.json").read_text()))
+    found = {n: t for n, t in tensors(folder).items() if not LLAMA_UNUSED.match(n)}
+    if c.tied:
+        found.pop(LLAMA["head"], None)
+    return c, read_all(found, llama_names(c.blocks, c.tied), llama.spec(c), folder)
+
+
+def read_all(found: Mapping[str, Tensor], names: Table, spec: specs.Spec, folder: Path) -> TensorDict:
+    """As `read`, and every tensor must have its place. ValueError names the folder and what does not fit."""
+    extra = sorted(found.keys() - set(names.values()))
+    if extra:
+        raise ValueError(f"{folder} holds {len(extra)} tensors that have no place in this model: {', '.join(extra)}")
+    try:
+        return read(found, names, spec)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
