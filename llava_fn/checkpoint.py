@@ -30,6 +30,7 @@ from llava_fn.config import Llava, plain, structure
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
+ASIDE = ".old-"  # a whole checkpoint, while another takes its place
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def _digest(path: Path) -> str:
 
 def _sums(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
-    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+    digests = [_digest(folder / name) if (folder / name).is_file() else "no file" for name in names]
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,8 +91,8 @@ def verify(folder: Path) -> None:
     found = _sums(folder)
     if said == found.encode():
         return
-    changed = set(said.decode("utf-8", "replace").splitlines()) ^ set(found.splitlines())
-    names = sorted({line.partition("  ")[2] for line in changed})
+    changed = set(said.decode("utf-8", "replace").split("\n")) ^ set(found.split("\n"))
+    names = sorted({ascii(line.partition("  ")[2])[1:-1] for line in changed} - {""})
     raise ValueError(f"{folder} is damaged: {SUMS} does not agree with {', '.join(names)}; use another checkpoint")
 
 
@@ -115,8 +117,8 @@ def save(
 ) -> None:
     """Write a checkpoint to `folder`, replacing one of that name. OSError naming the folder if the disk is full.
 
-    A process killed at any instant leaves the old checkpoint or the new one, and perhaps a `.part-` folder, which
-    `clean` removes.
+    A process killed at any instant leaves the old checkpoint or the new one, and perhaps folders under temporary names,
+    which `clean` removes or puts back.
     """
     part = folder.with_name(TEMPORARY + folder.name)
     shutil.rmtree(part, ignore_errors=True)
@@ -136,23 +138,29 @@ def save(
         free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"could not write checkpoint {folder} ({free / 2**20:.0f} MiB free): {error}") from error
-    remove(folder)
+    aside = folder.with_name(ASIDE + folder.name)
+    if folder.exists():
+        folder.rename(aside)
     part.rename(folder)
     _flush(folder.parent)
+    remove(aside)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, if there, so that half of it is never found under its name."""
     if folder.exists():
-        gone = folder.with_name(TEMPORARY + "old-" + folder.name)
+        gone = folder.with_name(TEMPORARY + folder.name)
         folder.rename(gone)
         shutil.rmtree(gone)
 
 
 def clean(runs: Path) -> None:
-    """Remove what a killed process left unfinished in a folder of checkpoints."""
+    """Remove what a killed process left unfinished in a folder of checkpoints, and put back what it had set aside."""
     for part in runs.glob(TEMPORARY + "*"):
         shutil.rmtree(part)
+    for aside in runs.glob(ASIDE + "*"):
+        folder = aside.with_name(aside.name.removeprefix(ASIDE))
+        remove(aside) if folder.exists() else aside.rename(folder)
 
 
 def steps(runs: Path) -> list[int]:
@@ -172,7 +180,8 @@ def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> Te
         missing, extra = sorted(want.keys() - have), sorted(have - want.keys())
         if missing or extra:
             raise ValueError(f"{path} does not fit the config: missing {missing}, unexpected {extra}")
-        wrong = [f"{k} is {s}, not {p.shape}" for k, p in want.items() if (s := tuple(f.get_slice(k).get_shape())) != p.shape]
+        shapes = {k: tuple(f.get_slice(k).get_shape()) for k in want}
+        wrong = [f"{k} is {shapes[k]}, not {p.shape}" for k, p in want.items() if shapes[k] != p.shape]
         if wrong:
             raise ValueError(f"{path} does not fit the config: {'; '.join(wrong)}")
         return specs.build(spec, lambda k, _: f.get_tensor(prefix + "/".join(k)))
@@ -195,20 +204,20 @@ def load(folder: Path, moments: bool = False, device: torch.device = torch.devic
     if moments:
         path = folder / "optim.safetensors"
         if not path.exists():
-            raise ValueError(f"{folder} was saved without optimizer state; resume it with --no-load-optim")
+            raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
         pair = tuple(_read(path, spec, prefix, device) for prefix in ("first/", "second/"))
     params = _read(folder / "params.safetensors", spec, "", device)
     return Checkpoint(manifest, params, pair, (folder / "tokenizer.model").read_bytes())
 
 
 def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Checkpoint:
-    """A checkpoint with its base's parts beside its own. ValueError if the base is gone or not the one trained on."""
+    """A checkpoint with the parts that it lacks from its base. ValueError if that is gone or not the one trained on."""
     own = load(folder, device=device)
     if own.manifest.base is None:
         return own
-    base = Path(own.manifest.base.path)
     check_base(own.manifest.base)
-    return dataclasses.replace(own, params=tree.merge(load_model(base, device).params, own.params))
+    base = load_model(Path(own.manifest.base.path), device).params
+    return dataclasses.replace(own, params=tree.merge(base.exclude(*own.manifest.parts), own.params))
 
 
 def check_base(base: Base) -> None:

@@ -1,16 +1,17 @@
-"""Configuration of a recipe: a frozen dataclass, from a preset or a JSON file, with single fields from the command line."""
+"""A recipe's config: a frozen dataclass, from a preset or a JSON file, with single fields from the command line."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
 from llava_fn.config import structure
+from llava_fn.train import NonFinite
 
 C = TypeVar("C")
 
@@ -35,6 +36,14 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
     names = f"{', '.join(presets)} (first: default), or the JSON file of an earlier run"
     text = f"{doc}\n\n--config NAME  where the values start from: {names}. Shown here: {start}."
     return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
+
+
+def run(main: Callable[[C], object], config: C) -> None:
+    """Call main(config). What a person can set right ends with the error's message alone, and exit status 1."""
+    try:
+        main(config)
+    except (ValueError, OSError, NonFinite) as error:
+        sys.exit(f"error: {error}")
 
 
 def read(kind: type[C], path: Path) -> C:

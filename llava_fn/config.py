@@ -108,6 +108,8 @@ def plain(value: Any) -> Any:
 
 def structure(kind: type[C], values: Mapping[str, Any]) -> C:
     """The inverse of `plain`. ValueError names the field that is unknown, missing or of a wrong type or value."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.__name__}: an object with its fields is wanted, not {type(values).__name__}")
     try:
         return dacite.from_dict(kind, values, dacite.Config(strict=True, type_hooks={Path: Path}, cast=[tuple]))
     except dacite.DaciteError as error:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import multiprocessing
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -34,6 +38,10 @@ class Source:
     images: Path  # the folder that the records' "image" is relative to
     weight: float = 1.0  # how often an epoch shows each record; 0.5 shows every second one, drawn anew each epoch
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.records}: weight={self.weight}; a weight is 0 or more")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -51,6 +59,13 @@ class Data:
     on_bad_record: Literal["error", "skip"] = "error"
     workers: int = 4  # processes that decode and tokenize; 0: a thread of this one
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("tokens", 0), ("accumulate", 1), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"data.epochs={self.epochs}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,11 @@ class Preparation:
     max_tokens: int
 
 
+def preparation(tokenizer: text.Tokenizer, image: int, patches: int, data: Data) -> Preparation:
+    """How `data` wants its records prepared for a tower that sees `image` pixels per side as `patches` tokens."""
+    return Preparation(tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens)
+
+
 @dataclass(frozen=True)
 class Step:
     """The batches of one update, and (name, reason) of each record that could not be used."""
@@ -85,12 +105,15 @@ class Step:
 
 
 def read(source: Source) -> list[Record]:
-    """All records of a data set. ValueError if the file is missing, empty, not LLaVA's JSON, or the folder is missing."""
+    """All records of a data set. ValueError if the file is missing, empty or not LLaVA's, or the folder is missing."""
     if not source.records.is_file():
         raise ValueError(f"{source.records}: no such file; give the JSON or JSONL file of the data set")
     if not source.images.is_dir():
         raise ValueError(f"{source.images}: no such folder; give the folder that the images of {source.records} lie in")
-    content = source.records.read_text(encoding="utf-8")
+    try:
+        content = source.records.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source.records}: not UTF-8 text ({error}); write it as UTF-8") from error
     values = _lines(source.records, content) if source.records.suffix == ".jsonl" else _json(source.records, 0, content)
     if not isinstance(values, list) or not values:
         raise ValueError(f"{source.records}: not a list with at least one record")
@@ -238,12 +261,20 @@ def _length(record: Record, how: Preparation, on_bad_record: str) -> int:
         return 0  # listed as skipped when its update comes
 
 
+@lru_cache(maxsize=1)
+def _end_with_parent() -> None:
+    """In a worker process: end when the training process is gone. Nothing tells a worker that it was killed."""
+    if parent := multiprocessing.parent_process():
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 @dataclass(frozen=True)
 class _Prepare:
     how: Preparation
     accumulate: int
 
     def __call__(self, item: tuple[int, list[Record]]) -> Step:
+        _end_with_parent()
         step, records = item
         good, bad = [], []
         for record in records:
@@ -270,7 +301,9 @@ def steps(records: Sequence[Sequence[Record]], plan: Plan, how: Preparation, sta
         node = Prefetcher(Mapper(source, work), 2)
     for step in Loader(node):
         if step.bad and (data.on_bad_record == "error" or not step.batches):
-            advice = 'mend the data set, or run with on_bad_record="skip" to leave them out and list them'
+            advice = "no usable record is left of this update; mend the data set"
+            if data.on_bad_record == "error":
+                advice = 'mend the data set, or run with on_bad_record="skip" to leave them out and list them'
             reasons = "".join(f"\n  {reason}" for _, reason in step.bad)
             raise BadRecord(f"step {step.step}: {len(step.bad)} bad records; {advice}{reasons}")
         yield step

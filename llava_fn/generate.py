@@ -1,4 +1,4 @@
-"""Greedy continuation of several prompts at once, by a full forward pass for each token: right, and meant for short text.
+"""Greedy continuation of several prompts at once, by a full forward pass for each token.
 
 There is no cache: it is for captions in the course of training, some tokens long.
 """
@@ -30,7 +30,8 @@ def greedy(p: TensorDict, prompts: Sequence[Sample], stop: int, limit: int, c: L
     new: list[list[int]] = [[] for _ in prompts]
     live = sorted(range(len(prompts)), key=lambda j: len(prompts[j].ids))
     for _ in range(limit):
-        rows = [torch.cat([starts[j], vocab.embed(p["llama"]["embed"], _ids(new[j], feats), run.tp.axis)]) for j in live]
+        added = [vocab.embed(p["llama"]["embed"], _ids(new[j], feats), run.tp.axis) for j in live]
+        rows = [torch.cat([starts[j], x]) for j, x in zip(live, added, strict=True)]
         stream = Stream.of([len(x) for x in rows], [1] * len(rows)).to(feats.device)
         x = llama.decode(p["llama"], torch.cat(rows), stream, c.llama)
         for j, token in zip(live, llama.logits(p["llama"], x, c.llama).argmax(-1).tolist(), strict=True):

@@ -52,12 +52,10 @@ def learning_rate(c: Optim, step: int, steps: int) -> float:
     return c.lr * (c.min_lr + (1 - c.min_lr) * cosine)
 
 
-def clip(grads: TensorDict, limit: float) -> Tensor:
-    """Scale grads in place to a global norm of at most `limit`, as torch's clip_grad_norm_. -> the norm before, fp32[]."""
-    norm = tree.global_norm(grads)
+def clip(grads: TensorDict, norm: Tensor, limit: float) -> None:
+    """Scale grads, whose global norm is `norm`, in place to one of at most `limit`, as torch's clip_grad_norm_."""
     if limit:
         torch._foreach_mul_(tree.values(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr: float, c: Optim) -> None:

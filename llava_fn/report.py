@@ -64,12 +64,16 @@ def read_metrics(path: Path, until: int) -> list[dict]:
     return rows
 
 
+def write(path: Path, text: str) -> None:
+    """Replace a file in one go: a process killed on the way leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.rename(path)
+
+
 def rewind(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run computes again."""
-    rows = read_metrics(path, step)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.rename(path)
+    write(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, step)))
 
 
 def append(path: Path, row: Mapping) -> None:
@@ -81,10 +85,9 @@ def append(path: Path, row: Mapping) -> None:
 def plot_loss(rows: Sequence[Mapping], path: Path) -> None:
     """Draw the loss of each update and its running mean, and the learning rate below."""
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    smooth, mean = [], losses[0]
+    smooth = []
     for loss in losses:
-        mean = 0.95 * mean + 0.05 * loss
-        smooth.append(mean)
+        smooth.append(0.95 * smooth[-1] + 0.05 * loss if smooth else loss)
     figure = Figure(figsize=(8, 5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     top.plot(steps, losses, color="0.8", label="loss")

@@ -33,7 +33,8 @@ class Saving:
     keep: int = 2  # newest checkpoints that stay; 0: all
     save_optim: bool = True  # without, a checkpoint is for inference: training cannot go on exactly
     load_optim: bool = True  # without, AdamW's moments start from zero again
-    resume: str = "auto"  # auto: the newest checkpoint of the run, if any; no; a step; or a checkpoint's path
+    resume: str = "auto"  # auto: the newest checkpoint of the run, if any; no; a step, and those after it are dropped;
+    # or a checkpoint's path
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Start:
 def start(model: Llava | None, base: Path | None, tokenizer: Path | None, train: str, seed: int, **to) -> Start:
     """Weights of the base, random ones for the parts that it lacks. to: device and dtype of the frozen parameters.
 
-    ValueError if model and tokenizer stand in two places or in none, and if the vocabulary is too small for the ids.
+    ValueError if model and tokenizer stand in two places or in none, if the vocabulary is too small for the ids, and if
+    a part would be random for ever.
     """
     if (base is None) == (model is None) or (base is None) == (tokenizer is None):
-        raise ValueError("give a base checkpoint, which brings model and tokenizer, or a model and a tokenizer; not both")
+        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
     have, origin = TensorDict({}), None
     if base is None:
         words = Tokenizer.load(tokenizer)
@@ -64,8 +66,15 @@ def start(model: Llava | None, base: Path | None, tokenizer: Path | None, train:
         origin = Base(str(base.resolve()), checkpoint.fingerprint(base))
     if words.vocab_size > model.llama.vocab:
         raise ValueError(f"the tokenizer has {words.vocab_size} pieces, but llama.vocab is only {model.llama.vocab}")
-    missing = {name: part for name, part in llava.spec(model).items() if name not in have.keys()}
-    trainable, frozen = tree.split(tree.merge(have, spec.init(missing, seed)), STAGES[train])
+    whole = llava.spec(model)
+    missing = {name: part for name, part in whole.items() if name not in have.keys()}
+    lost = [name for name in missing if not STAGES[train]((name,))]
+    if lost:
+        names = ", ".join(lost)
+        raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
+    params = tree.merge(have, spec.init(missing, seed))
+    in_order = spec.build(whole, lambda path, _: params[path])  # whatever the base brings, sums are taken in one order
+    trainable, frozen = tree.split(in_order, STAGES[train])
     frozen = tree.rebuild(frozen, [leaf.to(**to) for leaf in tree.values(frozen)])
     trainable = tree.rebuild(trainable, [leaf.to(to["device"], torch.float32) for leaf in tree.values(trainable)])
     return Start(model, words, trainable, frozen, origin, tuple(missing))
@@ -93,6 +102,13 @@ class Run:
         for step in checkpoint.steps(self.checkpoints)[: -self.saving.keep or None] if self.saving.keep else []:
             checkpoint.remove(checkpoint.at(self.checkpoints, step))
 
+    def rewind(self, step: int) -> None:
+        """Drop what stands there from updates after `step`, which are computed again."""
+        for name in ("metrics.jsonl", "skipped.jsonl"):
+            report.rewind(self.folder / name, step)
+        for later in [s for s in checkpoint.steps(self.checkpoints) if s > step]:
+            checkpoint.remove(checkpoint.at(self.checkpoints, later))
+
     def log(self, step: int, row: dict, bad: tuple[tuple[str, str], ...]) -> None:
         """Add one update to metrics.jsonl and its left-out records to skipped.jsonl."""
         report.append(self.folder / "metrics.jsonl", {"step": step, **row})
@@ -101,18 +117,21 @@ class Run:
 
 
 def open_run(folder: Path, saving: Saving, manifest: Manifest, tokenizer: bytes, config: object, device) -> Run:
-    """Make or reopen the folder, remove what a killed process left half done, write config and environment."""
+    """Make or reopen the folder, write config and environment."""
     run = Run(folder, saving, manifest, tokenizer)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean(run.checkpoints)
     for name, value in (("config", plain(config)), ("environment", launch.environment(device))):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        report.write(folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
     return run
 
 
 def source(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` means, or None for a fresh start. ValueError if it is not there, or is in the way."""
+    """The checkpoint that `resume` means, or None for a fresh start. ValueError if it is not there, or is in the way.
+
+    First of all it removes what a killed process left half done.
+    """
     runs = folder / "checkpoints"
+    checkpoint.clean(runs)
     found = checkpoint.steps(runs)
     if resume == "no" and found:
         raise ValueError(f"{folder} already holds a run; choose another run folder, or resume=auto")
@@ -124,15 +143,16 @@ def source(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def resume(path: Path | None, manifest: Manifest, trainable: TensorDict, saving: Saving, device) -> State:
+def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving, device) -> State:
     """The state to go on from: that of the checkpoint, or step 0. ValueError lists what differs in the config."""
     if path is None:
-        return State(0, trainable, optim.init(trainable))
-    theirs = checkpoint.read_manifest(path)
-    changed = differences(plain(dataclasses.replace(theirs, step=0)), plain(manifest))
+        return State(0, begin.trainable, optim.init(begin.trainable))
+    loaded = checkpoint.load(path, saving.load_optim, device)
+    changed = differences(plain(dataclasses.replace(loaded.manifest, step=0)), plain(manifest))
+    if loaded.tokenizer != begin.tokenizer.model:
+        changed.append("tokenizer: another sentencepiece model")
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{path} belongs to another config; choose another run folder, or undo these:\n  {lines}")
-    loaded = checkpoint.load(path, saving.load_optim, device)
     moments = optim.Moments(*loaded.moments) if loaded.moments else optim.init(loaded.params)
     return State(loaded.manifest.step, loaded.params, moments)

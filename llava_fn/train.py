@@ -83,9 +83,10 @@ def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[Stat
         if grads is not None:
             torch._foreach_add_(tree.values(new), tree.values(grads))
         grads = new
-    step, norm = state.step + 1, optim.clip(grads, task.optim.clip)
+    step, norm = state.step + 1, tree.global_norm(grads)
     if not (torch.isfinite(total) and torch.isfinite(norm)):
         raise NonFinite(_blame(step, batches, total, grads))
+    optim.clip(grads, norm, task.optim.clip)
     lr = optim.learning_rate(task.optim, step, task.steps)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
     tokens, samples = sum(len(b.ids) for b in batches), sum(len(b.records) for b in batches)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tensordict import TensorDict
 
 from llava_fn import captions, cli, data, emoji, llava, report, runs, tree
+from llava_fn.batch import Sample
 from llava_fn.checkpoint import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
 from llava_fn.optim import Optim
@@ -53,9 +55,9 @@ class Pretrain:
 EMOJI = Pretrain(
     run_dir=Path("runs/emoji"),
     data=data.Data(
-        sources=(data.Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=26.0, workers=1, max_tokens=64
+        sources=(data.Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=32.0, workers=1, max_tokens=64
     ),
-    optim=Optim(lr=2e-3, warmup=0.05, beta2=0.98, weight_decay=0.1),
+    optim=Optim(lr=3e-3, warmup=0.05, beta2=0.98, weight_decay=1.0),
     train="all",
     model=LLAVA_EMOJI,
     tokenizer=EMOJI_DATA / "tokenizer.model",
@@ -91,35 +93,37 @@ def main(c: Pretrain) -> State:
     """Train to the end, from wherever the run folder stands, and return the last state."""
     launch.refuse_several_processes(os.environ)
     device, dtype = launch.pick_device(c.device), getattr(torch, c.dtype)
+    if c.compile and c.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"compile={c.compile} is no backend of torch.compile; there are: {', '.join(backends)}")
     if c.unpack:
         emoji.unpack(c.unpack)
     records = [data.read(source) for source in c.data.sources]
     begin = runs.start(c.model, c.base, c.tokenizer, c.train, c.seed, device=device, dtype=dtype)
     vision, parts = begin.model.vision, tuple(dict.fromkeys(path[0] for path in tree.paths(begin.trainable)))
-    how = data.Preparation(
-        begin.tokenizer, c.data.template, c.data.compat, c.data.image_mode, vision.image, vision.patches, c.data.max_tokens
-    )
+    how = data.preparation(begin.tokenizer, vision.image, vision.patches, c.data)
     manifest = Manifest(
         begin.model, parts, c.data.image_mode, c.data.template, c.data.compat,
         base=begin.base, recipe=recipe(c), data=data.fingerprint(c.data.sources),
     )  # fmt: skip
     plan = data.plan(records, c.data, how)
+    heldout = [data.sample(record, how) for record in data.read(c.heldout)] if c.heldout else []
     path = runs.source(c.run_dir, c.saving.resume)
-    state = runs.resume(path, manifest, begin.trainable, c.saving, device)
-    run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, c, device)
-    task = Task(begin.frozen, begin.model, c.optim, plan.steps(), dtype, c.loss, llava.execution(c.recompute, c.compile))
+    state = runs.resume(path, manifest, begin, c.saving, device)
+    again = replace(c, saving=replace(c.saving, resume="auto", load_optim=True))  # these two are for this start alone
+    run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, again, device)
+    how_run = llava.execution(c.recompute, c.compile)
+    task = Task(begin.frozen, begin.model, c.optim, plan.steps(), dtype, c.loss, how_run)
     print(summary(begin, records, state, task, path), file=sys.stderr)
     state = fit(run, state, task, data.steps(records, plan, how, state.step, task.steps), device)
     report.plot_loss(report.read_metrics(run.folder / "metrics.jsonl", state.step), run.folder / "loss.png")
-    if c.heldout:
-        show(run, tree.merge(state.params, tree.cast(begin.frozen, torch.float32)), begin, c.heldout, how)
+    if heldout:
+        show(run, tree.merge(state.params, tree.cast(begin.frozen, torch.float32)), begin, heldout)
     return state
 
 
 def fit(run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], device: torch.device) -> State:
     """The loop: an update, its figures, now and then a checkpoint."""
-    for name in ("metrics.jsonl", "skipped.jsonl"):
-        report.rewind(run.folder / name, state.step)
+    run.rewind(state.step)
     skipped = len(report.read_metrics(run.folder / "skipped.jsonl", state.step))
     with report.Progress(state.step, task.steps) as progress:
         for began, wait, step in timed(steps):
@@ -142,22 +146,21 @@ def summary(begin: runs.Start, records: list[list[data.Record]], state: State, t
     """What is about to happen, for the log."""
     sizes = [sum(leaf.numel() for leaf in tree.values(part)) / 1e6 for part in (begin.trainable, begin.frozen)]
     return (
-        f"{sum(map(len, records))} records, {task.steps} updates; {sizes[0]:.1f} M parameters trained, {sizes[1]:.1f} M "
-        f"frozen; random at the start: {', '.join(begin.random) or 'none'}; "
+        f"{sum(map(len, records))} records, {task.steps} updates; {sizes[0]:.1f} M parameters trained, "
+        f"{sizes[1]:.1f} M frozen; random at the start: {', '.join(begin.random) or 'none'}; "
         + (f"goes on from {path}" if path else "starts at update 1")
     )
 
 
-def show(run: runs.Run, params, begin: runs.Start, heldout: data.Source, how: data.Preparation) -> None:
+def show(run: runs.Run, params: TensorDict, begin: runs.Start, samples: list[Sample]) -> None:
     """Caption the held-out images; print a few, write them all."""
-    samples = [data.sample(record, how) for record in data.read(heldout)]
     result = captions.caption(params, samples, begin.model, begin.tokenizer)
     report.samples_page(result, [s.pixels[0] for s in samples], run.folder / "samples.html")
-    for truth, said in list(zip(result.truth, result.said, strict=True))[:: len(samples) // 12]:
+    for truth, said in list(zip(result.truth, result.said, strict=True))[:: max(1, len(samples) // 12)]:
         print(f"  {'right' if truth == said else 'WRONG'}  {truth}" + ("" if truth == said else f"  |  {said}"))
     print(report.headline(result))
     print(f"all of them: {run.folder / 'samples.html'}; loss: {run.folder / 'loss.png'}")
 
 
 if __name__ == "__main__":
-    main(cli.parse({"emoji": EMOJI, "published": PUBLISHED}, __doc__))
+    cli.run(main, cli.parse({"emoji": EMOJI, "published": PUBLISHED}, __doc__))

@@ -54,12 +54,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool)
             f"q has {q.shape[0]} rows and k {k.shape[0]}, but the segments hold "
             f"{sum(segments.queries)} queries and {sum(segments.keys)} keys"
         )
-    out, t, s = [], 0, 0
-    for b, rows, cols in segments.runs():
-        part = slice(s, s + b * cols)
-        out.append(_dense(q[t : t + b * rows], k[part], v[part], b, causal))
-        t, s = t + b * rows, s + b * cols
-    return torch.cat(out)
+    runs = list(segments.runs())
+    rows, cols = [b * t for b, t, _ in runs], [b * s for b, _, s in runs]
+    parts = zip(q.split(rows), k.split(cols), v.split(cols), runs, strict=True)  # split: one backward for all parts
+    return torch.cat([_dense(q, k, v, b, causal) for q, k, v, (b, _, _) in parts])
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:

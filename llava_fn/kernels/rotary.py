@@ -20,4 +20,4 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin. x: t n h, cos and sin: t 1 h, cast to x's dtype first -> t n h."""
     a, b = x.chunk(2, -1)
     cos, sin = (z.to(x.dtype)[..., : a.shape[-1]] for z in (cos, sin))
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)

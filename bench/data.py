@@ -1,0 +1,71 @@
+"""How many samples a second one core prepares, and so how many cores feed one device.
+
+    python bench/data.py
+
+Photograph-like JPEGs of the sizes of LLaVA-Pretrain are written to a temporary folder, then read as training reads
+them: decode, bicubic resize, tokenize, lay out. In one process, and in workers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from llava_fn import config, data, emoji, text
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is read."""
+
+    records: int = 256
+    width: int = 500  # pixels of a picture; LLaVA-Pretrain's longest sides are about 500
+    height: int = 375
+    workers: int = 2
+    goal: float = 32.0  # samples a second of one device
+
+
+def write(folder: Path, c: Bench) -> data.Source:
+    """A data set of smooth noise, which JPEG compresses about as photographs."""
+    rng, records = np.random.default_rng(0), []
+    for j in range(c.records):
+        coarse = Image.fromarray(rng.integers(0, 256, (c.height // 8, c.width // 8, 3), dtype=np.uint8))
+        coarse.resize((c.width, c.height), Image.Resampling.BICUBIC).save(folder / f"{j}.jpg", quality=85)
+        turns = [("human", "<image>\nDescribe it."), ("gpt", "a picture of some coloured clouds, number " + str(j))]
+        values = [{"from": role, "value": value} for role, value in turns]
+        records.append({"id": str(j), "image": f"{j}.jpg", "conversations": values})
+    (folder / "records.json").write_text(json.dumps(records))
+    return data.Source(folder / "records.json", folder)
+
+
+def main(c: Bench) -> None:
+    """Print the rates."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write(folder, c)
+        how = data.Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
+        vision = config.LLAVA_7B.vision
+        tokenizer = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
+        prepare = data.preparation(tokenizer, vision.image, vision.patches, how)
+        records = data.read(source)
+        began = time.process_time()
+        for record in records:
+            data.sample(record, prepare)
+        rate = c.records / (time.process_time() - began)
+        print(f"one core: {rate:.0f} samples a CPU second; {c.goal / rate:.1f} cores feed {c.goal:.0f} samples/s")
+        plan, steps = data.plan([records], how, prepare), []
+        for step in data.steps([records], plan, prepare, 0, plan.steps()):
+            steps.append((time.perf_counter(), len(step.batches[0].records)))
+        seconds, count = steps[-1][0] - steps[0][0], sum(n for _, n in steps[1:])
+        print(f"{c.workers} workers: {count / seconds:.0f} samples/s over {seconds:.1f} s, batches of 32 laid out")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

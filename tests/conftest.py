@@ -1,0 +1,52 @@
+"""A tokenizer, a tiny model and a tiny data set that the tests of data, training and checkpoints share."""
+
+import io
+import json
+import zipfile
+from importlib import resources
+
+import pytest
+
+from llava_fn import config, data, emoji
+from llava_fn.text import Tokenizer
+
+CONTENT = resources.files("llava_fn").joinpath("emoji.zip").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return config.Llava(
+        config.Vision(image=16, patch=8, width=16, blocks=2, heads=2, ffn=32),
+        config.Llama(vocab=512, width=16, blocks=2, heads=2, kv_heads=1, ffn=32),
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(zipfile.ZipFile(io.BytesIO(CONTENT)).read("tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def emojis(tmp_path_factory, tokenizer):
+    """A folder: train.json (12 records), heldout.json (3), images/, tokenizer.model. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("emojis")
+    archive = zipfile.ZipFile(io.BytesIO(CONTENT))
+    packed = json.loads(archive.read("records.json"))[:15]
+    (folder / "images").mkdir()
+    for record, picture in zip(packed, emoji.cut(archive.read("sheet.png"), 15, 32, 48), strict=True):
+        (folder / emoji.image_name(record)).write_bytes(picture)
+    records = [emoji.conversation(record) for record in packed]
+    (folder / "train.json").write_text(json.dumps(records[:12]))
+    (folder / "heldout.json").write_text(json.dumps(records[12:]))
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def how(tiny, tokenizer):
+    return data.Preparation(tokenizer, "plain", None, "square", tiny.vision.image, tiny.vision.patches, 64)
+
+
+@pytest.fixture(scope="session")
+def samples(emojis, how):
+    return [data.sample(r, how) for r in data.read(data.Source(emojis / "train.json", emojis))]

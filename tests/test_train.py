@@ -1,0 +1,197 @@
+"""One update: what it computes, what it changes, and when it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llava_fn import llava, optim, spec, train, tree
+from llava_fn.batch import collate
+from llava_fn.grad import value_and_grad
+from llava_fn.optim import Optim
+from llava_fn.train import STAGES, NonFinite, State, Task
+
+OPTIM = Optim(lr=1e-2, warmup=0.0, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module")
+def params(tiny):
+    return spec.init(llava.spec(tiny), 0)
+
+
+def copy(params):
+    return tree.rebuild(params, [p.clone() for p in tree.values(params)])
+
+
+def begin(params, model, stage="all", **fields):
+    """(state, task) of a run of 20 updates; the state owns its tensors."""
+    mine, frozen = tree.split(copy(params), STAGES[stage])
+    return State(0, mine, optim.init(mine)), Task(frozen, model, **{"optim": OPTIM, "steps": 20} | fields)
+
+
+def grouped(samples, *sizes):
+    """Micro-batches of these sizes."""
+    ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    return [collate(samples[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def close(a, b, **limits):
+    assert tree.paths(a) == tree.paths(b)
+    for path in tree.paths(a):
+        torch.testing.assert_close(a[path], b[path], msg=lambda m, path=path: f"{path}: {m}", **limits)
+
+
+def same(a, b):
+    """Equal to the bit, NaNs too."""
+    assert tree.paths(a) == tree.paths(b)
+    for x, y in zip(tree.values(a), tree.values(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def run(params, model, batches, updates=3, **fields):
+    state, task = begin(params, model, **fields)
+    metrics = []
+    for _ in range(updates):
+        state, m = train.train_step(state, batches, task)
+        metrics.append(m)
+    return state, metrics
+
+
+def nll(params, batch, model):
+    return llava.nll(params, batch, model)
+
+
+def test_accumulation_equals_the_big_batch(params, tiny, samples):
+    eps = Optim(lr=1e-2, warmup=0.0, eps=1e-3)  # else Adam blows rounding up where a gradient is nearly zero
+    one, m1 = run(params, tiny, grouped(samples, 12), optim=eps)
+    for sizes in ((6, 6), (1, 3, 8), (1,) * 12):
+        many, m2 = run(params, tiny, grouped(samples, *sizes), optim=eps)
+        for a, b in zip(m1, m2, strict=True):
+            assert b.loss == pytest.approx(a.loss, rel=1e-5) and b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+            assert (a.tokens, a.labelled, a.samples) == (b.tokens, b.labelled, b.samples)
+        close(one.params, many.params, rtol=1e-4, atol=2e-5)
+
+
+def test_the_loss_is_the_mean_over_tokens_or_the_mean_of_means(params, tiny, samples):
+    short, long = sorted(samples, key=lambda s: len(s.ids))[:2], sorted(samples, key=lambda s: len(s.ids))[2:]
+    batches = [collate(short), collate(long)]
+    losses = [nll(params, b, tiny) for b in batches]
+    (_, (token,)), (_, (rank,)) = (run(params, tiny, batches, 1, loss=x) for x in ("token_mean", "rank_mean"))
+    assert token.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert rank.loss == pytest.approx(torch.stack([x.mean() for x in losses]).mean().item(), rel=1e-5)
+    assert abs(token.loss - rank.loss) > 1e-4
+
+
+def test_rank_mean_has_the_gradient_of_the_mean_of_means(params, tiny, samples):
+    batches = grouped(samples, 2, 3, 7)
+    _, grads = value_and_grad(lambda p: (sum(nll(p, b, tiny).mean() for b in batches) / 3, None))(params)
+    state, _ = run(params, tiny, batches, 1, loss="rank_mean", optim=replace(OPTIM, clip=0.0))
+    first = tree.rebuild(grads, [g * (1 - OPTIM.beta1) for g in tree.values(grads)])
+    close(state.moments.first, first, rtol=1e-4, atol=1e-7)
+
+
+def test_metrics_count_what_was_seen(params, tiny, samples):
+    _, (m,) = run(params, tiny, grouped(samples, 5, 7), 1)
+    assert m.tokens == sum(len(s.ids) for s in samples) and m.samples == 12
+    assert m.labelled == sum(sum(s.label) for s in samples) and m.lr == OPTIM.lr
+    _, grads = value_and_grad(lambda p: (nll(p, collate(samples), tiny).mean(), None))(params)
+    assert m.grad_norm == pytest.approx(tree.global_norm(grads).item(), rel=1e-4)
+
+
+def test_the_update_uses_clipped_gradients_and_reports_the_norm_before(params, tiny, samples):
+    state, (m,) = run(params, tiny, grouped(samples, 12), 1, optim=replace(OPTIM, clip=0.01))
+    assert m.grad_norm > 0.1
+    assert tree.global_norm(state.moments.first).item() == pytest.approx(0.01 * (1 - OPTIM.beta1), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage, parts", [("projector", {"projector"}), ("projector+llama", {"projector", "llama"})])
+def test_a_stage_changes_its_parts_and_nothing_else(params, tiny, samples, stage, parts):
+    state, task = begin(params, tiny, stage)
+    for _ in range(3):
+        state, _ = train.train_step(state, grouped(samples, 4, 8), task)
+    assert {path[0] for path in tree.paths(state.params)} == parts
+    assert {path[0] for path in tree.paths(state.moments.first)} == parts
+    for path in tree.paths(task.frozen):
+        assert torch.equal(task.frozen[path], params[path]), path
+    for path in tree.paths(state.params):
+        assert not torch.equal(state.params[path], params[path]), path
+    merged = tree.merge(state.params, task.frozen)
+    assert set(tree.paths(merged)) == set(tree.paths(params))
+
+
+def test_gradients_of_a_stage_are_those_of_the_whole_restricted_to_it(params, tiny, samples):
+    free = replace(OPTIM, clip=0.0)
+    full, _ = run(params, tiny, grouped(samples, 12), 1, optim=free)
+    part, _ = run(params, tiny, grouped(samples, 12), 1, optim=free, stage="projector")
+    for path in tree.paths(part.params):
+        torch.testing.assert_close(part.moments.first[path], full.moments.first[path], rtol=1e-4, atol=1e-8)
+
+
+def test_masters_stay_fp32_and_keep_updates_that_bf16_would_lose(params, tiny, samples):
+    slow = Optim(lr=1e-6, warmup=0.0)
+    state, metrics = run(params, tiny, grouped(samples, 12), 3, optim=slow, dtype=torch.bfloat16)
+    for t in (state.params, state.moments.first, state.moments.second):
+        assert all(leaf.dtype == torch.float32 for leaf in tree.values(t))
+    norms = state.params["llama", "norm"]  # they began as ones, whose bf16 neighbour is 0.996
+    assert norms.ne(1).all() and norms.bfloat16().eq(1).all()
+    moved = state.params["llama", "embed"] - params["llama", "embed"]
+    assert 2e-6 < moved.abs().max() < 3.1e-6
+    exact, wanted = run(params, tiny, grouped(samples, 12), 3, optim=slow)
+    assert [m.loss for m in metrics] == pytest.approx([m.loss for m in wanted], rel=2e-2)
+    assert [m.loss for m in metrics] != [m.loss for m in wanted]  # it did compute in bf16
+
+
+def test_bf16_masters_see_fp32_gradients(params, tiny, samples):
+    state, task = begin(params, tiny, dtype=torch.bfloat16)
+    _, grads = value_and_grad(train.loss)(state.params, collate(samples), 1.0, task)
+    assert {g.dtype for g in tree.values(grads)} == {torch.float32}
+
+
+@pytest.mark.parametrize("leaf", [("llama", "blocks", "1", "w_down"), ("projector", "b2")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_stops_the_run_before_anything_changes(params, tiny, samples, leaf, value):
+    state, task = begin(params, tiny)
+    state = replace(state, step=6)
+    state.params[leaf].view(-1)[0] = value
+    before = [copy(t) for t in (state.params, state.moments.first, state.moments.second)]
+    with pytest.raises(NonFinite, match="step 7: the loss is (nan|inf)") as caught:
+        train.train_step(state, grouped(samples, 5, 7), task)
+    assert all(s.record in str(caught.value) for s in samples)
+    for a, b in zip(before, (state.params, state.moments.first, state.moments.second), strict=True):
+        same(a, b)
+
+
+def test_the_first_gradient_that_is_not_finite_is_named(params, tiny, samples, monkeypatch):
+    state, task = begin(params, tiny)
+
+    def spoiled(fn):
+        def call(p, *args):
+            value, grads = value_and_grad(fn)(p, *args)
+            grads["llama", "blocks", "0", "wq"][0, 0] = float("nan")
+            grads["llama", "norm"][0] = float("inf")
+            return value, grads
+
+        return call
+
+    monkeypatch.setattr(train, "value_and_grad", spoiled)
+    with pytest.raises(NonFinite, match="first gradient that is not finite is llama/blocks/0/wq; nothing was updated"):
+        train.train_step(state, grouped(samples, 12), task)
+    same(state.params, params)
+
+
+def test_training_overfits_four_samples(params, tiny, samples):
+    state, task = begin(params, tiny, optim=Optim(lr=2e-2, warmup=0.05, beta2=0.98), steps=150)
+    losses = []
+    for _ in range(150):
+        state, m = train.train_step(state, grouped(samples[:4], 4), task)
+        losses.append(m.loss)
+    assert losses[0] > 5 and losses[-1] < 0.1
+
+
+def test_the_rate_follows_the_schedule_of_the_whole_run(params, tiny, samples):
+    c = Optim(lr=1e-2, warmup=0.2)
+    state, metrics = run(params, tiny, grouped(samples, 4), 5, optim=c)
+    assert [m.lr for m in metrics] == [optim.learning_rate(c, k, 20) for k in range(1, 6)] and state.step == 5
+    still, (m,) = run(params, tiny, grouped(samples, 4), 1, optim=c)
+    assert m.lr == 0
+    same(still.params, params)
