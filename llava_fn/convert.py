@@ -117,7 +117,8 @@ def llama_config(values: Mapping[str, Any]) -> Llama:
     rope = values.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     if values.get("rope_scaling") or kind != "default":
-        raise ValueError(f"this Llama scales its rotary embedding ({values.get('rope_scaling') or kind}); not supported")
+        scaling = values.get("rope_scaling") or kind
+        raise ValueError(f"this Llama scales its rotary embedding ({scaling}); not supported")
     if values.get("attention_bias") or values.get("mlp_bias"):
         raise ValueError("this Llama has biases; not supported")
     heads = values.get("num_attention_heads", 32)

@@ -20,6 +20,7 @@ from llava_fn.spec import Param, Spec, norm
 from llava_fn.spec import linear as weight
 
 LOGIT_ROWS = 2048
+Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
 
 
 def spec(c: Llama) -> Spec:
@@ -46,8 +47,8 @@ def _block_spec(c: Llama) -> Spec:
     }  # fmt: skip
 
 
-def block(p: TensorDict, x: Tensor, turn: tuple[Tensor, Tensor], segments: Segments, rows: Tensor | None, c: Llama, tp: TP):
-    """One decoder block. x: t d -> t d, V on tp; turn: cos and sin, each t 1 h.
+def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor | None, c: Llama, tp: TP) -> Tensor:
+    """One decoder block. x: t d -> t d, V on tp.
 
     rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
     nothing else: x: t d -> r d. `segments.queries` then counts `rows`.

@@ -29,9 +29,9 @@ class Execution:
 
 
 def execution(recompute: bool = False, backend: str = "") -> Execution:
-    """recompute: keep only each block's input for the backward pass. backend: compile blocks with that of torch.compile.
+    """recompute: keep only each block's input for the backward pass.
 
-    One graph serves all blocks and all batches.
+    backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches.
     """
     blocks = [vit.block, llama.block]
     if backend:

@@ -1,7 +1,7 @@
 """Read a whole data set as training would, before a long run does: every record, every image, every token.
 
-Prints how many records are fine, a histogram of their lengths, and each bad record with what is wrong with it. Ends with
-exit code 1 if there is one. The embedded data set is checked without arguments.
+Prints how many records are fine, a histogram of their lengths, and each bad record with what is wrong with it. Ends
+with exit code 1 if there is one. The embedded data set is checked without arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Validate:
 
     source: data.Source = data.Source(Path("runs/emoji-data/train.json"), Path("runs/emoji-data"))
     tokenizer: Path = Path("runs/emoji-data/tokenizer.model")
-    unpack: Path | None = Path("runs/emoji-data")  # where to put the data set that comes with the package; None: nowhere
+    unpack: Path | None = Path("runs/emoji-data")  # where to put the data set that comes with the package, if anywhere
     vision: config.Vision = config.LLAVA_EMOJI.vision
     data: data.Data = data.Data(workers=1)  # template, image mode, longest sample; its sources are not read
 
@@ -79,7 +79,8 @@ def main(c: Validate) -> None:
     print(f"{c.source.records}: {len(good)} of {len(rows)} records are fine")
     if good:
         lengths = [tokens for tokens, _, _ in good]
-        print(f"tokens of a record, image positions included; {sum(n for _, n, _ in good)} of {sum(lengths)} are targets")
+        targets = sum(labelled for _, labelled, _ in good)
+        print(f"tokens of a record, image positions included; {targets} of {sum(lengths)} are targets")
         print(histogram(lengths))
     if bad:
         raise ValueError(f"{len(bad)} bad records; mend them, or train with on_bad_record=skip\n  " + "\n  ".join(bad))

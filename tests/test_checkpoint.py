@@ -249,6 +249,14 @@ def test_source_picks_the_newest_the_named_or_none(a_run, saved, params, moments
         runs.source(folder, "4")
 
 
+def test_source_tidies_up_after_a_kill(a_run, params, moments):
+    a_run.save(state(3, params, moments))
+    checkpoint.at(a_run.checkpoints, 3).rename(a_run.checkpoints / ".old-000003")
+    (a_run.checkpoints / ".part-000004").mkdir()
+    assert runs.source(a_run.folder, "auto").name == "000003"
+    assert [p.name for p in a_run.checkpoints.iterdir()] == ["000003"]
+
+
 def test_going_back_drops_what_came_later(a_run, params, moments):
     for step in (1, 2, 3):
         a_run.log(step, {"loss": step / 2}, (("r", "why"),))

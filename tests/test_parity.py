@@ -4,8 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from llava_fn import config, convert, image, llama, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample, Stream, collate
