@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,10 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
 
     presets: name -> config; the first is the default. Exits with a message on an unknown flag, like any command line.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    start = next(iter(presets))
-    if "--config" in args:
-        i = args.index("--config")
-        if i + 1 == len(args):
-            sys.exit(f"--config needs one of {', '.join(presets)}, or a JSON file")
-        start = args[i + 1]
-        del args[i : i + 2]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=next(iter(presets)))
+    known, args = first.parse_known_args(args)
+    start = known.config
     try:
         config = presets[start] if start in presets else read(type(next(iter(presets.values()))), Path(start))
     except ValueError as error:
