@@ -55,7 +55,7 @@ class Pretrain:
 EMOJI = Pretrain(
     run_dir=Path("runs/emoji"),
     data=data.Data(
-        sources=(data.Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=32.0, workers=1, max_tokens=64
+        sources=(data.Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=22.0, workers=1, max_tokens=64
     ),
     optim=Optim(lr=3e-3, warmup=0.05, beta2=0.98, weight_decay=1.0),
     train="all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     Differs: HF's LlamaRMSNorm rounds before it multiplies by the gain; here, as on NPUs, one rounding stands at the
     end, up to one unit in the last place apart in bf16.
     """
-    return F.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
+    h = x.float()  # spelled out: on the CPU the backward pass of F.rms_norm takes four times as long (torch 2.13)
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * gain.float()).to(x.dtype)
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:

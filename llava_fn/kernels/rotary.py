@@ -19,5 +19,4 @@ def rotary_tables(positions: Tensor, head: int, theta: float) -> tuple[Tensor, T
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin. x: t n h, cos and sin: t 1 h, cast to x's dtype first -> t n h."""
     a, b = x.chunk(2, -1)
-    cos, sin = (z.to(x.dtype)[..., : a.shape[-1]] for z in (cos, sin))
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
