@@ -2,9 +2,9 @@
 
     python bench/overhead.py --model prop
 
-The tree work is what `train_step` does besides tensor arithmetic: cast and merge trees, walk down to every leaf of every
-block once, differentiate with respect to the trainable leaves, rebuild the tree of gradients. It is timed with a loss
-that touches one number of each trainable leaf. CPU seconds, one thread.
+The tree work is what `train_step` does besides tensor arithmetic: cast and merge trees, walk down to every leaf of
+every block once, differentiate with respect to the trainable leaves, rebuild the tree of gradients. It is timed with a
+loss that touches one number of each trainable leaf. CPU seconds, one thread.
 """
 
 from __future__ import annotations

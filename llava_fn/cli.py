@@ -23,7 +23,7 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
     presets: name -> config; the first is the default. Exits with a message on an unknown flag, like any command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=next(iter(presets)))
+    first.add_argument("--config", metavar=f"{{{','.join(presets)}}}|FILE", default=next(iter(presets)))
     known, args = first.parse_known_args(args)
     start = known.config
     try:
