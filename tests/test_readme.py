@@ -83,5 +83,5 @@ def test_default_run_learns_to_caption_what_it_has_not_seen(clone):
     done = run(command.rpartition("&&")[2].replace(".venv/bin/python", "OMP_NUM_THREADS=2 python"), clone)
     said = re.search(r"([\d.]+)% of 281 .*; ([\d.]+) nats .* image, ([\d.]+) with", done.stdout)
     exact, nll, shuffled = map(float, said.groups())
-    assert exact >= 75 and shuffled - nll > 1
+    assert exact >= 70 and shuffled - nll > 1
     assert (clone / "runs/emoji/samples.html").exists()
