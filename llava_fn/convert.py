@@ -176,10 +176,10 @@ def read_clip(folder: Path) -> tuple[Vision, TensorDict]:
     """The image tower of an HF CLIP folder (CLIPModel or CLIPVisionModel)."""
     values = json.loads((folder / "config.json").read_text())
     c = vision_config(values.get("vision_config", values))
-    found = {n.removeprefix("vision_model."): t for n, t in tensors(folder).items() if not CLIP_UNUSED.match(n)}
-    found = {n: t for n, t in found.items() if not CLIP_UNUSED.match(n)}
-    late = re.compile("|".join(rf"encoder\.layers\.{i}\." for i in range(c.used, c.blocks)) or "(?!)")
-    return c, read_all({n: t for n, t in found.items() if not late.match(n)}, vit_names(c.used), vit.spec(c), folder)
+    found = {n.removeprefix("vision_model."): t for n, t in tensors(folder).items()}
+    late = tuple(f"encoder.layers.{i}." for i in range(c.used, c.blocks))
+    wanted = {n: t for n, t in found.items() if not CLIP_UNUSED.match(n) and not n.startswith(late)}
+    return c, read_all(wanted, vit_names(c.used), vit.spec(c), folder)
 
 
 def read_llama(folder: Path) -> tuple[Llama, TensorDict]:
