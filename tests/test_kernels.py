@@ -71,6 +71,52 @@ def test_rows_that_do_not_fit_the_segments_are_refused():
         kernels.attention(*(rand(3, 1, 2) for _ in range(3)), Segments.of([4]), True)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.data())
+def test_decode_attention_equals_attention_over_the_keys_that_a_row_sees(lengths, heads, data):
+    size = max(lengths) + data.draw(st.integers(0, 3))
+    q = rand(len(lengths), heads[0], 4, seed=1)
+    k, v = (rand(len(lengths), size, heads[1], 4, seed=s) for s in (2, 3))
+    mine = kernels.decode_attention(q, k, v, torch.tensor(lengths))
+    ragged = [torch.cat([x[j, :n] for j, n in enumerate(lengths)]) for x in (k, v)]
+    want = naive_attention(q, *ragged, Segments((1,) * len(lengths), tuple(lengths)), True)
+    weight = rand(*want.shape, seed=4).detach()
+    torch.testing.assert_close(mine, want)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (mine, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_decode_attention_ignores_the_rest_of_the_cache():
+    q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
+    lengths = torch.tensor([2, 5])
+    want = kernels.decode_attention(q, k, v, lengths)
+    for x, fill in ((k, 1e4), (v, 7.0)):
+        x.data[0, 2:] = fill
+    assert torch.equal(kernels.decode_attention(q, k, v, lengths), want)
+
+
+def test_decode_attention_is_one_graph_for_all_lengths():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    step = torch.compile(kernels.decode_attention, backend=counter, fullgraph=True)
+    q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
+    for lengths in ([1, 2], [5, 3], [4, 4]):
+        torch.testing.assert_close(
+            step(q, k, v, torch.tensor(lengths)), kernels.decode_attention(q, k, v, torch.tensor(lengths))
+        )
+    assert counter.frame_count == 1
+
+
+def test_decode_attention_refuses_shapes_that_do_not_fit():
+    q, k = rand(2, 3, 4), rand(2, 5, 2, 4)
+    for args in ((q, k, k), (q[:1], k, k), (rand(2, 4, 4), k, k[:, :4]), (rand(2, 4, 2), k, k)):
+        with pytest.raises(ValueError, match="n a multiple of m"):
+            kernels.decode_attention(*args, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"lengths \(1,\)"):
+        kernels.decode_attention(rand(2, 4, 4), k, k, torch.tensor([1]))
+
+
 def test_norms_follow_their_formulas():
     x, gain, bias = rand(3, 7), rand(7, seed=1), rand(7, seed=2)
     rms = x * gain / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
