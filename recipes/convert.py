@@ -113,7 +113,7 @@ def main(c: Convert) -> None:
     if moved and moved.pretrain:
         config = c.out.with_name(f"{c.out.name}-pretrain.json")
         config.parent.mkdir(parents=True, exist_ok=True)
-        report.write(config, json.dumps(moved.pretrain | {"base": str(c.out)}, indent=1) + "\n")
+        report.write(config, json.dumps(mindspeed.pretrain_config(moved, c.out), indent=1) + "\n")
         print(f"{config}: for recipes/pretrain.py --config")
     with report.Bytes(export.size(source)) as progress:
         export.export(source, c.out, c.to, progress.add)

@@ -561,8 +561,8 @@ def test_files_that_contradict_each_other_are_both_named(move, a, b, path, value
 
 def test_broken_json_is_refused_with_line_and_column(tmp_path):
     path = tmp_path / "evaluate.json"
-    path.write_text('{\n  "text_decoder": {"ckpt_path": "a"}\n  "image_encoder": {}\n}')  # no comma after line 2
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3, column 3: Expecting ',' delimiter")):
+    path.write_text('{\n  "text_decoder": {"ckpt_path": "a"}\n    "image_encoder": {}\n}')  # no comma after line 2
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3, column 5: Expecting ',' delimiter")):
         mindspeed.read([path])
 
 

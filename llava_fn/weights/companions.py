@@ -82,8 +82,7 @@ def liuhaotian(c: Llava, dtype: torch.dtype, tokenizer: bytes, image_mode: str) 
     not exist. Source: LLaVA llava_llama.py, llava_arch.py, builder.py.
     """
     pieces = _pieces(tokenizer, c.llama.vocab)
-    if image_mode not in ("pad", "square"):
-        raise ValueError(f"image mode {image_mode!r}: must be 'pad' or 'square'")
+    _check_mode(image_mode)
     files = {
         "config.json": {
             **_llama(c.llama, _dtype(dtype), pieces),
@@ -292,7 +291,7 @@ def _merges(rows: tuple[tuple[str, float, int], ...]) -> list[str]:
         for i in range(1, len(piece))
         if piece[:i] in scores and piece[i:] in scores
     ]
-    pairs.sort(key=lambda pair: (-pair[0], -len(pair[1]), -len(pair[2])))
+    pairs.sort(key=lambda pair: (-pair[0], -len(pair[1])))
     return [f"{left} {right}" for _, left, right in pairs]
 
 
@@ -318,7 +317,7 @@ _DECODERS = (
 def _fast(pieces: _Pieces) -> bytes:
     """tokenizer.json, which both transformers 4 and 5 prefer.
 
-    Without it transformers 5 needs protobuf, and merges runs of spaces first that sentencepiece merges last.
+    Without it transformers 5 needs protobuf, begins no text with a space, and merges runs of spaces too early.
     """
     bos = pieces.names["bos_token"]
     first, second = ({"Sequence": {"id": part, "type_id": i}} for i, part in enumerate("AB"))
@@ -376,6 +375,10 @@ def _hf_tokenizer_config(pieces: _Pieces) -> dict[str, Any]:
     }
 
 
+_KINDS = {  # by image mode
+    "square": {"image_processor_type": "CLIPImageProcessor"},
+    "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+}
 # What both image modes have in common. transformers' own defaults are the same.
 _PIXELS = {
     "do_convert_rgb": True,
@@ -396,15 +399,15 @@ _PROCESSORS = {
 }
 
 
+def _check_mode(image_mode: str) -> None:
+    if image_mode not in _KINDS:
+        raise ValueError(f"image mode {image_mode!r}: must be one of {', '.join(_KINDS)}")
+
+
 def _preprocessor(size: int, image_mode: str) -> dict[str, Any]:
-    kinds = {
-        "square": {"image_processor_type": "CLIPImageProcessor"},
-        "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
-    }
-    if image_mode not in kinds:
-        raise ValueError(f"image mode {image_mode!r}: must be 'pad' or 'square'")
+    _check_mode(image_mode)
     return {
-        **kinds[image_mode],
+        **_KINDS[image_mode],
         "processor_class": "LlavaProcessor",
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
@@ -473,8 +476,8 @@ def image_mode_of(files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """
     ratio = files.get("config.json", {}).get("image_aspect_ratio")
     if ratio is not None:
-        if ratio not in ("pad", "square"):
-            raise ValueError(f"config.json: image_aspect_ratio={ratio!r} is not supported, only 'pad' and 'square'")
+        if ratio not in _KINDS:
+            raise ValueError(f"config.json: image_aspect_ratio={ratio!r} is not supported, only {', '.join(_KINDS)}")
         return ratio
     nested = files.get("processor_config.json", {}).get("image_processor")
     found = {"preprocessor_config.json": files.get("preprocessor_config.json"), "processor_config.json": nested}
@@ -492,10 +495,16 @@ def _mode(name: str, values: Mapping[str, Any]) -> str:
     for key, value in _PIXELS.items():
         if values.get(key, value) != value:
             raise ValueError(f"{name}: {key}={values[key]!r} is not supported, only {value!r}")
-    size = values.get("size", 0)
-    if not isinstance(size, int) and set(size) != {"shortest_edge"}:
+    size, crop = values.get("size"), values.get("crop_size")
+    if isinstance(size, Mapping) and set(size) != {"shortest_edge"}:
         raise ValueError(f"{name}: size={size!r} is not supported; it must give the shortest_edge alone")
+    if len(_edges(size) | _edges(crop)) > 1:
+        raise ValueError(f"{name}: size={size!r} with crop_size={crop!r} is not supported; they must agree")
     pad = values.get("do_pad") or False
     if pad not in (True, False) or (pad and not _PROCESSORS[kind]):
         raise ValueError(f"{name}: do_pad={pad!r} of {kind}; only LlavaImageProcessor pads to a square")
     return "pad" if pad else "square"
+
+
+def _edges(size: Mapping[str, int] | int | None) -> set[int]:
+    return set() if size is None else {size} if isinstance(size, int) else set(size.values())

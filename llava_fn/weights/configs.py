@@ -93,9 +93,10 @@ def _count(rows: list[Row], path: str, tensors: Mapping[str, Tensor]) -> int:
 MANY = 1000  # blocks, more than any model has
 
 
-def vision_of(place: Place, tensors: Mapping[str, Tensor]) -> Vision:
-    """The config of a CLIP file that brings none, by OpenAI's rule: heads are 64 wide, quick GELU (clip/model.py).
+def vision_of(place: Place, tensors: Mapping[str, Tensor], layer: int) -> Vision:
+    """The config of a CLIP that brings none, by OpenAI's rule: heads are 64 wide, quick GELU (clip/model.py).
 
+    layer: the hidden state that the projector reads.
     23 blocks are those of ViT-L without the last, which MindSpeed-MM's later converters leave out.
     """
     rows = place.rows(Llava(vision=Vision(blocks=MANY)))
@@ -105,7 +106,7 @@ def vision_of(place: Place, tensors: Mapping[str, Tensor]) -> Vision:
         raise ValueError(f"the image tower is {width} wide, no multiple of 64: give a folder with its config.json")
     blocks = _count(rows, "wo", tensors)
     ffn = _of(rows, "blocks/0/w_up", tensors)[0]
-    return Vision(side * patch, patch, width, 24 if blocks == 23 else blocks, width // 64, ffn)
+    return Vision(side * patch, patch, width, 24 if blocks == 23 else blocks, width // 64, ffn, feature_layer=layer)
 
 
 def llama_of(place: Place, tensors: Mapping[str, Tensor]) -> Llama:

@@ -102,8 +102,8 @@ def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None)
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")
     if layout == "mm_projector":
-        with checkpoint.appearing(to) as part:
-            torch.save({name: x.read().clone() for name, x in names(layout, source, None).items()}, part)
+        with checkpoint.appearing(to) as part, part.open("wb") as f:
+            torch.save({name: x.read().clone() for name, x in names(layout, source, None).items()}, f)
         return
     if source.tokenizer is None:
         raise ValueError(f"{source.where} has no tokenizer.model; give one with --tokenizer")

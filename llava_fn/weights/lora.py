@@ -50,7 +50,19 @@ def read(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return {path: (Leaf.of(pair["A"]), Leaf.of(pair["B"]), scale) for path, pair in found.items()}
 
 
-def merge(leaf: Leaf, a: Leaf, b: Leaf, scale: float) -> Leaf:
+def merge(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> dict[str, Leaf]:
+    """The leaves that the adapters change, as they are after it. ValueError lists the adapters that do not fit."""
+    unfit = [
+        f"{path} is {leaves[path].shape if path in leaves else 'missing'}, not {(b.shape[0], a.shape[1])}"
+        for path, (a, b, _) in adapters.items()
+        if path not in leaves or leaves[path].shape != (b.shape[0], a.shape[1])
+    ]
+    if unfit:
+        raise ValueError(f"the adapters of {where} do not fit the weights: {'; '.join(unfit)}")
+    return {path: _merged(leaves[path], *adapter) for path, adapter in adapters.items()}
+
+
+def _merged(leaf: Leaf, a: Leaf, b: Leaf, scale: float) -> Leaf:
     """W + scale B A: the product in fp32, rounded to W's dtype before the sum, as PEFT does (lora/layer.py, merge)."""
 
     def merged() -> Tensor:

@@ -43,11 +43,7 @@ def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
         raise ValueError("--merge-lora is given, but no source holds LoRA adapters")
     leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
     for source in adapted:
-        for path, (a, b, scale) in source.lora.items():
-            if path not in leaves or leaves[path].shape != (b.shape[0], a.shape[1]):
-                have = leaves[path].shape if path in leaves else "missing"
-                raise ValueError(f"{source.where}: the adapter of {path} does not fit: the weight is {have}")
-            leaves[path] = lora.merge(leaves[path], a, b, scale)
+        leaves |= lora.merge(leaves, source.lora, source.where)
     whole = Source(
         " + ".join(source.where for source in sources), "merged", leaves,
         {path: leaf for source in sources for path, leaf in source.spare.items()},

@@ -64,11 +64,15 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava
     leaves: dict[str, Leaf] = {}
     try:
         configs.check_fixed(values)
+        layer = configs.feature_layer(values)
         for place, names in found.items():
             if place.part == "vision":
-                vision = given.vision if given else configs.vision_beside(values) or configs.vision_of(place, names)
+                beside = given.vision if given else configs.vision_beside(values)
+                vision = beside or configs.vision_of(place, names, layer)
             if place.part == "llama":
                 llama = given.llama if given else configs.llama_beside(values) or configs.llama_of(place, names)
+        if vision is None and layer != -2:
+            raise ValueError(f"its projector reads hidden state {layer} of an image tower that it does not bring")
         for place, names in found.items():
             part = placing.leaves(place, names, vision, llama, wrong)
             leaves |= {f"{place.part}/{path}": leaf for path, leaf in part.items()}
