@@ -21,10 +21,11 @@ import tyro
 from tensordict import TensorDict
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_fn import config, convert, image, llava, optim, tree
+from llava_fn import config, image, llava, optim, tree
 from llava_fn.batch import Batch, Sample, collate
 from llava_fn.text import IMAGE
 from llava_fn.train import STAGES, State, Task, train_step
+from llava_fn.weights.model import from_state_dict
 
 LLAMA = {"width": 512, "blocks": 8, "heads": 8, "kv_heads": 8, "ffn": 1376}
 MODELS = {
@@ -132,8 +133,7 @@ def main(c: Bench) -> float:
     clock = time.process_time if c.threads == 1 else time.perf_counter
     model, o = MODELS[c.model], optim.Optim(lr=1e-4)
     samples, peer = make_samples(model, c.stage, c.samples), peer_model(model)
-    names = convert.llava_names(model.vision.used, model.llama.blocks)
-    params = convert.read({k: v.detach() for k, v in peer.state_dict().items()}, names, llava.spec(model))
+    params = from_state_dict(peer.state_dict(), model)
     pair = {
         "ours": our_step(params, collate(samples), model, c, o),
         "transformers": peer_step(peer, samples, c, o),

@@ -2,6 +2,7 @@
 
     000100/params.safetensors   the leaves that this run trains, or a whole model
     000100/optim.safetensors    AdamW's moments, if they were kept
+    000100/unused.safetensors   what a converted model brought that LLaVA never reads, so that it can go out again
     000100/tokenizer.model      the sentencepiece model that the ids belong to
     000100/manifest.json        model, image mode, template, step, recipe; the base: path and fingerprint
     000100/SHA256SUMS           of all the others; `sha256sum -c SHA256SUMS` checks them too
@@ -16,8 +17,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,14 +72,16 @@ class Checkpoint:
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():
+        return "no file"
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _sums(folder: Path) -> str:
+def sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What SHA256SUMS says of a folder. known: digests that need not be computed again, file name -> hex."""
     names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
-    digests = [_digest(folder / name) if (folder / name).is_file() else "no file" for name in names]
-    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    return "".join(f"{known.get(name) or _digest(folder / name)}  {name}\n" for name in names)
 
 
 def fingerprint(folder: Path) -> str:
@@ -88,7 +94,7 @@ def verify(folder: Path) -> None:
     if not (folder / SUMS).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
     said = (folder / SUMS).read_bytes()
-    found = _sums(folder)
+    found = sums(folder)
     if said == found.encode():
         return
     changed = set(said.decode("utf-8", "replace").split("\n")) ^ set(found.split("\n"))
@@ -108,6 +114,39 @@ def _flat(params: TensorDict) -> dict[str, torch.Tensor]:
     return {"/".join(k): v.contiguous() for k, v in zip(tree.paths(params), tree.values(params), strict=True)}
 
 
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` to write a file or folder to; it becomes `target` at the end, and all at once.
+
+    A `target` that exists is replaced. OSError naming it if the disk is full. An error or an interrupt leaves nothing
+    behind; a process killed at any instant leaves the old one or the new one, and perhaps the temporary ones, which the
+    next attempt removes, or `clean` does.
+    """
+    part, aside = target.with_name(TEMPORARY + target.name), target.with_name(ASIDE + target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _discard(part)
+        yield part
+        for path in (*part.iterdir(), part) if part.is_dir() else (part,):
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        _discard(part)
+        raise OSError(f"could not write {target} ({free / 2**20:.0f} MiB free): {error}") from error
+    except BaseException:
+        _discard(part)
+        raise
+    if target.exists():
+        target.rename(aside)
+    part.rename(target)
+    _flush(target.parent)
+    remove(aside)
+
+
+def _discard(path: Path) -> None:
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
 def save(
     folder: Path,
     manifest: Manifest,
@@ -115,35 +154,22 @@ def save(
     moments: tuple[TensorDict, TensorDict] | None,
     tokenizer: bytes,
 ) -> None:
-    """Write a checkpoint to `folder`, replacing one of that name. OSError naming the folder if the disk is full.
-
-    A process killed at any instant leaves the old checkpoint or the new one, and perhaps folders under temporary names,
-    which `clean` removes or puts back.
-    """
-    part = folder.with_name(TEMPORARY + folder.name)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    """Write a checkpoint to `folder`, replacing one of that name, as `appearing` does."""
+    with appearing(folder) as part:
+        part.mkdir()
         save_file(_flat(params), part / "params.safetensors")
         if moments is not None:
             first, second = map(_flat, moments)
             both = {f"first/{k}": v for k, v in first.items()} | {f"second/{k}": v for k, v in second.items()}
             save_file(both, part / "optim.safetensors")
-        (part / "tokenizer.model").write_bytes(tokenizer)
-        (part / "manifest.json").write_text(json.dumps(plain(manifest), indent=1) + "\n")
-        (part / SUMS).write_text(_sums(part))
-        for path in (*part.iterdir(), part):
-            _flush(path)
-    except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {folder} ({free / 2**20:.0f} MiB free): {error}") from error
-    aside = folder.with_name(ASIDE + folder.name)
-    if folder.exists():
-        folder.rename(aside)
-    part.rename(folder)
-    _flush(folder.parent)
-    remove(aside)
+        seal(part, manifest, tokenizer)
+
+
+def seal(part: Path, manifest: Manifest, tokenizer: bytes, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write what makes a folder of tensors a checkpoint: tokenizer, manifest and sums. known: as in `sums`."""
+    (part / "tokenizer.model").write_bytes(tokenizer)
+    (part / "manifest.json").write_text(json.dumps(plain(manifest), indent=1) + "\n")
+    (part / SUMS).write_text(sums(part, known))
 
 
 def remove(folder: Path) -> None:

@@ -55,6 +55,39 @@ class Progress:
             self.last = now
 
 
+class Bytes:
+    """Progress of a long copy: a bar with rate and ETA on a terminal, plain lines elsewhere. A context manager."""
+
+    def __init__(self, total: int) -> None:
+        on_terminal = sys.stderr.isatty()
+        wide = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, **wide) if on_terminal else None
+        self.total, self.done, self.began = total, 0, time.monotonic()
+        self.last = self.began
+
+    def __enter__(self) -> Bytes:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, size: int) -> None:
+        """`size` more bytes are done."""
+        self.done += size
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(size)
+        elif now - self.last >= LOG_SECONDS or (self.done == self.total and now - self.began >= LOG_SECONDS):
+            rate = self.done / (now - self.began)
+            left = (self.total - self.done) / rate
+            print(
+                f"{self.done / 2**30:.2f}/{self.total / 2**30:.2f} GiB {rate / 2**20:.0f} MiB/s ETA {left:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            self.last = now
+
+
 def read_metrics(path: Path, until: int) -> list[dict]:
     """Rows of a JSON-lines file whose step is at most `until`; a last line that a kill cut short is dropped."""
     rows = []

@@ -1,41 +1,133 @@
-"""Make the base that pre-training starts from: an HF CLIP folder and an HF Llama folder (Vicuna), as one checkpoint.
+"""Convert weights: from any public layout of CLIP, Vicuna, the projector and LLaVA-1.5 to a checkpoint, and back out.
 
-    python recipes/convert.py --clip clip-vit-large-patch14-336 --llama vicuna-7b-v1.5 --out weights/base
+    python recipes/convert.py clip.pt vicuna-7b-v1.5 weights/base
+    python recipes/convert.py weights/model out/hf --to llava-hf
+
+What a source is, is told from its tensors and configs. Several sources are put together into one model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
-from tensordict import TensorDict
 
-from llava_fn import checkpoint, cli, convert
-from llava_fn.config import Llava
+from llava_fn import cli, report
 from llava_fn.text import Tokenizer
+from llava_fn.weights import export, mindspeed, model
+from llava_fn.weights.source import Source, open_source
+
+OPENAI = {"ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}  # clip/clip.py
 
 
 @dataclass(frozen=True)
 class Convert:
     """What is read and where it goes."""
 
-    clip: Path  # folder of a CLIPModel or CLIPVisionModel: config.json, and safetensors or .bin
-    llama: Path  # folder of a LlamaForCausalLM, with its sentencepiece tokenizer.model
-    out: Path  # the checkpoint to write
+    # files and folders to read, MindSpeed-MM's JSON files too; then the new folder, or file for mm_projector, to write
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")]
+    to: Literal["llava_fn", "llava-hf", "liuhaotian", "mm_projector"] = "llava_fn"  # the layout to write
+    merge_lora: bool = False  # add the adapters of a PEFT folder to the weights
+    tokenizer: Path | None = None  # a sentencepiece tokenizer.model, if no source folder has one
+    image_mode: Literal["pad", "square"] | None = None  # what the sources say, unless given
+    template: str | None = None  # of conversations; what the sources say, unless given
+
+    def __post_init__(self) -> None:
+        if len(self.paths) < 2:
+            raise ValueError("give at least one source, and the place to write to")
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """What is read."""
+        return self.paths[:-1]
+
+    @property
+    def out(self) -> Path:
+        """What is written."""
+        return self.paths[-1]
+
+
+def check_published(path: Path) -> None:
+    """Say so if a file bears the name of one that was published and is not that one."""
+    want = OPENAI.get(path.name)
+    if want is not None and path.is_file():
+        with path.open("rb") as f:
+            have = hashlib.file_digest(f, "sha256").hexdigest()
+        if have != want:
+            print(f"{path} is NOT the file that OpenAI published: its sha256 is {have}, not {want}", file=sys.stderr)
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return f.read(64).lstrip().startswith(b"{")
+
+
+def moved_sources(moved: mindspeed.Moved, given: list[Source]) -> list[Source]:
+    """The files that MindSpeed-MM's JSON names, but for parts that a source on the command line brings."""
+    out = []
+    for path in moved.weights:
+        source = open_source(path, moved.model)
+        twice = [part for other in given for part in other.parts if part in source.parts]
+        if twice:
+            print(f"{path} is left out: {', '.join(twice)} comes from another source", file=sys.stderr)
+        else:
+            out.append(source)
+    return out
+
+
+def read(c: Convert) -> tuple[Source, mindspeed.Moved | None]:
+    """All sources put together. ValueError names what is missing, has no place, or does not fit."""
+    texts = [path for path in c.sources if is_json(path)]
+    moved = mindspeed.read(texts) if texts else None
+    given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
+    source = model.merge(given + (moved_sources(moved, given) if moved else []), c.merge_lora)
+    words = c.tokenizer or (moved and moved.tokenizer)
+    if words and (c.tokenizer or source.tokenizer is None):
+        words = words / "tokenizer.model" if words.is_dir() else words
+        source = dataclasses.replace(source, tokenizer=Tokenizer.load(words).model)
+    return dataclasses.replace(
+        source,
+        image_mode=c.image_mode or (moved and moved.image_mode) or source.image_mode,
+        template=c.template or source.template,
+    ), moved
 
 
 def main(c: Convert) -> None:
-    """Read both folders and write the checkpoint. ValueError names what is missing or has no place."""
+    """Read the sources, write the one model that they make. ValueError names what is missing or has no place."""
     if c.out.exists():
-        raise ValueError(f"{c.out} exists; name another --out, or remove it")
-    tokenizer = Tokenizer.load(c.llama / "tokenizer.model")
-    vision, image_tower = convert.read_clip(c.clip)
-    llama, decoder = convert.read_llama(c.llama)
-    params = TensorDict({"vision": image_tower, "llama": decoder}).lock_()
-    manifest = checkpoint.Manifest(Llava(vision, llama), ("vision", "llama"), "square", "plain", None)
-    checkpoint.save(c.out, manifest, params, None, tokenizer.model)
-    print(f"{c.out}: {vision.used} of {vision.blocks} blocks of CLIP, {llama.blocks} of Llama, {llama.vocab} pieces")
+        raise ValueError(f"{c.out} exists; name another place, or remove it")
+    for path in c.sources:
+        check_published(path)
+    source, moved = read(c)
+    if moved:
+        print("".join(f"no meaning here: {line}\n" for line in moved.ignored), end="", file=sys.stderr)
+    if moved and moved.pretrain:
+        config = c.out.with_name(f"{c.out.name}-pretrain.json")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        report.write(config, json.dumps(mindspeed.pretrain_config(moved, c.out), indent=1) + "\n")
+        print(f"{config}: for recipes/pretrain.py --config")
+    with report.Bytes(export.size(source)) as progress:
+        export.export(source, c.out, c.to, progress.add)
+    print(f"{c.out}: {summary(source)}")
+
+
+def summary(source: Source) -> str:
+    """What the model is, in one line."""
+    said = {
+        "vision": lambda: f"{source.vision.used} of {source.vision.blocks} blocks of CLIP",
+        "projector": lambda: "projector",
+        "llama": lambda: f"{source.llama.blocks} blocks of Llama, {source.llama.vocab} pieces",
+    }
+    return ", ".join(said[part]() for part in source.parts)
 
 
 if __name__ == "__main__":

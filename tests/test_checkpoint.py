@@ -145,7 +145,7 @@ def forge(folder: Path, **changes) -> None:
     """Change fields of the manifest and make the sums agree again."""
     values = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(values | changes))
-    (folder / "SHA256SUMS").write_text(checkpoint._sums(folder))
+    (folder / "SHA256SUMS").write_text(checkpoint.sums(folder))
 
 
 def test_an_unknown_field_of_the_manifest_is_named(saved, tmp_path):
@@ -190,7 +190,7 @@ def test_another_config_lists_each_field_with_both_values(saved, manifest, begin
 def test_another_tokenizer_is_another_config(saved, tmp_path, manifest, begin):
     folder = copy(saved, tmp_path)
     (folder / "tokenizer.model").write_bytes(b"other")
-    (folder / "SHA256SUMS").write_text(checkpoint._sums(folder))
+    (folder / "SHA256SUMS").write_text(checkpoint.sums(folder))
     with pytest.raises(ValueError, match="tokenizer: another sentencepiece model"):
         runs.resume(folder, replace(manifest, step=0), begin, runs.Saving(), torch.device("cpu"))
 
@@ -304,7 +304,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(saved, tmp_path,
     limit = limit if isinstance(limit, int) else (saved / limit).stat().st_size - 1
     with largest_file(limit), pytest.raises(OSError, match=r"MiB free\): .*(large|27)") as caught:
         checkpoint.save(folder, manifest, moments[0], moments, tokenizer.model)
-    assert str(caught.value).startswith(f"could not write checkpoint {folder} (")
+    assert str(caught.value).startswith(f"could not write {folder} (")
     assert [p.name for p in tmp_path.iterdir()] == ["000007"]
     assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(saved)
     checkpoint.verify(folder)
@@ -312,7 +312,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(saved, tmp_path,
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path, manifest, params, tokenizer):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="could not write checkpoint .*file/000001"):
+    with pytest.raises(OSError, match="could not write .*file/000001"):
         checkpoint.save(tmp_path / "file" / "000001", manifest, params, None, tokenizer.model)
 
 

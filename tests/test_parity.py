@@ -13,9 +13,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llava_fn import config, convert, generate, image, llama, llava, spec, tree, vit
+from llava_fn import config, generate, image, llama, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample, Stream, collate
 from llava_fn.grad import value_and_grad
+from llava_fn.weights.model import from_state_dict
 
 HF_IMAGE = 100  # the id of HF's placeholder
 VISION = {
@@ -67,8 +68,7 @@ def hf_llava(c: config.Llava) -> LlavaForConditionalGeneration:
 
 
 def ours(model: torch.nn.Module, c: config.Llava):
-    names = convert.llava_names(c.vision.used, c.llama.blocks, c.llama.tied)
-    return convert.read(model.state_dict(), names, llava.spec(c))
+    return from_state_dict(model.state_dict(), c)
 
 
 def sample(c: config.Llava, seed: int, layout: str) -> Sample:
@@ -117,7 +117,7 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float = 1e-5) -> None:
 def test_vit_equals_hf_clip(name):
     c = VISION[name]
     model = scramble(CLIPVisionModel(hf_vision(c)))
-    p = convert.read(model.state_dict(), convert.vit_names(c.used), vit.spec(c))
+    p = from_state_dict(model.state_dict(), config.Llava(vision=c))["vision"]
     pixels = torch.randn(3, 3, c.image, c.image, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = model(pixels, output_hidden_states=True).hidden_states
@@ -129,7 +129,6 @@ def test_vit_equals_hf_clip(name):
 def test_llama_logits_and_gradients_equal_hf(name):
     c = LLAMA[name]
     model = scramble(LlamaForCausalLM(hf_llama(c)))
-    names = convert.llama_names(c.blocks, c.tied)
     ids = torch.randint(3, c.vocab, (2, 13), generator=torch.Generator().manual_seed(0))
 
     def loss(p):
@@ -137,13 +136,13 @@ def test_llama_logits_and_gradients_equal_hf(name):
         logits = llama.logits(p, hidden, c)
         return llama.nll(p, hidden.unflatten(0, (2, 13))[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), c).mean(), logits
 
-    p = convert.read(model.state_dict(), names, llama.spec(c))
+    p = from_state_dict(model.state_dict(), config.Llava(llama=c))["llama"]
     (value, logits), grads = value_and_grad(loss)(p)
     out = model(ids, labels=ids)
     out.loss.backward()
     close(logits, out.logits.flatten(0, 1))
     close(value, out.loss)
-    want = convert.read({n: q.grad for n, q in model.named_parameters()}, names, llama.spec(c))
+    want = from_state_dict({n: q.grad for n, q in model.named_parameters()}, config.Llava(llama=c))["llama"]
     for path in tree.paths(want):
         close(grads[path], want[path])
 
@@ -168,10 +167,10 @@ def test_llava_equals_hf_from_features_to_every_gradient(c, layouts):
     close(llama.logits(p["llama"], llava.forward(p, full, c), c.llama), out.logits[real])
     (loss, _), grads = value_and_grad(mean_nll)(p, batch, c)
     close(loss, out.loss)
-    names = convert.llava_names(c.vision.used, c.llama.blocks, c.llama.tied)
-    want = {n: torch.zeros_like(q) if q.grad is None else q.grad for n, q in model.named_parameters()}
+    theirs = {n: torch.zeros_like(q) if q.grad is None else q.grad for n, q in model.named_parameters()}
+    want = from_state_dict(theirs, c)
     for path, grad in zip(tree.paths(grads), tree.values(grads), strict=True):
-        close(grad, want[names["/".join(path)]].reshape(grad.shape))
+        close(grad, want[path])
 
 
 @pytest.mark.parametrize("c", CONFIGS, ids=lambda c: f"{c.vision.width}-{c.llama.width}")

@@ -1,0 +1,143 @@
+"""Weights out: the same leaves under the names of another layout, one tensor at a time, and the files beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_fn import checkpoint
+from llava_fn import spec as specs
+from llava_fn.config import Llava
+from llava_fn.weights import companions, leaf, model, placing, tables
+from llava_fn.weights.leaf import Leaf
+from llava_fn.weights.source import OURS, UNUSED, Source
+from llava_fn.weights.tables import Row
+
+Wrote = Callable[[int], None]  # called with the bytes of every tensor that has been written
+TABLES = {  # layout -> (what stands before the names of a part, the part, its rows)
+    "llava-hf": (
+        ("vision_tower.vision_model.", "vision", tables.hf_vision),
+        ("multi_modal_projector.", "projector", lambda _: tables.projector("linear_1", "linear_2")),
+        ("language_model.", "llama", tables.hf_llama),
+    ),
+    "liuhaotian": (
+        ("model.vision_tower.vision_tower.vision_model.", "vision", tables.hf_vision),
+        ("model.mm_projector.", "projector", lambda _: tables.projector("0", "2")),
+        ("", "llama", tables.hf_llama),
+    ),
+    "mm_projector": (("model.mm_projector.", "projector", lambda _: tables.projector("0", "2")),),
+}
+LAYOUTS = (OURS, *TABLES)
+
+
+def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
+    """Their tensor, made of our leaves when it is read."""
+    ours = [leaves[f"{part}/{path}"] for path in row.ours]
+    shape = placing.their_shape(row, {path: o.shape for path, o in zip(row.ours, ours, strict=True)})
+    return Leaf(shape, ours[0].dtype, lambda: row.how.join(*[o.read() for o in ours]))
+
+
+def names(layout: str, source: Source, c: Llava | None) -> dict[str, Leaf]:
+    """Name in the layout -> leaf, for every tensor of the layout's parts. ValueError names a part that is not there."""
+    leaves, out = {**source.leaves, **{k: v for k, v in source.spare.items() if k not in source.leaves}}, {}
+    for before, part, rows in TABLES[layout]:
+        if part not in source.parts:
+            raise ValueError(f"{source.where} does not bring the {part}, which {layout} holds; name its source too")
+        for row in rows({"vision": c and c.vision, "llama": c and c.llama, "projector": None}[part]):
+            if f"{part}/{row.ours[0]}" in leaves:  # no head if tied, no last block of CLIP if the source had none
+                inner = "model." if part == "llama" and row.ours != ("head",) else ""
+                out[before + inner + row.theirs] = _join(row, leaves, part)
+    return out
+
+
+def _padded(source: Source, rows: int) -> dict[str, Leaf]:
+    """The embedding and the head with `rows` rows: those that llava-hf brought, else the mean, as in HF's script."""
+    out = {}
+    for path in {"llama/embed", "llama/head"} & source.leaves.keys():
+        text, rest = source.leaves[path], source.spare.get(path)
+        if rest is None or text.shape[0] + rest.shape[0] != rows:
+            rest = text.then(lambda t: _mean_row(t).expand(rows - t.shape[0], -1))
+        shape = (rows, text.shape[1])
+        out[path] = Leaf(shape, text.dtype, lambda text=text, rest=rest: torch.cat([text.read(), rest.read()]))
+    return out
+
+
+def _mean_row(t: Tensor) -> Tensor:
+    """The mean of all rows, summed in fp32 without a whole copy. Differs: HF's script adds noise of 1e-5 variances."""
+    if t.is_meta:
+        return t[0]
+    return (sum(part.float().sum(0) for part in t.split(4096)) / len(t)).to(t.dtype)
+
+
+def _complete(source: Source, c: Llava) -> tuple[Source, Llava]:
+    """With CLIP's last norm and a config of as many blocks as there are: no reader of HF's layouts does without.
+
+    Where the source has no norm it is the identity; LLaVA never reads it.
+    """
+    blocks = {path.split("/")[2] for path in (*source.leaves, *source.spare) if path.startswith("vision/blocks/")}
+    vision = dataclasses.replace(c.vision, blocks=len(blocks), feature_layer=c.vision.used - len(blocks) - 1)
+    width, dtype = (vision.width,), source.leaves["vision/norm_g"].dtype
+    norm = {
+        "vision/post_g": Leaf(width, dtype, lambda: torch.ones(width, dtype=dtype)),
+        "vision/post_b": Leaf(width, dtype, lambda: torch.zeros(width, dtype=dtype)),
+    }
+    return dataclasses.replace(source, spare=norm | dict(source.spare)), dataclasses.replace(c, vision=vision)
+
+
+def size(source: Source) -> int:
+    """Bytes of all leaves, for a progress bar."""
+    return sum(x.nbytes for x in (*source.leaves.values(), *source.spare.values()))
+
+
+def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
+    """Write `source` in `layout` (one of `LAYOUTS`) to a folder, or to a file for mm_projector; it must not exist.
+
+    It appears whole or not at all. ValueError if the layout holds a part that the source does not bring, or if there is
+    no tokenizer; OSError if the disk is full.
+    """
+    if to.exists():
+        raise ValueError(f"{to} exists; name another place, or remove it")
+    if layout == "mm_projector":
+        with checkpoint.appearing(to) as part, part.open("wb") as f:
+            torch.save({name: x.read().clone() for name, x in names(layout, source, None).items()}, f)
+        return
+    if source.tokenizer is None:
+        raise ValueError(f"{source.where} has no tokenizer.model; give one with --tokenizer")
+
+    def done(size: int) -> None:
+        source.release()
+        wrote(size)
+
+    with checkpoint.appearing(to) as part:
+        part.mkdir()
+        _ours(source, part, done) if layout == OURS else _theirs(source, layout, part, done)
+
+
+def _ours(source: Source, part: Path, wrote: Wrote) -> None:
+    c = model.config(source)
+    order = ["/".join(path) for path, _ in specs.leaves(model.spec(source))]
+    files = {"params.safetensors": {path: source.leaves[path] for path in order}}
+    if source.spare:
+        files[UNUSED] = dict(source.spare)
+    digests = {name: leaf.write(part / name, leaves, wrote) for name, leaves in files.items()}
+    manifest = checkpoint.Manifest(c, source.parts, source.image_mode or "square", source.template or "plain", None)
+    checkpoint.seal(part, manifest, source.tokenizer, digests)
+
+
+def _theirs(source: Source, layout: str, part: Path, wrote: Wrote) -> None:
+    source, c = _complete(source, model.config(source))
+    dtype = source.leaves["llama/embed"].dtype
+    image_mode, template = source.image_mode or "square", source.template or "plain"
+    if layout == "llava-hf":
+        leaves = {**source.leaves, **_padded(source, companions.padded(c.llama.vocab))}
+        source = dataclasses.replace(source, leaves=leaves)
+        files = companions.llava_hf(c, dtype, source.tokenizer, image_mode, template)
+    else:
+        files = companions.liuhaotian(c, dtype, source.tokenizer, image_mode)
+    leaf.write(part / "model.safetensors", names(layout, source, c), wrote)
+    for name, content in files.items():
+        (part / name).write_bytes(content)

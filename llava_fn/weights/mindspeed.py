@@ -1,0 +1,381 @@
+"""The JSON files of MindSpeed-MM's LLaVA-1.5 example in our terms: model.json, data.json, and those of its inference
+and its evaluation.
+
+Each field of a file is one of three: used (it sets something), checked (there is one value that LLaVA-1.5 computes
+with), or ignored, and then listed. MindSpeed-MM itself passes over what it does not know, and where a field is missing
+it takes Megatron's default, which often is not LLaVA's: a missing field is checked as that default.
+Sources: MindSpeed-MM vl_model.py, clip_vit_model.py, multimodal_projector.py, multimodal_dataset.py, and
+Megatron-LM transformer_config.py, both of core_r0.8.0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_fn.config import Llama, Llava, Vision, differences, plain
+from llava_fn.data import Source
+from llava_fn.image import MEAN, STD
+
+MODEL, DATA = ("text_decoder", "image_encoder"), ("dataset_param",)  # blocks that tell what a file is
+LLAMA, VISION, PROJECTOR = "text_decoder", "image_encoder.vision_encoder", "image_encoder.vision_projector"
+PARTS = (LLAMA, VISION, PROJECTOR)
+BASIC, PREPROCESS = "dataset_param.basic_parameters", "dataset_param.preprocess_parameters"
+PIPELINE = f"{PREPROCESS}.train_pipeline"
+REQUIRED = "nothing"  # what a missing field means where MindSpeed-MM has no default for it
+
+# field, the value that LLaVA-1.5 computes with, what a missing field means
+LAYER_CHECKS = (
+    ("attention_dropout", 0.0, 0.1),
+    ("hidden_dropout", 0.0, 0.1),
+    ("layernorm_zero_centered_gamma", False, False),
+    ("apply_residual_connection_post_layernorm", False, False),
+    ("qk_layernorm", False, False),
+    ("num_moe_experts", None, None),
+)
+LLAMA_CHECKS = LAYER_CHECKS + (
+    ("normalization", "RMSNorm", "LayerNorm"),
+    ("activation_func", "silu", "gelu"),
+    ("gated_linear_unit", True, False),
+    ("add_bias_linear", False, True),
+    ("add_qkv_bias", False, False),
+    ("lm_position_embedding_type", "rope", REQUIRED),
+    ("rotary_base", Llama.theta, Llama.theta),
+    ("rotary_interleaved", False, False),
+    ("share_embeddings_and_output_weights", False, False),
+)
+VISION_CHECKS = LAYER_CHECKS + (
+    ("model_id", "clip", REQUIRED),
+    ("normalization", "LayerNorm", "LayerNorm"),
+    ("activation_func", "quick_gelu", "gelu"),
+    ("gated_linear_unit", False, False),
+    ("add_bias_linear", True, True),
+    ("add_qkv_bias", True, False),
+    ("post_layer_norm", False, False),
+    ("add_class_token", True, REQUIRED),
+    ("class_token_len", 1, REQUIRED),
+    ("recompute_granularity", None, None),  # with it, MindSpeed-MM's features are another hidden state's
+)
+PROJECTOR_CHECKS = (
+    ("model_id", "mlp", REQUIRED),
+    ("num_layers", 2, 2),
+    ("activation_func", "gelu", "gelu"),
+    ("gated_linear_unit", False, False),
+    ("add_bias_linear", True, True),
+)
+MODEL_CHECKS = (("model_id", "llava", REQUIRED), ("text_encoder", None, None), ("video_encoder", None, None)) + tuple(
+    (f"{part}.{name}", wanted, absent)
+    for part, rows in ((LLAMA, LLAMA_CHECKS), (VISION, VISION_CHECKS), (PROJECTOR, PROJECTOR_CHECKS))
+    for name, wanted, absent in rows
+)
+DATA_CHECKS = (
+    (f"{PREPROCESS}.image_reader_type", "CLIPImageProcessor", REQUIRED),
+    (f"{PREPROCESS}.image_processer_type", "image2pixel", "image2pixel"),  # of the example's first versions
+    *(
+        (f"{PIPELINE}.do_{step}", True, True)
+        for step in ("center_crop", "convert_rgb", "normalize", "rescale", "resize")
+    ),
+    (f"{PIPELINE}.image_mean", list(MEAN), REQUIRED),
+    (f"{PIPELINE}.image_std", list(STD), REQUIRED),
+    (f"{PIPELINE}.resample", 3, 3),  # Pillow's number of the bicubic filter
+    (f"{PIPELINE}.rescale_factor", 1 / 255, 1 / 255),
+    ("dataset_param.mm_use_im_start_end", False, True),
+    ("dataloader_param.collate_param.model_name", "llava", REQUIRED),
+)
+
+_LAYER = {"width": "hidden_size", "blocks": "num_layers", "heads": "num_attention_heads", "ffn": "ffn_hidden_size"}
+SIZES = (  # our name of each size -> theirs
+    (VISION, _LAYER | {"image": "image_size", "patch": "patch_size"}),
+    (LLAMA, _LAYER | {"vocab": "language_vocab_size"}),
+)
+
+TRAINS = {  # by what is frozen of PARTS
+    (True, True, False): "projector",
+    (False, True, False): "projector+llama",
+    (False, False, False): "all",
+}
+TEMPLATES = {"llava-plain": "plain"}  # the one that MindSpeed-MM prepares images for
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float32": "float32"}
+RECOMPUTE = {"full": True, "selective": False, None: False}  # selective: attention alone, which keeps no scores here
+
+PLACEHOLDER = re.compile(r"<[^/]*>|\{[^/]*\}|(^|/)your_\w+_path(/|$)")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What MindSpeed-MM's JSON files say, in our terms."""
+
+    model: Llava | None  # None if only data.json was given
+    weights: tuple[Path, ...]  # the ckpt_path of each part: decoder, image tower, projector; null ones left out
+    tokenizer: Path | None  # the folder or file that from_pretrained names
+    pretrain: dict | None  # values of recipes/pretrain.py as its config.json holds them; None without a data.json
+    image_mode: str | None
+    ignored: tuple[str, ...]  # one line for each field that has no meaning here
+
+
+@dataclass
+class _File:
+    """One file while it is read. leaves: the value of each field by its path, as in "text_decoder.num_layers"."""
+
+    name: str
+    leaves: dict[str, Any]
+    taken: set[str] = field(default_factory=set)  # leaves that are used or checked
+    wrong: list[str] = field(default_factory=list)
+
+    def inside(self, name: str) -> dict[str, Any]:
+        """The leaves that are the field, or below it."""
+        return {k: v for k, v in self.leaves.items() if k == name or k.startswith((f"{name}.", f"{name}["))}
+
+    def take(self, name: str, absent: Any = None) -> Any:
+        """The field's value; a dict if it has fields of its own."""
+        found = self.inside(name)
+        self.taken.update(found)
+        return found.get(name, found) if found else absent
+
+    def refuse(self, name: str, why: str) -> None:
+        """Note that the field cannot stay as it is."""
+        said = f"is {self.take(name)!r}" if self.inside(name) else "is missing"
+        self.wrong.append(f"{self.name}: {name} {said}{why}")
+
+    def check(self, name: str, wanted: Any, absent: Any) -> None:
+        """The field must have, or mean where it is missing, the value that is wanted."""
+        value = self.take(name, absent)
+        if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
+            meaning = "" if self.inside(name) or absent is REQUIRED else f", which means {absent!r}"
+            self.refuse(name, f"{meaning}; wanted: {wanted!r}")
+
+    def choose(self, name: str, choices: Mapping[Any, Any]) -> Any:
+        """What the field's value stands for. None, and noted, if it stands for nothing."""
+        value = self.take(name)
+        if value is None or isinstance(value, str):
+            if value in choices:
+                return choices[value]
+        self.refuse(name, f"; wanted: one of {', '.join(map(repr, choices))}")
+        return None
+
+    def size(self, name: str, absent: int | None = None) -> int | None:
+        """The field as a whole number above 0. None, and noted, if it is not."""
+        value = absent if self.take(name) is None else self.take(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        self.refuse(name, "; wanted: a whole number above 0")
+        return None
+
+    def path(self, name: str) -> Path | None:
+        """The field as a path. None, and noted, if it is none or has to be edited first."""
+        value = self.take(name)
+        if isinstance(value, str) and value and not PLACEHOLDER.search(value):
+            return Path(value)
+        edit = ", which stands for a path; edit it first"
+        self.refuse(name, edit if isinstance(value, str) and value else "; wanted: a path")
+        return None
+
+    def optional_path(self, name: str) -> Path | None:
+        """As `path`, but the field may be null or missing."""
+        return None if self.take(name) is None else self.path(name)
+
+    def items(self, name: str) -> list[str]:
+        """The paths of the field's items if it is a list of objects, else its own."""
+        found = (re.match(re.escape(name) + r"\[\d+\]", leaf) for leaf in self.leaves)
+        return list(dict.fromkeys(m.group() for m in found if m)) or [name]
+
+
+def is_config(values: Any) -> bool:
+    """Whether parsed JSON is a model, data, inference or evaluation file of MindSpeed-MM, told from its content."""
+    return isinstance(values, dict) and (_has(values, MODEL) or _has(values, DATA))
+
+
+def _has(values: Mapping[str, Any], blocks: Sequence[str]) -> bool:
+    return any(isinstance(values.get(block), dict) for block in blocks)
+
+
+def read(files: Sequence[Path]) -> Moved:
+    """What the files say together. Relative paths stay as they are.
+
+    One ValueError lists each field that is missing, waits to be edited, or is not as LLaVA-1.5 computes, with its file.
+    ValueError also for a file that is no JSON (line and column) or none of MindSpeed-MM's, and for two files that
+    contradict each other.
+    """
+    parsed = [(str(path), _parse(path)) for path in files]
+    opened = [(_File(name, _leaves(values)), values) for name, values in parsed]
+    models, datas = ([f for f, values in opened if _has(values, blocks)] for blocks in (MODEL, DATA))
+    said = [(f.name, _model(f, bool(datas))) for f in models]
+    known = next((facts["model"] for _, facts in said if facts["model"]), Llava())
+    said += [(f.name, _data(f, known.vision.image)) for f in datas]
+    if wrong := [line for f, _ in opened for line in f.wrong]:
+        raise ValueError(f"{len(wrong)} fields of MindSpeed-MM cannot be moved:" + "".join(f"\n  {w}" for w in wrong))
+    facts = _together(said)
+    return Moved(
+        facts.get("model"),
+        tuple(facts[f"{part}.ckpt_path"] for part in PARTS if f"{part}.ckpt_path" in facts),
+        facts.get("from_pretrained"),
+        _pretrain(facts) if datas else None,
+        facts.get("image_mode"),
+        tuple(f"{f.name}: {k} = {v!r}" for f, _ in opened for k, v in f.leaves.items() if k not in f.taken),
+    )
+
+
+def pretrain_config(moved: Moved, base: Path) -> dict:
+    """A config.json of recipes/pretrain.py that trains from `base`, a checkpoint of ours with the moved weights.
+
+    ValueError if no data.json was among the files.
+    """
+    if moved.pretrain is None:
+        raise ValueError("no data.json of MindSpeed-MM was given; a training config needs one")
+    return moved.pretrain | {"base": str(base)}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from error
+    except ValueError as error:  # a field twice, or bytes that are no text
+        raise ValueError(f"{path}: {error}") from error
+    if not is_config(values):
+        blocks = ", ".join(MODEL + DATA)
+        raise ValueError(f"{path}: no JSON of MindSpeed-MM's LLaVA-1.5 example, which has one of {blocks}")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"one object has {', '.join(twice)} twice; remove one")
+    return values
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Each field that has no fields of its own. A list of plain values is one; objects in a list are numbered."""
+    if isinstance(value, dict) and value:
+        below = [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        below = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+    else:
+        return {path: value}
+    return {name: leaf for where, v in below for name, leaf in _leaves(v, where).items()}
+
+
+def _model(f: _File, training: bool) -> dict[str, Any]:
+    """What a file with a model says. training: a data.json is given as well."""
+    for row in MODEL_CHECKS:
+        f.check(*row)
+    facts = {f"{part}.ckpt_path": f.optional_path(f"{part}.ckpt_path") for part in PARTS}
+    facts["model"] = _llava(f)
+    if f.inside("generation_config"):  # inference or evaluation; both pad
+        facts |= {"image_mode": "pad", "from_pretrained": f.optional_path("tokenizer.from_pretrained")}
+    elif training:
+        facts |= {"train": _train(f), "dtype": f.choose(f"{LLAMA}.params_dtype", DTYPES)}
+        facts["recompute"] = f.choose(f"{LLAMA}.recompute_granularity", RECOMPUTE)
+    return facts
+
+
+def _llava(f: _File) -> Llava | None:
+    """The model, and the checks of what follows from its sizes. None, and noted, if a size is missing or wrong."""
+    seen, said = ({k: f.size(f"{part}.{name}") for k, name in names.items()} for part, names in SIZES)
+    for part, config in ((VISION, seen), (LLAMA, said)):
+        config["eps"] = _eps(f, f"{part}.layernorm_epsilon")
+    said["kv_heads"] = f.size(f"{LLAMA}.num_query_groups", said["heads"] or 1)
+    if None in (*seen.values(), *said.values()):
+        return None
+    if seen["blocks"] == 23:  # without CLIP's last block, which LLaVA does not run; the hidden state is the same one
+        seen["blocks"] = 24
+    try:
+        model = Llava(Vision(**seen, feature_layer=-2), Llama(**said))
+    except ValueError as error:
+        f.wrong.append(f"{f.name}: {error}")
+        return None
+    width, head = model.vision.width, model.vision.width // model.vision.heads
+    f.check(f"{VISION}.num_query_groups", model.vision.heads, model.vision.heads)
+    f.check(f"{VISION}.kv_channels", head, head)
+    f.check(f"{LLAMA}.kv_channels", model.llama.head, model.llama.head)
+    f.check(f"{PROJECTOR}.input_size", width, REQUIRED)
+    f.check(f"{PROJECTOR}.hidden_size", model.llama.width, REQUIRED)
+    f.check(f"{PROJECTOR}.ffn_hidden_size", model.llama.width, 4 * model.llama.width)
+    return model
+
+
+def _eps(f: _File, name: str) -> float | None:
+    value = f.take(name, 1e-5)
+    if isinstance(value, float) and 0 < value < math.inf:
+        return value
+    f.refuse(name, "; wanted: a number above 0")
+    return None
+
+
+def _train(f: _File) -> str | None:
+    names = [f"{part}.freeze" for part in PARTS]
+    freeze = [f.take(name) for name in names]
+    odd = [name for name, value in zip(names, freeze, strict=True) if not isinstance(value, bool)]
+    for name in odd:
+        f.refuse(name, "; wanted: true or false")
+    if not odd and tuple(freeze) not in TRAINS:
+        said = ", ".join(f"{name} = {value}" for name, value in zip(names, freeze, strict=True))
+        f.wrong.append(f"{f.name}: {said}; what can be trained is {', '.join(TRAINS.values())}")
+    return None if odd else TRAINS.get(tuple(freeze))
+
+
+def _data(f: _File, image: int) -> dict[str, Any]:
+    """What a data.json says. image: pixels per side that the model sees."""
+    for row in DATA_CHECKS:
+        f.check(*row)
+    for name in ("crop_size.height", "crop_size.width", "size.shortest_edge"):
+        f.check(f"{PIPELINE}.{name}", image, REQUIRED)
+    if f.take("dataset_param.dataset_type") not in ("multimodal", "image"):
+        f.refuse("dataset_param.dataset_type", "; wanted: 'multimodal', or 'image' as in its first versions")
+    sources = [_source(f, item) for entry in f.items(BASIC) for item in _entries(f, entry)]
+    return {
+        "data_path": None if None in sources else tuple(sources),
+        "from_pretrained": f.path("dataset_param.tokenizer_config.from_pretrained"),
+        "template": f.choose("dataset_param.template_name", TEMPLATES),
+        "image_mode": "pad",  # MindSpeed-MM drops pad2square and pads every image that it trains on
+    }
+
+
+def _entries(f: _File, name: str) -> list[str]:
+    inner = f.items(f"{name}.data_path")  # data_path itself may be the list of data sets
+    return [name] if inner == [f"{name}.data_path"] else inner
+
+
+def _source(f: _File, name: str) -> Source | None:
+    f.check(f"{name}.data_storage_mode", "standard", "standard")
+    records, images = f.path(f"{name}.data_path"), f.path(f"{name}.data_folder")
+    if records and records.suffix not in (".json", ".jsonl"):
+        f.refuse(f"{name}.data_path", "; wanted: a .json or .jsonl file; write the records as one")
+    times = f.take(f"{name}.repeat_time", 1)
+    whole = isinstance(times, (int, float)) and not isinstance(times, bool) and times >= 0 and times % 1 == 0
+    if not whole:  # Source.weight draws a share anew for each epoch, which is not the same records
+        f.refuse(
+            f"{name}.repeat_time",
+            "; wanted: a whole number. Below 1 it stands for the first records of the file, which no weight of a "
+            "source here does; write those to a file of their own",
+        )
+    return Source(records, images, float(times)) if whole and records and images else None
+
+
+def _together(said: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """All facts of all files. said: (file, its facts); None says nothing. ValueError names two files that disagree."""
+    facts, origin = {}, {}
+    for name, own in said:
+        for key, value in ((k, v) for k, v in own.items() if v is not None):
+            if key in facts and facts[key] != value:
+                how = "; ".join(differences(plain(facts[key]), plain(value), key))
+                raise ValueError(
+                    f"{origin[key]} and {name} contradict each other; give only files that belong together: {how}"
+                )
+            facts[key], origin[key] = value, name
+    return facts
+
+
+def _pretrain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Pretrain's fields that the files say, and those without a default. The rest is in no JSON of MindSpeed-MM."""
+    data = {"sources": plain(facts["data_path"]), "template": facts["template"], "image_mode": facts["image_mode"]}
+    own = {key: facts[key] for key in ("dtype", "recompute") if key in facts}
+    return {"run_dir": "runs/pretrain", "data": data, "optim": {}, "train": facts.get("train", "projector")} | own

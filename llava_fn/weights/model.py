@@ -1,0 +1,107 @@
+"""Several sources put together, and what a device loads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from llava_fn import llama, projector, vit
+from llava_fn import spec as specs
+from llava_fn.config import Llava
+from llava_fn.parallel.mesh import Mesh
+from llava_fn.text import Tokenizer
+from llava_fn.weights import lora
+from llava_fn.weights.source import Source, interpret
+
+
+def _one(sources: Sequence[Source], what: str):
+    """The value that the sources agree on, or None if none says. ValueError names two that do not agree."""
+    said = [(source, getattr(source, what)) for source in sources if getattr(source, what) is not None]
+    other = [source for source, value in said if value != said[0][1]]
+    if other:
+        raise ValueError(f"{said[0][0].where} and {other[0].where} differ in {what}; give the one that holds")
+    return said[0][1] if said else None
+
+
+def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
+    """One source of all parts.
+
+    ValueError if two bring the same part, if parts do not fit each other, or if there is LoRA and it is not asked for.
+    """
+    owner: dict[str, Source] = {}
+    for source in sources:
+        for part in source.parts:
+            if part in owner:
+                raise ValueError(f"{owner[part].where} and {source.where} both bring the {part}; give one of them")
+            owner[part] = source
+    adapted = [source for source in sources if source.lora]
+    if adapted and not merge_lora:
+        raise ValueError(f"{adapted[0].where} holds LoRA adapters; give --merge-lora to add them to the weights")
+    if merge_lora and not adapted:
+        raise ValueError("--merge-lora is given, but no source holds LoRA adapters")
+    leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
+    for source in adapted:
+        leaves |= lora.merge(leaves, source.lora, source.where)
+    whole = Source(
+        " + ".join(source.where for source in sources), "merged", leaves,
+        {path: leaf for source in sources for path, leaf in source.spare.items()},
+        tuple(archive for source in sources for archive in source.archives),
+        *[next((getattr(s, kind) for s in sources if kind in s.parts), None) for kind in ("vision", "llama")],
+        **{what: _one(sources, what) for what in ("tokenizer", "image_mode", "template")},
+    )  # fmt: skip
+    _check_widths(whole)
+    return whole
+
+
+def _check_widths(source: Source) -> None:
+    if "projector" in source.parts:
+        out, inp = source.leaves["projector/w1"].shape
+        for side, width, part in ((inp, source.vision, "vision"), (out, source.llama, "llama")):
+            if width is not None and width.width != side:
+                raise ValueError(f"{source.where}: the projector fits a {part} of width {side}, not {width.width}")
+    if source.tokenizer is not None and source.llama is not None:
+        pieces = Tokenizer.from_bytes(source.tokenizer).vocab_size
+        if pieces > source.llama.vocab:
+            raise ValueError(f"{source.where}: the tokenizer has {pieces} pieces, the decoder {source.llama.vocab}")
+
+
+def config(source: Source) -> Llava:
+    """The whole model's config. ValueError if the image tower or the decoder is not there."""
+    missing = [part for part in ("vision", "llama") if getattr(source, part) is None]
+    if missing:
+        raise ValueError(f"{source.where} does not bring the {' and the '.join(missing)}; name a source for it too")
+    return Llava(source.vision, source.llama)
+
+
+def spec(source: Source) -> specs.Spec:
+    """Parameters of the parts that the source brings, in our order."""
+    make = {
+        "vision": lambda: vit.spec(source.vision),
+        "projector": lambda: projector.spec(*reversed(source.leaves["projector/w1"].shape)),
+        "llama": lambda: llama.spec(source.llama),
+    }
+    return {part: make[part]() for part in make if part in source.parts}
+
+
+def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
+    """Parameters out of a state dict of any layout, `transformers`' own models included; each part that it holds.
+
+    c: the model; of a part that is not there the config does not matter. ValueError lists what does not fit.
+    """
+    return load(interpret("the state dict", tensors, {}, c))
+
+
+def load(source: Source, mesh: Mesh = Mesh()) -> TensorDict:
+    """The parameters in memory, locked: this rank's block of each. Of a plain file no other block is read.
+
+    Every leaf has the dtype that it has in its file.
+    """
+
+    def leaf(path: tuple[str, ...], p: specs.Param) -> Tensor:
+        block = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
+        source.release()
+        return block
+
+    return specs.build(spec(source), leaf)

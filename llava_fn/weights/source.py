@@ -1,0 +1,201 @@
+"""Weights in: from files of any public layout to leaves under our paths, every tensor accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_fn import checkpoint, llava
+from llava_fn import spec as specs
+from llava_fn.config import Llama, Llava, Vision, differences
+from llava_fn.weights import configs, lora, placing
+from llava_fn.weights.archive import Archive, open_archive, open_folder
+from llava_fn.weights.companions import image_mode_of
+from llava_fn.weights.leaf import Leaf
+from llava_fn.weights.placing import Tensors
+
+OURS = "llava_fn"
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+PARTS = ("vision", "projector", "llama")
+UNUSED = "unused.safetensors"  # in a checkpoint: what LLaVA never reads, kept so that it can go out again
+
+
+@dataclass(frozen=True)
+class Source:
+    """What files or folders bring. A config is None where its part is not there; so is all that nothing says."""
+
+    where: str
+    layout: str
+    leaves: Mapping[str, Leaf]  # "llama/blocks/0/wq" -> leaf
+    spare: Mapping[str, Leaf]  # public layouts hold them, LLaVA never reads them
+    archives: tuple[Archive, ...]
+    vision: Vision | None = None
+    llama: Llama | None = None
+    lora: Mapping[str, tuple[Leaf, Leaf, float]] = field(default_factory=dict)  # path -> A, B, scale
+    tokenizer: bytes | None = None
+    image_mode: str | None = None
+    template: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of vision, projector and llama it brings."""
+        there = {path.partition("/")[0] for path in self.leaves}
+        return tuple(part for part in PARTS if part in there)
+
+    def release(self) -> None:
+        """Give back the memory of what has been read."""
+        for archive in self.archives:
+            archive.release()
+
+
+def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Source:
+    """The source that these tensors are. values: of the config.json beside them. given: the model, if it is known.
+
+    ValueError lists every tensor that is missing, unexpected, there twice, or of a wrong shape or dtype.
+    """
+    layout = placing.detect(where, tensors)
+    wrong: list[str] = []
+    found = placing.sort(tensors, layout, wrong)
+    vision = llama = None
+    leaves: dict[str, Leaf] = {}
+    try:
+        configs.check_fixed(values)
+        layer = configs.feature_layer(values)
+        for place, names in found.items():
+            if place.part == "vision":
+                beside = given.vision if given else configs.vision_beside(values)
+                vision = beside or configs.vision_of(place, names, layer)
+            if place.part == "llama":
+                llama = given.llama if given else configs.llama_beside(values) or configs.llama_of(place, names)
+        if vision is None and layer != -2:
+            raise ValueError(f"its projector reads hidden state {layer} of an image tower that it does not bring")
+        for place, names in found.items():
+            part = placing.leaves(place, names, vision, llama, wrong)
+            leaves |= {f"{place.part}/{path}": leaf for path, leaf in part.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
+    spare = {k: leaf for k, leaf in leaves.items() if vision and placing.is_spare(k, vision)}
+    kept = {k: leaf for k, leaf in leaves.items() if k not in spare}
+    return _trim(Source(where, layout.name, kept, spare, (), vision, llama), values)
+
+
+def _trim(source: Source, values: configs.Values) -> Source:
+    """llava-hf's rows for `<image>`, `<pad>` and padding become spare: no id of the text vocabulary points to them."""
+    first = values.get("image_token_index", values.get("image_token_id"))
+    if source.llama is None or first is None or first >= source.llama.vocab:
+        return source
+    leaves, spare = dict(source.leaves), dict(source.spare)
+    for path in ("llama/embed", "llama/head"):
+        if path in leaves:
+            whole = leaves[path]
+            leaves[path], spare[path] = whole.then(lambda t: t[:first]), whole.then(lambda t: t[first:])
+    return dataclasses.replace(
+        source, leaves=leaves, spare=spare, llama=dataclasses.replace(source.llama, vocab=first)
+    )
+
+
+def open_source(path: Path, given: Llava | None = None) -> Source:
+    """One file or folder. given: the model, where the file itself cannot tell (MindSpeed-MM's model.json).
+
+    ValueError if it is no file of tensors, of no known layout, or if a single tensor does not fit.
+    """
+    if path.is_file():
+        archive = open_archive(path)
+        return _with(interpret(str(path), _model(archive), {}, given), [archive])
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    if (path / checkpoint.SUMS).is_file():
+        return _ours(path)
+    if (rank := _megatron(path)) is not None:
+        return open_source(rank, given)
+    return _hugging_face(path, given)
+
+
+def _model(archive: Archive) -> Tensors:
+    """The tensors under "model" in a checkpoint of a trainer (Megatron's), else all of them."""
+    inner = {name.removeprefix("model/"): t for name, t in archive.tensors.items() if name.startswith("model/")}
+    return inner or archive.tensors
+
+
+def _with(source: Source, archives: list[Archive], **more: Any) -> Source:
+    return dataclasses.replace(source, archives=tuple(archives), **more)
+
+
+def _megatron(folder: Path) -> Path | None:
+    """The file of the one rank of Megatron's newest iteration, or None if the folder is none of Megatron's.
+
+    ValueError if several ranks wrote it: MindSpeed-MM's LLaVA never ran with tensor or pipeline parallelism.
+    """
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        step = tracker.read_text().strip()
+        folder = folder / (f"iter_{int(step):07d}" if step.isdigit() else step)
+        if not folder.is_dir():
+            raise ValueError(f"{tracker} names {step!r}, but there is no {folder}")
+    ranks = sorted(folder.glob("mp_rank_*/model_optim_rng.pt")) or sorted(folder.glob("model_optim_rng.pt"))
+    if len(ranks) > 1:
+        raise ValueError(f"{folder} was written by {len(ranks)} ranks; only one rank's is read (tp 1, pp 1)")
+    return ranks[0] if ranks else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _hugging_face(folder: Path, given: Llava | None) -> Source:
+    """A folder with config.json and weights, or one of PEFT's with an adapter."""
+    archives = open_folder(folder)
+    tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
+    files = {name: _json(folder / name) for name in CONFIGS}
+    adapter = _json(folder / "adapter_config.json")
+    pairs = {name: t for name, t in tensors.items() if ".lora_" in name} if adapter else {}
+    rest = {name: t for name, t in tensors.items() if name not in pairs}
+    source = Source(str(folder), "PEFT", {}, {}, ())
+    if rest:
+        source = interpret(str(folder), rest, files["config.json"], given)
+    words = folder / "tokenizer.model"
+    whole = {"projector", "llama"} <= set(source.parts)
+    return _with(
+        source, archives,
+        lora=lora.read(folder, adapter, pairs) if adapter else {},
+        tokenizer=words.read_bytes() if words.is_file() else None,
+        image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole else None,
+        template="v1" if whole else None,
+    )  # fmt: skip
+
+
+def _ours(folder: Path) -> Source:
+    """A checkpoint of ours, with the parts that it lacks from its base."""
+    checkpoint.verify(folder)
+    m = checkpoint.read_manifest(folder)
+    params = open_archive(folder / "params.safetensors")
+    unused = open_archive(folder / UNUSED) if (folder / UNUSED).is_file() else None
+    spec = {name: part for name, part in llava.spec(m.model).items() if name in m.parts}
+    want = {"/".join(path): p.shape for path, p in specs.leaves(spec)}
+    lines = differences(want, {name: tuple(t.shape) for name, t in params.tensors.items()})
+    if lines:
+        raise ValueError(f"{params.path} does not fit its manifest (want -> have): {'; '.join(lines)}")
+    leaves = {name: Leaf.of(params.tensors[name]) for name in want}
+    spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
+    archives = [params] + ([unused] if unused else [])
+    if m.base:
+        checkpoint.check_base(m.base)
+        base = _ours(Path(m.base.path))
+        archives += base.archives
+        leaves |= {path: leaf for path, leaf in base.leaves.items() if path.partition("/")[0] not in m.parts}
+        spare = {**base.spare, **spare}
+    words = (folder / "tokenizer.model").read_bytes()
+    return Source(
+        str(folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, words,
+        m.image_mode, m.template,
+    )  # fmt: skip

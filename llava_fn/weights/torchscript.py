@@ -1,0 +1,114 @@
+"""The tensors of a TorchScript archive, read without running anything of it and without torch.jit.
+
+data.pkl is a tree of modules. Python's unpickler builds it out of inert objects: it may name tensors, storages and
+TorchScript's own classes, and every name becomes something of ours that only holds what it is given.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+# What an attribute that is no tensor of a module may be made of; it is left out whatever it is.
+PLAIN = {
+    ("torch", "device"), ("torch.jit._pickle", "restore_type_tag"), ("torch.jit._pickle", "build_intlist"),
+    ("torch.jit._pickle", "build_boollist"), ("torch.jit._pickle", "build_doublelist"),
+    ("torch.jit._pickle", "build_tensorlist"),
+}  # fmt: skip
+DECLARED = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]$", re.MULTILINE)
+
+
+class Unreadable(ValueError):
+    """Why a file is not read. The text begins with a verb, for the file's name to stand before it."""
+
+
+DANGER = "that would run code, which no weights need. Nothing of it was run; get these weights as safetensors"
+
+
+class _Object:
+    """A module of the archive: what class it was of, and its attributes."""
+
+    kind = ""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise Unreadable(f"holds a {self.kind} that is packed, not made of attributes; export it unquantized")
+        self.attributes = state
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, pickled: bytes, storage: Callable[[str, torch.dtype, int], Tensor]):
+        super().__init__(io.BytesIO(pickled))
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        # What is returned can only be called, never changed: a bound method, a built-in, or a class made on the spot.
+        if module == "__torch__" or module.startswith("__torch__."):
+            return type("Object", (_Object,), {"kind": f"{module}.{name}"})
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return self.tensor
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) in PLAIN:
+            return self.plain
+        raise Unreadable(f"names {module}.{name}: {DANGER}")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"{pid} is no storage")
+        return self.storage(key, dtype, numel)
+
+    def tensor(self, storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        return torch.as_strided(storage, size, stride, offset)
+
+    def plain(self, *_: Any) -> None:
+        return None
+
+
+def declared(module: str, text: str) -> dict[str, set[str]]:
+    """Class -> names of its parameters and buffers, out of the text of one file of code/, which is not run.
+
+    `module` is the file's dotted name, such as `__torch__.torch.nn.modules.linear`.
+    """
+    return {
+        f"{module}.{name}": set(re.findall(r'"([^"]*)"', parameters + buffers))
+        for name, parameters, buffers in DECLARED.findall(text)
+    }
+
+
+def _walk(module: _Object, names: dict[str, set[str]], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    own = names.get(module.kind)
+    for name, value in module.attributes.items():
+        if isinstance(value, _Object):
+            yield from _walk(value, names, f"{prefix}{name}.")
+        elif isinstance(value, Tensor) and (own is None or name in own):
+            yield f"{prefix}{name}", value
+
+
+def tensors(
+    pickled: bytes, names: dict[str, set[str]], storage: Callable[[str, torch.dtype, int], Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers with the names of `state_dict()`, out of data.pkl and what `declared` says of its classes.
+
+    storage: (key, dtype, count) -> Tensor[count]. Other attributes are left out, tensors too, as state_dict does; for
+    a class that `names` does not know, every tensor counts. Unreadable for a pickle that names anything else than
+    tensors and modules; whatever the unpickler raises for a damaged one.
+    """
+    top = _Reader(pickled, storage).load()
+    if not isinstance(top, _Object):
+        raise Unreadable(f"holds a {type(top).__name__}, not a module; get a file that holds a model")
+    return list(_walk(top, names, ""))
