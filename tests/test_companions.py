@@ -476,6 +476,8 @@ def test_a_crop_of_another_size_than_the_resized_image_is_refused():
 def test_unknown_aspect_ratio_and_files_that_disagree_are_refused():
     with pytest.raises(ValueError, match="config.json: image_aspect_ratio='anyres'"):
         image_mode_of({"config.json": {"image_aspect_ratio": "anyres"}})
+    with pytest.raises(ValueError, match="preprocessor_config.json: do_pad='yes'"):
+        image_mode_of({"preprocessor_config.json": {"image_processor_type": "LlavaImageProcessor", "do_pad": "yes"}})
     pads = {"image_processor": {"image_processor_type": "LlavaImageProcessor", "do_pad": True}}
     with pytest.raises(ValueError, match="disagree.*preprocessor_config.json.*square.*processor_config.json.*pad"):
         image_mode_of({"preprocessor_config.json": HUB, "processor_config.json": pads})
