@@ -18,7 +18,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llava_fn import cli, report
+from llava_fn import checkpoint, cli
+from llava_fn.progress import Bytes
 from llava_fn.text import Tokenizer
 from llava_fn.weights import export, mindspeed, model
 from llava_fn.weights.source import Source, open_source
@@ -112,10 +113,10 @@ def main(c: Convert) -> None:
         print("".join(f"no meaning here: {line}\n" for line in moved.ignored), end="", file=sys.stderr)
     if moved and moved.pretrain:
         config = c.out.with_name(f"{c.out.name}-pretrain.json")
-        config.parent.mkdir(parents=True, exist_ok=True)
-        report.write(config, json.dumps(mindspeed.pretrain_config(moved, c.out), indent=1) + "\n")
+        with checkpoint.appearing(config) as part:
+            part.write_text(json.dumps(mindspeed.pretrain_config(moved, c.out), indent=1) + "\n")
         print(f"{config}: for recipes/pretrain.py --config")
-    with report.Bytes(export.size(source)) as progress:
+    with Bytes(export.size(source)) as progress:
         export.export(source, c.out, c.to, progress.add)
     print(f"{c.out}: {summary(source)}")
 

@@ -25,6 +25,7 @@ from llava_fn.checkpoint import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
 from llava_fn.optim import Optim
 from llava_fn.parallel import launch
+from llava_fn.progress import Progress
 from llava_fn.train import State, Task, train_step
 
 EMOJI_DATA = Path("runs/emoji-data")
@@ -125,7 +126,7 @@ def fit(run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], dev
     """The loop: an update, its figures, now and then a checkpoint."""
     run.rewind(state.step)
     skipped = len(report.read_metrics(run.folder / "skipped.jsonl", state.step))
-    with report.Progress(state.step, task.steps) as progress:
+    with Progress(state.step, task.steps) as progress:
         for began, wait, step in timed(steps):
             state, m = train_step(state, [batch.to(device) for batch in step.batches], task)
             seconds = time.monotonic() - began

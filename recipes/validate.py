@@ -14,8 +14,9 @@ from pathlib import Path
 import tyro
 from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
 
-from llava_fn import cli, config, data, emoji, report, text
+from llava_fn import cli, config, data, emoji, text
 from llava_fn.errors import BadRecord
+from llava_fn.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def results(records: list[data.Record], c: Validate) -> Iterator[tuple[int, int,
     chunks = IterableWrapper(iter([records[i : i + 64] for i in range(0, len(records), 64)]))
     node = ParallelMapper(chunks, Check(how), c.data.workers, method="process", multiprocessing_context="forkserver")
     done = 0
-    with report.Progress(0, len(records)) as progress:
+    with Progress(0, len(records)) as progress:
         for chunk in Loader(node):
             yield from chunk
             done += len(chunk)

@@ -38,7 +38,7 @@ STAND_IN = (
     Path(importlib.util.find_spec("mistral_common").submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 ).read_bytes()
 SMALL = Llava(
-    Vision(image=42, patch=14, width=32, blocks=4, heads=4, ffn=64),
+    Vision(image=45, patch=9, width=32, blocks=4, heads=4, ffn=64),
     Llama(vocab=32000, width=16, blocks=2, heads=2, kv_heads=2, ffn=32),
 )
 # Of the 512 pieces of the emoji tokenizer; no value is a default of transformers or of ours.
@@ -300,7 +300,7 @@ def test_processor_gives_our_pixels_and_an_image_token_for_each_patch(processor,
     noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(sum(size)))
     picture = Image.fromarray(noise.to(torch.uint8).numpy())
     out = processor(images=picture, text="USER: <image>\nWhat is shown? ASSISTANT:", return_tensors="pt")
-    assert torch.equal(out["pixel_values"], image.normalise(image.to_pixels(picture, 42, mode)[None]))
+    assert torch.equal(out["pixel_values"], image.normalise(image.to_pixels(picture, SMALL.vision.image, mode)[None]))
     ours = Tokenizer(STAND_IN)
     question = ours.encode("\nWhat is shown? ASSISTANT:")
     want = [1, *ours.encode(" USER: "), *[32000] * SMALL.vision.patches, *question]
@@ -476,6 +476,8 @@ def test_a_crop_of_another_size_than_the_resized_image_is_refused():
 def test_unknown_aspect_ratio_and_files_that_disagree_are_refused():
     with pytest.raises(ValueError, match="config.json: image_aspect_ratio='anyres'"):
         image_mode_of({"config.json": {"image_aspect_ratio": "anyres"}})
+    with pytest.raises(ValueError, match="preprocessor_config.json: do_pad='yes'"):
+        image_mode_of({"preprocessor_config.json": {"image_processor_type": "LlavaImageProcessor", "do_pad": "yes"}})
     pads = {"image_processor": {"image_processor_type": "LlavaImageProcessor", "do_pad": True}}
     with pytest.raises(ValueError, match="disagree.*preprocessor_config.json.*square.*processor_config.json.*pad"):
         image_mode_of({"preprocessor_config.json": HUB, "processor_config.json": pads})

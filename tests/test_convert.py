@@ -1,9 +1,9 @@
 """The recipe that converts weights, as a person runs it; what it leaves when it is stopped, and what it says."""
 
 import hashlib
+import importlib.util
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,7 +20,18 @@ from llava_fn.weights import configs, export, model
 from llava_fn.weights.source import open_source
 
 ROOT = Path(__file__).parents[1]
-CONVERT = runpy.run_path(str(ROOT / "recipes/convert.py"))
+
+
+def loaded(recipe: str):
+    """The module of a recipe."""
+    found = importlib.util.spec_from_file_location(f"{recipe}_recipe", ROOT / f"recipes/{recipe}.py")
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+pretrain = loaded("pretrain")
+convert = loaded("convert")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 
 
@@ -64,8 +75,8 @@ def test_the_files_of_the_guide_become_a_model_and_go_out_to_transformers(seed, 
 
 def test_the_published_file_is_not_complained_of(seed, monkeypatch, capsys):
     path = seed / "ViT-L-14-336px.pt"
-    monkeypatch.setitem(CONVERT["OPENAI"], path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-    CONVERT["check_published"](path)
+    monkeypatch.setitem(convert.OPENAI, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    convert.check_published(path)
     assert not capsys.readouterr().err
 
 
@@ -125,7 +136,7 @@ def test_what_a_person_can_set_right_is_one_line(seed, tmp_path):
     }
     for said, (paths, options) in cases.items():
         with pytest.raises(ValueError, match=said):
-            CONVERT["main"](CONVERT["Convert"](paths, **options))
+            convert.main(convert.Convert(paths, **options))
     done = recipe(seed / "nothing", out)
     assert done.returncode == 1 and done.stderr == f"error: {seed / 'nothing'}: no such file or folder\n"
     assert not out.exists()
