@@ -30,18 +30,23 @@ class Stream:
     """Where samples stand in the stream and which rows are read after the last block."""
 
     segments: Segments
-    positions: Tensor  # int64[t], from 0 in each segment
+    positions: Tensor  # int64[t], from 0 in each segment, or from what a cache holds of it
     read_segments: Segments
     read: Tensor  # int64[r], rising: the last `read_segments.queries[j]` rows of segment j
 
     @staticmethod
-    def of(lengths: Sequence[int], tails: Sequence[int] | None = None) -> Stream:
-        """lengths: rows of each segment; tails: how many at its end are read, or None for all."""
-        read_segments = Segments(tuple(tails if tails is not None else lengths), tuple(lengths))
+    def of(lengths: Sequence[int], tails: Sequence[int] | None = None, held: Sequence[int] | None = None) -> Stream:
+        """lengths: rows of each segment; tails: how many at its end are read, or None for all.
+
+        held: tokens of each segment that a cache holds already and that stand before its rows; None for none.
+        """
+        held = held if held is not None else [0] * len(lengths)
+        keys = tuple(n + before for n, before in zip(lengths, held, strict=True))
+        read_segments = Segments(tuple(tails if tails is not None else lengths), keys)
         ends = torch.tensor(lengths).cumsum(0).tolist()
         return Stream(
-            Segments.of(lengths),
-            torch.cat([torch.arange(n) for n in lengths]),
+            Segments(tuple(lengths), keys),
+            torch.cat([torch.arange(end - n, end) for n, end in zip(lengths, keys, strict=True)]),
             read_segments,
             torch.cat([torch.arange(end - n, end) for n, end in zip(read_segments.queries, ends, strict=True)]),
         )

@@ -93,12 +93,15 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
 
 
 def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
-    """`decode` of the rows' first tokens, which fills an empty cache. x: t d -> r d and the cache.
+    """`decode` of the rows' next tokens, which the cache then holds too. x: t d -> r d and the cache.
 
-    Segment j of the stream is row j of the cache, whose tensors are written. tp must not shard the sequence.
+    Segment j of the stream is row j of the cache, whose tensors are written; its keys are the tokens that the row holds
+    afterwards, and with `held` of Stream.of the first of them stand there already. tp must not shard the sequence.
     """
-    lengths = torch.tensor(stream.segments.keys)
-    rows = torch.arange(len(lengths)).repeat_interleave(lengths).to(x.device)
+    queries, lengths = torch.tensor(stream.segments.queries), torch.tensor(stream.segments.keys)
+    rows, seen = _rows(queries).to(x.device), None
+    if not torch.equal(queries, lengths):
+        seen = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in stream.segments.keys]).to(x.device)
     turn = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
@@ -106,10 +109,16 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, segments: Segments = segments) -> Tensor:
             _write(cache, i, rows, stream.positions, k, v)
+            if seen is not None:
+                k, v = cache.k[i][seen], cache.v[i][seen]
             return attention(q, k, v, segments, causal=True)
 
         x = _block(p["blocks"][str(i)], x, turn, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths.to(cache.lengths.device))
+
+
+def _rows(counts: Tensor) -> Tensor:
+    return torch.arange(len(counts)).repeat_interleave(counts)
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:

@@ -26,6 +26,7 @@ class Execution:
     vit_block: Callable = vit.block
     llama_block: Callable = llama.block
     tp: TP = TP()
+    decode_step: Callable = llama.decode_step
 
 
 def execution(recompute: bool = False, backend: str = "") -> Execution:
@@ -33,12 +34,13 @@ def execution(recompute: bool = False, backend: str = "") -> Execution:
 
     backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches.
     """
-    blocks = [vit.block, llama.block]
+    blocks, step = [vit.block, llama.block], llama.decode_step
     if backend:
         blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]
+        step = torch.compile(step, backend=backend)
     if recompute:
         blocks = [remat(b) for b in blocks]
-    return Execution(*blocks)
+    return Execution(*blocks, decode_step=step)
 
 
 def spec(c: Llava) -> Spec:
