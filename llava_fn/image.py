@@ -1,6 +1,8 @@
 """Image files to normalised pixels: decode, make square, resize, normalise (the CLIP image processor of LLaVA-1.5).
 
 open_image    file or bytes              -> RGB PIL image, full size
+from_base64   base64 or data URL         -> the same
+to_rgb        PIL image of any mode      -> the same
 to_pixels     RGB PIL image              -> uint8[3, size, size]      on the CPU, in the data loader
 normalise     uint8[i, 3, size, size]    -> float[i, 3, size, size]   on the training device
 i images; size in pixels (336 for CLIP ViT-L/14-336). Resizing is Pillow's bicubic filter on 8-bit values: torch's
@@ -10,6 +12,7 @@ Whatever cannot be decoded to the pixels that its author meant raises BadRecord,
 replaced, truncated or clipped.
 """
 
+import base64
 import errno
 import io
 from pathlib import Path
@@ -67,6 +70,24 @@ def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: 
         )
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     return _decode(_read(source, name), name, max_pixels)
+
+
+def from_base64(text: str, name: str = "base64 image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image in base64 or in a data URL of base64, as `open_image` of its bytes. Raises BadRecord."""
+    head, comma, data = text.partition(",")
+    if comma and not (head.startswith("data:") and head.endswith(";base64")):
+        raise BadRecord(f"{name}: a data URL begins with data:image/...;base64, and not with {head[:40]!r}")
+    try:
+        content = base64.b64decode(data if comma else text, validate=True)
+    except ValueError as error:
+        raise BadRecord(f"{name}: no base64 ({error}); encode the bytes of an image file") from error
+    return open_image(content, name, max_pixels)
+
+
+def to_rgb(img: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that is open in Pillow, of any mode, as RGB. Raises BadRecord as `open_image` does."""
+    _check_header(img, name, max_pixels)
+    return _to_rgb(img, name)
 
 
 def _read(source: str | Path | bytes, name: str) -> bytes:

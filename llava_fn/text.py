@@ -15,6 +15,8 @@ tokens, and the text after a control token
 - "llava_437": has nothing in front (transformers >= 4.34, legacy=False: LLaVA's last pin, what users run);
 - "llava_431": loses the space of its first piece as a string (transformers 4.31, legacy=False: LLaVA-1.5's training);
 - "legacy": has a space in front (legacy=True).
+"hf" gives the ids of transformers' own LLaVA (legacy=False, "<image>" one token): nothing is put in front of the text
+after an image either, which is one token less an image. Where spaces stand in a row its ids can differ from these.
 A record without control tokens in its texts has the same ids in the default mode and in "llava_437".
 The ids are LLaVA's for vocabularies in which a space only begins a piece, such as Llama's and Mistral's.
 Differs: chatml templates after the first answer, where "<|im_end|>" is no piece of its own. There LLaVA's ids run over
@@ -35,7 +37,7 @@ from llava_fn.errors import BadRecord
 
 IMAGE = -200  # stands for an image: once in a text, at each of its positions in a stream (LLaVA constants.py)
 MARK = "<image>"
-COMPAT = ("llava_437", "llava_431", "legacy")
+COMPAT = ("llava_437", "llava_431", "legacy", "hf")
 ROLES = ("human", "gpt")  # as the records call them
 
 _SPECIAL = re.compile("(<image>|</?s>)")
@@ -211,14 +213,15 @@ _TAGS = (
 )
 _TAGGED = f"<Image>{MARK}</Image>"
 
-# Each is named as in LLaVA conversation.py. LLaVA's trainer wrote the two "v0" layouts differently ("### Human: ");
-# here they are as it served them.
+# Each is named as in LLaVA conversation.py, but for "hf", the prompt of transformers' documentation. LLaVA's trainer
+# wrote the two "v0" layouts differently ("### Human: "); here they are as it served them.
 TEMPLATES: Mapping[str, Template] = MappingProxyType({
     "plain": _PLAIN,
     "v0_plain": _PLAIN,
     "vicuna_v1": _roles(_CURIOUS_USER),
     "v1": _roles(_CURIOUS_USER),
     "llava_v1": _roles(_CURIOUS_HUMAN),
+    "hf": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>")),
     "v1_mmtag": _roles(_TAGS, _TAGGED),
     "llava_v0": _hashes(_CURIOUS_HUMAN),
     "v0_mmtag": _hashes(_TAGS, _TAGGED),
@@ -375,7 +378,7 @@ def _tokenize(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) 
     if compat is not None and compat not in COMPAT:
         raise ValueError(f"no compat {compat!r}; there are: None, {', '.join(COMPAT)}")
     ids, supervised = [tokenizer.bos], [False]
-    after = "image"  # as after an image, a piece begins
+    after = "start"
     for (is_text, target), group in groupby(_atoms(parts, tokenizer, compat), lambda a: (isinstance(a[0], str), a[1])):
         atoms = [atom for atom, _ in group]
         new = _encode_after(after, "".join(atoms), tokenizer, compat) if is_text else atoms
@@ -386,8 +389,8 @@ def _tokenize(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) 
 
 
 def _encode_after(after: str, text: str, tokenizer: Tokenizer, compat: str | None) -> list[int]:
-    """The ids of one span, by what stands before it: an image (or nothing), a control token, or more text."""
-    if after == "image" or (after == "control" and compat == "legacy"):
+    """The ids of one span, by what stands before it: nothing, an image, a control token, or more text."""
+    if after == "start" or (after == "image" and compat != "hf") or (after == "control" and compat == "legacy"):
         return tokenizer.encode(" " + text)
     if after == "control" and compat == "llava_431":
         return tokenizer.encode_stripped(text)

@@ -6,8 +6,9 @@ import zipfile
 from importlib import resources
 
 import pytest
+import torch
 
-from llava_fn import config, data, emoji
+from llava_fn import checkpoint, config, data, emoji, llava, spec, tree
 from llava_fn.text import Tokenizer
 
 CONTENT = resources.files("llava_fn").joinpath("emoji.zip").read_bytes()
@@ -50,3 +51,21 @@ def how(tiny, tokenizer):
 @pytest.fixture(scope="session")
 def samples(emojis, how):
     return [data.sample(r, how) for r in data.read(data.Source(emojis / "train.json", emojis))]
+
+
+@pytest.fixture(scope="session")
+def lively(tiny):
+    """Weights of `tiny` that answer different prompts differently, and not with one token again and again."""
+    rng = torch.Generator().manual_seed(3)
+    shapes = spec.init(llava.spec(tiny), 0)
+    return tree.rebuild(shapes, [torch.randn(x.shape, generator=rng) * 0.7 for x in tree.values(shapes)])
+
+
+@pytest.fixture(scope="session")
+def weights(tiny, tokenizer, lively, tmp_path_factory):
+    """Template -> a checkpoint of ours that was trained with it. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("weights")
+    for template, mode in (("plain", "square"), ("vicuna_v1", "pad")):
+        manifest = checkpoint.Manifest(tiny, ("vision", "projector", "llama"), mode, template, None, step=7)
+        checkpoint.save(folder / template, manifest, lively, None, tokenizer.model)
+    return folder

@@ -354,7 +354,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAT)
+@pytest.mark.parametrize("name", PROMPTS)
 def test_rendered_prompt_is_that_of_llava(name):
     digest = hashlib.sha256(render(GOLDEN, TEMPLATES[name]).encode()).hexdigest()
     assert digest[:16] == PROMPTS[name]
