@@ -123,7 +123,7 @@ def _ours(source: Source, part: Path, wrote: Wrote) -> None:
     files = {"params.safetensors": {path: source.leaves[path] for path in order}}
     if source.spare:
         files[UNUSED] = dict(source.spare)
-    digests = {name: leaf.write(part / name, leaves, wrote) for name, leaves in files.items()}
+    digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
     manifest = checkpoint.Manifest(c, source.parts, source.image_mode or "square", source.template or "plain", None)
     checkpoint.seal(part, manifest, source.tokenizer, digests)
 
@@ -138,6 +138,6 @@ def _theirs(source: Source, layout: str, part: Path, wrote: Wrote) -> None:
         files = companions.llava_hf(c, dtype, source.tokenizer, image_mode, template)
     else:
         files = companions.liuhaotian(c, dtype, source.tokenizer, image_mode)
-    leaf.write(part / "model.safetensors", names(layout, source, c), wrote)
+    leaf.write(part / "model.safetensors", names(layout, source, c), source.archives, wrote)
     for name, content in files.items():
         (part / name).write_bytes(content)
