@@ -9,6 +9,7 @@ import pytest
 import torch
 from layouts import C
 from safetensors.torch import load_file, save_file
+from test_archive import resident
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HFLlava
 
@@ -344,7 +345,7 @@ def test_parts_that_do_not_belong_together_are_refused(folders, state, tokenizer
         opened([openai, vicuna, other], tokenizer)
     with pytest.raises(ValueError, match="does not bring the vision; name a source for it too"):
         export.export(opened([vicuna, projector], tokenizer), tmp_path / "out", "llava_fn")
-    with pytest.raises(ValueError, match="does not bring the projector, which llava-hf holds"):
+    with pytest.raises(ValueError, match="does not bring the projector, part of llava-hf"):
         export.export(opened([openai, vicuna], tokenizer), tmp_path / "out", "llava-hf")
     with pytest.raises(ValueError, match="has no tokenizer.model; give one with --tokenizer"):
         export.export(model.merge([open_source(p) for p in folders["MindSpeed-MM"]]), tmp_path / "out", "llava_fn")
@@ -365,6 +366,8 @@ def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):
         assert torch.equal(source.leaves[path].read().float(), leaf.read().float()), path
     export.export(source, tmp_path / "out", "liuhaotian")
     assert model.merge([open_source(tmp_path / "out")]).image_mode == "pad"
+    both = model.merge([open_source(tmp_path / "base"), open_source(projector)])
+    same(ordered(want.leaves), ordered(both.leaves), "a base of ours and a projector")
     (tmp_path / "base/params.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="base is damaged: SHA256SUMS does not agree with params.safetensors"):
         open_source(tmp_path / "000007")
@@ -382,3 +385,21 @@ def test_ranks_load_their_blocks_of_the_whole(name, folders, tokenizer):
             dim = next(d for d in range(2) if ranks[0][path].shape[d] != whole[path].shape[d])
             assert torch.equal(torch.cat([rank[path] for rank in ranks], dim), whole[path]), path
     assert ranks[1]["llama", "embed"].shape == (256, 256)
+
+
+def test_a_rank_touches_only_its_own_pages(tokenizer, tmp_path):
+    c = dataclasses.replace(C, llama=dataclasses.replace(C.llama, vocab=2**16, blocks=1))
+    state = {f"language_model.{n}": torch.zeros(p, dtype=torch.float16) for n, p in {
+        "model.embed_tokens.weight": (2**16, 256), "lm_head.weight": (2**16, 256), "model.norm.weight": (256,),
+        "model.layers.0.input_layernorm.weight": (256,), "model.layers.0.post_attention_layernorm.weight": (256,),
+        "model.layers.0.self_attn.q_proj.weight": (256, 256), "model.layers.0.self_attn.k_proj.weight": (128, 256),
+        "model.layers.0.self_attn.v_proj.weight": (128, 256), "model.layers.0.self_attn.o_proj.weight": (256, 256),
+        "model.layers.0.mlp.gate_proj.weight": (40, 256), "model.layers.0.mlp.up_proj.weight": (40, 256),
+        "model.layers.0.mlp.down_proj.weight": (256, 40)}.items()}  # fmt: skip
+    folder = layouts.write_vicuna(tmp_path / "wide", state, "safetensors", tokenizer.model, c)
+    source = open_source(folder)
+    file = next(a.path for a in source.archives if "model.embed_tokens.weight" in a.tensors)
+    rank = Mesh(tp=Axis("tp", 8, 3))
+    block = source.leaves["llama/embed"].read()[spec.shard(spec.linear(2**16, 256, ("vocab", None)), rank)]
+    assert len(block.clone()) == 2**13
+    assert resident(file) < block.nbytes + 2**22 < 2**16 * 256 * 2 / 3

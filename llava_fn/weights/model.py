@@ -49,7 +49,7 @@ def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
         {path: leaf for source in sources for path, leaf in source.spare.items()},
         tuple(archive for source in sources for archive in source.archives),
         *[next((getattr(s, kind) for s in sources if kind in s.parts), None) for kind in ("vision", "llama")],
-        **{what: _one(sources, what) for what in ("tokenizer", "image_mode", "template")},
+        **{what: _one(sources, what) for what in ("tokenizer", "image_mode", "template", "compat")},
     )  # fmt: skip
     _check_widths(whole)
     return whole

@@ -39,6 +39,7 @@ class Source:
     tokenizer: bytes | None = None
     image_mode: str | None = None
     template: str | None = None
+    compat: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -197,5 +198,5 @@ def _ours(folder: Path) -> Source:
     words = (folder / "tokenizer.model").read_bytes()
     return Source(
         str(folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, words,
-        m.image_mode, m.template,
+        m.image_mode, m.template, m.compat,
     )  # fmt: skip
