@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import layouts
 import pytest
@@ -254,6 +255,8 @@ def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     tensors["language_model.model.layers.0.mlp.gate_proj.weight"] = torch.zeros(3, 3, dtype=torch.float16)
     tensors["language_model.model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 256, dtype=torch.int8)
     tensors["model.language_model.embed_tokens.weight"] = torch.zeros(576, 256)
+    turned = "language_model.model.layers.0.mlp.down_proj.weight"
+    tensors[turned] = tensors[turned].T.contiguous()
     tensors["image_newline"] = torch.zeros(2)
     tensors["language_model.model.layers.2.input_layernorm.weight"] = torch.zeros(256)
     del tensors["vision_tower.encoder.layers.3.layer_norm1.weight"]  # of a block that never runs: whole or not at all
@@ -261,10 +264,11 @@ def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     with pytest.raises(ValueError) as caught:
         open_source(broken)
     said = str(caught.value)
-    assert "hf (Hugging Face or liuhaotian) does not fit its model, 7 tensors" in said
+    assert "hf (Hugging Face or liuhaotian) does not fit its model, 8 tensors" in said
     for line in (
         "missing: llama's norm.weight", "unexpected: image_newline",
         "wrong shape: layers.0.mlp.gate_proj.weight is (3, 3), the config wants (40, 256)",
+        "wrong shape: layers.0.mlp.down_proj.weight is (40, 256), the config wants (256, 40)",
         "wrong dtype: layers.1.mlp.up_proj.weight is torch.int8",
         "duplicate: language_model.model.embed_tokens.weight is llama's embed_tokens.weight",
         "unexpected: llama's layers.2.input_layernorm.weight", "missing: vision's encoder.layers.3.layer_norm1.weight",
@@ -366,10 +370,15 @@ def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):
         assert torch.equal(source.leaves[path].read().float(), leaf.read().float()), path
     export.export(source, tmp_path / "out", "liuhaotian")
     assert model.merge([open_source(tmp_path / "out")]).image_mode == "pad"
+    same(ordered(want.spare), ordered(source.spare), "what LLaVA never reads")
     both = model.merge([open_source(tmp_path / "base"), open_source(projector)])
     same(ordered(want.leaves), ordered(both.leaves), "a base of ours and a projector")
     (tmp_path / "base/params.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="base is damaged: SHA256SUMS does not agree with params.safetensors"):
+        open_source(tmp_path / "000007")
+    shutil.rmtree(tmp_path / "base")
+    export.export(want, tmp_path / "base", "llava_fn")
+    with pytest.raises(ValueError, match="is not the one that was trained on"):
         open_source(tmp_path / "000007")
 
 
