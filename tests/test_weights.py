@@ -319,6 +319,14 @@ def test_models_that_compute_something_else_are_refused(change, said, folders, t
         open_source(folder)
 
 
+def test_a_projector_for_another_layer_of_an_absent_tower_is_refused(state, tokenizer, tmp_path):
+    folder = layouts.write_liuhaotian(tmp_path / "liu", state, False, tokenizer.model)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_select_layer": -1}))
+    with pytest.raises(ValueError, match="reads hidden state -1 of an image tower that it does not bring"):
+        open_source(folder)
+
+
 def test_what_is_no_model_is_named(tmp_path, folders, state, tokenizer):
     with pytest.raises(ValueError, match="nothing.pt: no such file or folder"):
         open_source(tmp_path / "nothing.pt")
