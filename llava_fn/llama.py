@@ -97,8 +97,8 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
 
     Segment j of the stream is row j of the cache, whose tensors are written. tp must not shard the sequence.
     """
-    lengths = torch.tensor(stream.segments.keys)
-    rows = torch.arange(len(lengths)).repeat_interleave(lengths).to(x.device)
+    lengths = stream.segments.keys
+    rows = torch.cat([torch.full((n,), j) for j, n in enumerate(lengths)]).to(x.device)
     turn = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
@@ -109,7 +109,7 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
             return attention(q, k, v, segments, causal=True)
 
         x = _block(p["blocks"][str(i)], x, turn, read, attend, c, tp)
-    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths.to(cache.lengths.device))
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
