@@ -26,8 +26,8 @@ from llava_fn.parallel.mesh import Axis, Mesh
 BF16 = torch.bfloat16
 SEGMENTS = Segments((300, 40, 1), (300, 300, 40))
 UNFUSED = {  # what an op of kernels/ runs as where its fused form is not taken
-    "aten::silu", "aten::gelu", "aten::sigmoid", "aten::rsqrt", "aten::pow.Tensor_Scalar", "aten::bmm", "aten::_softmax",
-    "aten::_log_softmax", "aten::nll_loss_forward", "aten::addcmul", "aten::convolution", "aten::sqrt", "aten::lerp",
+    "aten::silu", "aten::gelu", "aten::sigmoid", "aten::rsqrt", "aten::pow.Tensor_Scalar", "aten::bmm",
+    "aten::_softmax", "aten::_log_softmax", "aten::nll_loss_forward", "aten::addcmul", "aten::convolution", "aten::sqrt", "aten::lerp",
     "aten::silu_backward", "aten::gelu_backward", "aten::_log_softmax_backward_data", "aten::_softmax_backward_data",
     "npu::npu_fusion_attention_v3", "aten::scaled_dot_product_attention",
 }  # fmt: skip
@@ -176,8 +176,9 @@ RAW = {  # the op as torch_npu has it -> how its gradient fares: this is why som
     "npu_add_rms_norm": (lambda: G(8, 64), lambda x: torch_npu.npu_add_rms_norm(x, E(8, 64), E(64))[0], "refused"),
     "npu_fused_infer_attention_score": (
         lambda: G(2, 1, 4, 64),
-        lambda x: torch_npu.npu_fused_infer_attention_score(x, *[E(2, 9, 4, 64)] * 2, num_heads=4, input_layout="BSND")[0],
-        "dropped",
+        lambda x: torch_npu.npu_fused_infer_attention_score(
+            x, *[E(2, 9, 4, 64)] * 2, num_heads=4, input_layout="BSND"
+        )[0], "dropped",
     ),
     "npu_all_gather_base_mm": (
         lambda: G(8, 512), lambda x: torch_npu.npu_all_gather_base_mm(x, E(512, 64), "group", 2)[0], "dropped",
@@ -232,7 +233,7 @@ def make_batch(c: config.Llava, captions=(20, 40)) -> Batch:
     return Batch(
         ("a", "b"), stream, E(sum(lengths), dtype=torch.int64),
         E(len(captions), 3, c.vision.image, c.vision.image, dtype=torch.uint8),
-        E(len(captions) * c.vision.patches, dtype=torch.int64), E(total, dtype=torch.int64), E(total, dtype=torch.int64),
+        *(E(n, dtype=torch.int64) for n in (len(captions) * c.vision.patches, total, total)),
     )  # fmt: skip
 
 
