@@ -176,6 +176,13 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda *x: kernels.attention(*x, Segments((2, 3), (3, 3)), True), (q, k, v))
     tables = [z.double() for z in kernels.rotary_tables(torch.arange(5), 2, 10.0)]
     assert gradcheck(lambda x: kernels.rotary(x, *tables), (q,))
+    wide = rand(3, 4, seed=3), rand(3, 4, seed=4), rand(4, seed=5)
+    assert gradcheck(lambda *x: kernels.add_rms_norm(*x, 0.1), wide)
+    assert gradcheck(lambda *x: kernels.rms_norm(*x, 0.1), (wide[0], wide[2]))
+    assert gradcheck(lambda *x: kernels.layer_norm(*x, 0.1), (wide[0], wide[2], rand(4, seed=6)))
+    assert gradcheck(lambda x: kernels.cross_entropy(x, torch.tensor([3, 0, 1])), (wide[0],))
+    cache = rand(2, 3, 1, 2, seed=7), rand(2, 3, 1, 2, seed=8)
+    assert gradcheck(lambda *x: kernels.decode_attention(*x, torch.tensor([1, 3])), (rand(2, 2, 2), *cache))
     for op in (kernels.gelu, kernels.quick_gelu):
         assert gradcheck(op, (rand(6),))
     assert gradcheck(kernels.swiglu, (rand(3, 2), rand(4, 2, seed=1), rand(4, 2, seed=2)))

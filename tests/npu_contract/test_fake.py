@@ -27,7 +27,8 @@ BF16 = torch.bfloat16
 SEGMENTS = Segments((300, 40, 1), (300, 300, 40))
 UNFUSED = {  # what an op of kernels/ runs as where its fused form is not taken
     "aten::silu", "aten::gelu", "aten::sigmoid", "aten::rsqrt", "aten::pow.Tensor_Scalar", "aten::bmm",
-    "aten::_softmax", "aten::_log_softmax", "aten::nll_loss_forward", "aten::addcmul", "aten::convolution", "aten::sqrt", "aten::lerp",
+    "aten::_softmax", "aten::_log_softmax", "aten::nll_loss_forward", "aten::addcmul", "aten::convolution",
+    "aten::sqrt", "aten::lerp",
     "aten::silu_backward", "aten::gelu_backward", "aten::_log_softmax_backward_data", "aten::_softmax_backward_data",
     "npu::npu_fusion_attention_v3", "aten::scaled_dot_product_attention",
 }  # fmt: skip
