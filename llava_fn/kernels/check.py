@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import tyro
@@ -107,8 +108,12 @@ def other_cases(s: Sizes) -> list[Case]:
     positions = torch.cat([torch.arange(n) for n in s.lengths])
     targets = torch.arange(s.rows) % s.vocab
 
+    @cache
+    def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+        return rotary_tables(positions.to(device), s.head, 10000.0)
+
     def rotate(form: Callable, x: Tensor) -> Tensor:
-        return form(x, *rotary_tables(positions.to(x.device), s.head, 10000.0))
+        return form(x, *tables(x.device))
 
     def loss(form: Callable, x: Tensor) -> Tensor:
         return form(x, targets.to(x.device))
