@@ -33,8 +33,8 @@ def fetch(name: str, requirement: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=CACHE))
     try:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(new), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "2", "--dest"]
+        done = subprocess.run([*command, str(new), requirement], capture_output=True, text=True, timeout=600)
         if done.returncode:
             give_up(f"{requirement} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
         (wheel,) = new.glob("*.whl")
