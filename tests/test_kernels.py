@@ -138,6 +138,20 @@ def test_norms_round_once(seed):
         assert torch.equal(mine, exact.bfloat16())
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+def test_strided_input_changes_nothing(t, n, half):
+    h = 2 * half
+    wide, gain = rand(t, n, 2 * h).detach().float(), rand(h, seed=1).detach().float()
+    x, tables = wide[..., ::2], kernels.rotary_tables(torch.arange(t), h, 10.0)
+    for op in (
+        lambda x: kernels.rms_norm(x, gain, 0.1), lambda x: kernels.layer_norm(x, gain, gain, 0.1),
+        lambda x: torch.stack(kernels.add_rms_norm(x, x, gain, 0.1)), lambda x: kernels.rotary(x, *tables),
+        kernels.gelu, kernels.quick_gelu, lambda x: kernels.swiglu(x, gain[None], -gain[None]),
+    ):  # fmt: skip
+        torch.testing.assert_close(op(x), op(x.contiguous()))
+
+
 def test_rotary_turns_each_pair_by_its_angle():
     head, theta, positions = 6, 100.0, torch.tensor([0, 1, 5, 2])
     x = rand(4, 2, head).float()

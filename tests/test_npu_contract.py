@@ -1,6 +1,7 @@
 """The NPU code against the real torch_npu, on a machine without an NPU: tests/npu_contract, in a process of its own.
 
-The wheel of this torch's line is fetched once into a cache and unpacked there, never installed. Without the network, or
+The wheel of this torch's line and the newest are fetched once into a cache (~/.cache/llava_fn/torch_npu; remove it to
+fetch them again) and unpacked there, never installed. Without the network, or
 without gcc and binutils, this is a skip that says so; where CI is set in the environment, as .ci/run does, a failure.
 """
 

@@ -6,6 +6,8 @@ import importlib
 import emulation
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava_fn import config, generate, kernels, llava, spec, train, tree
 from llava_fn.batch import IMAGE, Sample, collate
@@ -89,6 +91,22 @@ def test_npu_form_equals_the_reference(case):
 def test_npu_form_equals_the_reference_in_bf16(case):
     op = module(CASES[case][0])
     compare(op.npu, op.reference, case, torch.bfloat16)
+
+
+sizes = st.integers(1, 5).flatmap(lambda k: st.tuples(st.integers(1, k), st.just(k)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(sizes, min_size=1, max_size=4), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.booleans())
+def test_npu_form_of_attention_equals_the_reference_for_all_segments_and_groups(pairs, heads, causal):
+    op, segments = module("attention"), Segments(*map(tuple, zip(*pairs, strict=True)))
+    q = strided(sum(segments.queries), heads[0], 4, seed=1)
+    k, v = (strided(sum(segments.keys), heads[1], 4, seed=s) for s in (2, 3))
+    results = [form(q, k, v, segments, causal) for form in (op.npu, op.reference)]
+    weight = R(*q.shape, seed=9, grad=False)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in results]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
