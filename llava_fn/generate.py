@@ -1,7 +1,4 @@
-"""Greedy continuation of several prompts at once, by a full forward pass for each token.
-
-There is no cache: it is for captions in the course of training, some tokens long.
-"""
+"""Greedy continuation of several prompts at once."""
 
 from __future__ import annotations
 
@@ -13,33 +10,35 @@ from torch import Tensor
 
 from llava_fn import llama, llava
 from llava_fn.batch import Sample, Stream
+from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.parallel import vocab
 from llava_fn.text import IMAGE
 
 
+@torch.no_grad()
 def greedy(p: TensorDict, prompts: Sequence[Sample], stop: int, limit: int, c: Llava) -> list[list[int]]:
     """The most likely next token, again and again, until it is `stop` (not returned) or there are `limit` of them.
 
-    prompts: only their ids and pixels are read. -> the new ids of each prompt, in order.
+    prompts: only their ids and pixels are read. -> the new ids of each prompt, in order. Rows that have stopped go on
+    unread until all have: no shape changes from one step to the next.
     """
     run = llava.Execution()
     feats = llava.features(p, torch.cat([s.pixels for s in prompts]), c)
     sizes = [len(s.pixels) * c.vision.patches for s in prompts]
-    starts = [_embed(p, s, f, run) for s, f in zip(prompts, feats.split(sizes), strict=True)]
+    rows = [_embed(p, s, f, run) for s, f in zip(prompts, feats.split(sizes), strict=True)]
+    stream = Stream.of([len(x) for x in rows], [1] * len(rows)).to(feats.device)
+    cache = Cache.empty(c.llama, len(rows), max(stream.segments.keys) + limit, feats)
+    x, cache = llama.prefill(p["llama"], torch.cat(rows), stream, cache, c.llama, run.tp)
     new: list[list[int]] = [[] for _ in prompts]
-    live = sorted(range(len(prompts)), key=lambda j: len(prompts[j].ids))
     for _ in range(limit):
-        added = [vocab.embed(p["llama"]["embed"], _ids(new[j], feats), run.tp.axis) for j in live]
-        rows = [torch.cat([starts[j], x]) for j, x in zip(live, added, strict=True)]
-        stream = Stream.of([len(x) for x in rows], [1] * len(rows)).to(feats.device)
-        x = llama.decode(p["llama"], torch.cat(rows), stream, c.llama)
-        for j, token in zip(live, llama.logits(p["llama"], x, c.llama).argmax(-1).tolist(), strict=True):
-            new[j].append(token)
-        live = [j for j in live if new[j][-1] != stop]
-        if not live:
+        ids = llama.logits(p["llama"], x, c.llama).argmax(-1)
+        for row, token in zip(new, ids.tolist(), strict=True):
+            row.append(token)
+        if all(stop in row for row in new):
             break
-    return [ids[:-1] if ids and ids[-1] == stop else ids for ids in new]
+        x, cache = llama.decode_step(p["llama"], ids, cache, c.llama, run.tp)
+    return [row[: row.index(stop)] if stop in row else row for row in new]
 
 
 def _ids(ids: Sequence[int], like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -11,9 +12,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llava_fn.batch import Stream
+from llava_fn.cache import Cache
 from llava_fn.config import Llama
 from llava_fn.grad import remat
-from llava_fn.kernels import Segments, attention, rms_norm, rotary, rotary_tables, swiglu
+from llava_fn.kernels import (
+    Segments,
+    add_rms_norm,
+    attention,
+    decode_attention,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    swiglu,
+)
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.spec import Param, Spec, norm
@@ -21,6 +32,7 @@ from llava_fn.spec import linear as weight
 
 LOGIT_ROWS = 2048
 Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
 
 
 def spec(c: Llama) -> Spec:
@@ -53,16 +65,19 @@ def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor
     rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
     nothing else: x: t d -> r d. `segments.queries` then counts `rows`.
     """
+    return _block(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
+
+
+def _block(p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP) -> Tensor:
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
     k, v = (rearrange(linear(h, p[w]), "t (m h) -> t m h", h=c.head) for w in ("wk", "wv"))
     k = rotary(k, *turn)
     if rows is not None:
         x, h, turn = tp.select(x, rows), h[rows], (turn[0][rows], turn[1][rows])
     q = rotary(rearrange(linear(h, p["wq"]), "t (n h) -> t n h", h=c.head), *turn)
-    h = rearrange(attention(q, k, v, segments, causal=True), "t n h -> t (n h)")
-    x = x + tp.leave(linear(h, p["wo"]))
-    h = tp.enter(rms_norm(x, p["norm2"], c.eps))
-    return x + tp.leave(linear(swiglu(linear(h, p["w_gate"]), linear(h, p["w_up"])), p["w_down"]))
+    h = rearrange(attend(q, k, v), "t n h -> t (n h)")
+    x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
+    return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
 
 
 def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), block: Callable = block) -> Tensor:
@@ -75,6 +90,49 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
         x = block(p["blocks"][str(i)], x, turn, stream.segments, None, c, tp)
     x = block(p["blocks"][str(c.blocks - 1)], x, turn, stream.read_segments, stream.read, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps))
+
+
+def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
+    """`decode` of the rows' first tokens, which fills an empty cache. x: t d -> r d and the cache.
+
+    Segment j of the stream is row j of the cache, whose tensors are written. tp must not shard the sequence.
+    """
+    lengths = stream.segments.keys
+    rows = torch.cat([torch.full((n,), j) for j, n in enumerate(lengths)]).to(x.device)
+    turn = rotary_tables(stream.positions, c.head, c.theta)
+    for i in range(c.blocks):
+        last = i == c.blocks - 1
+        segments, read = (stream.read_segments, stream.read) if last else (stream.segments, None)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, segments: Segments = segments) -> Tensor:
+            _write(cache, i, rows, stream.positions, k, v)
+            return attention(q, k, v, segments, causal=True)
+
+        x = _block(p["blocks"][str(i)], x, turn, read, attend, c, tp)
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
+
+
+def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
+    """One more token in every row. ids: int64[b] -> b d, which predicts the token after it, and the cache with it.
+
+    No shape depends on a length. The caller sees to it that every row has room left.
+    """
+    x = vocab.embed(p["embed"], ids, tp.axis)
+    rows, at, lengths = torch.arange(len(ids), device=x.device), cache.lengths.to(x.device), cache.lengths + 1
+    turn = rotary_tables(at, c.head, c.theta)
+    for i in range(c.blocks):
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
+            _write(cache, i, rows, at, k, v)
+            return decode_attention(q, cache.k[i], cache.v[i], lengths)
+
+        x = _block(p["blocks"][str(i)], x, turn, None, attend, c, tp)
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
+
+
+def _write(cache: Cache, i: int, rows: Tensor, at: Tensor, k: Tensor, v: Tensor) -> None:
+    cache.k[i].index_put_((rows, at), k)
+    cache.v[i].index_put_((rows, at), v)
 
 
 def head(p: TensorDict, c: Llama) -> Tensor:

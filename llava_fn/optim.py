@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import tree
+from llava_fn import kernels, tree
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr
     """Update number `step` (from 1), in place: params and moments are consumed.
 
     Two groups: tensors of two or more dims decay, norms and biases do not.
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; torch's fused kernel.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
     for decays in (True, False):
         rows = [
@@ -71,9 +71,5 @@ def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr
             if (row[0].ndim > 1) == decays
         ]
         if rows:
-            p, g, first, second = map(list, zip(*rows, strict=True))
-            torch._fused_adamw_(
-                p, g, first, second, [], [torch.tensor(float(step), device=x.device) for x in p],
-                lr=lr, beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay if decays else 0.0, eps=c.eps,
-                amsgrad=False, maximize=False,
-            )  # fmt: skip
+            decay = c.weight_decay if decays else 0.0
+            kernels.adamw(*zip(*rows, strict=True), step, kernels.Coefficients(lr, c.beta1, c.beta2, c.eps, decay))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llava_fn.config import Vision
-from llava_fn.kernels import Segments, attention, gelu, layer_norm, quick_gelu
+from llava_fn.kernels import Segments, attention, gelu, layer_norm, patch_embedding, quick_gelu
 from llava_fn.spec import Param, Spec, bias, norm
 from llava_fn.spec import linear as weight
 
@@ -58,10 +58,9 @@ def encode(p: TensorDict, pixels: Tensor, c: Vision, block: Callable = block) ->
 
     pixels: f[i, 3, image, image], normalised -> f[i, p, d]. Patches in row-major order. block: this module's `block`,
     or a form of it that computes the same (remat, compiled).
-    The patch embedding is a matmul, so no hardware's convolution shortcut (HF32) touches it.
     """
-    patches = rearrange(pixels, "i c (y a) (x b) -> i (y x) (c a b)", a=c.patch, b=c.patch)
-    x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), linear(patches, p["patch"])], 1)
+    patches = patch_embedding(pixels, p["patch"], c.patch)
+    x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), patches], 1)
     x = rearrange(x + p["positions"], "i p d -> (i p) d")
     x = layer_norm(x, p["norm_g"], p["norm_b"], c.eps)
     segments = Segments.of([c.patches + 1] * len(pixels))

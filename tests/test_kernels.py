@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from llava_fn import kernels
 from llava_fn.kernels import Segments
+from llava_fn.kernels.swiglu import gated
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,6 +72,52 @@ def test_rows_that_do_not_fit_the_segments_are_refused():
         kernels.attention(*(rand(3, 1, 2) for _ in range(3)), Segments.of([4]), True)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.data())
+def test_decode_attention_equals_attention_over_the_keys_that_a_row_sees(lengths, heads, data):
+    size = max(lengths) + data.draw(st.integers(0, 3))
+    q = rand(len(lengths), heads[0], 4, seed=1)
+    k, v = (rand(len(lengths), size, heads[1], 4, seed=s) for s in (2, 3))
+    mine = kernels.decode_attention(q, k, v, torch.tensor(lengths))
+    ragged = [torch.cat([x[j, :n] for j, n in enumerate(lengths)]) for x in (k, v)]
+    want = naive_attention(q, *ragged, Segments((1,) * len(lengths), tuple(lengths)), True)
+    weight = rand(*want.shape, seed=4).detach()
+    torch.testing.assert_close(mine, want)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (mine, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_decode_attention_ignores_the_rest_of_the_cache():
+    q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
+    lengths = torch.tensor([2, 5])
+    want = kernels.decode_attention(q, k, v, lengths)
+    for x, fill in ((k, 1e4), (v, 7.0)):
+        x.data[0, 2:] = fill
+    assert torch.equal(kernels.decode_attention(q, k, v, lengths), want)
+
+
+def test_decode_attention_is_one_graph_for_all_lengths():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    step = torch.compile(kernels.decode_attention, backend=counter, fullgraph=True)
+    q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
+    for lengths in ([1, 2], [5, 3], [4, 4]):
+        torch.testing.assert_close(
+            step(q, k, v, torch.tensor(lengths)), kernels.decode_attention(q, k, v, torch.tensor(lengths))
+        )
+    assert counter.frame_count == 1
+
+
+def test_decode_attention_refuses_shapes_that_do_not_fit():
+    q, k = rand(2, 3, 4), rand(2, 5, 2, 4)
+    for args in ((q, k, k), (q[:1], k, k), (rand(2, 4, 4), k, k[:, :4]), (rand(2, 4, 2), k, k)):
+        with pytest.raises(ValueError, match="n a multiple of m"):
+            kernels.decode_attention(*args, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"lengths \(1,\)"):
+        kernels.decode_attention(rand(2, 4, 4), k, k, torch.tensor([1]))
+
+
 def test_norms_follow_their_formulas():
     x, gain, bias = rand(3, 7), rand(7, seed=1), rand(7, seed=2)
     rms = x * gain / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
@@ -89,6 +136,20 @@ def test_norms_round_once(seed):
         (kernels.layer_norm(x, gain, bias, 1e-5), kernels.layer_norm(x.float(), gain.float(), bias.float(), 1e-5)),
     ):
         assert torch.equal(mine, exact.bfloat16())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+def test_strided_input_changes_nothing(t, n, half):
+    h = 2 * half
+    wide, gain = rand(t, n, 2 * h).detach().float(), rand(h, seed=1).detach().float()
+    x, tables = wide[..., ::2], kernels.rotary_tables(torch.arange(t), h, 10.0)
+    for op in (
+        lambda x: kernels.rms_norm(x, gain, 0.1), lambda x: kernels.layer_norm(x, gain, gain, 0.1),
+        lambda x: torch.stack(kernels.add_rms_norm(x, x, gain, 0.1)), lambda x: kernels.rotary(x, *tables),
+        kernels.gelu, kernels.quick_gelu, lambda x: kernels.swiglu(x, gain[None], -gain[None]),
+    ):  # fmt: skip
+        torch.testing.assert_close(op(x), op(x.contiguous()))
 
 
 def test_rotary_turns_each_pair_by_its_angle():
@@ -114,7 +175,7 @@ def test_activations_follow_their_formulas():
     x, up = rand(50), rand(50, seed=1)
     torch.testing.assert_close(kernels.gelu(x), x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
     torch.testing.assert_close(kernels.quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
-    torch.testing.assert_close(kernels.swiglu(x, up), x / (1 + torch.exp(-x)) * up)
+    torch.testing.assert_close(gated(x, up), x / (1 + torch.exp(-x)) * up)
 
 
 def test_cross_entropy_is_the_negative_log_probability_of_the_target():
@@ -129,6 +190,13 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda *x: kernels.attention(*x, Segments((2, 3), (3, 3)), True), (q, k, v))
     tables = [z.double() for z in kernels.rotary_tables(torch.arange(5), 2, 10.0)]
     assert gradcheck(lambda x: kernels.rotary(x, *tables), (q,))
+    wide = rand(3, 4, seed=3), rand(3, 4, seed=4), rand(4, seed=5)
+    assert gradcheck(lambda *x: kernels.add_rms_norm(*x, 0.1), wide)
+    assert gradcheck(lambda *x: kernels.rms_norm(*x, 0.1), (wide[0], wide[2]))
+    assert gradcheck(lambda *x: kernels.layer_norm(*x, 0.1), (wide[0], wide[2], rand(4, seed=6)))
+    assert gradcheck(lambda x: kernels.cross_entropy(x, torch.tensor([3, 0, 1])), (wide[0],))
+    cache = rand(2, 3, 1, 2, seed=7), rand(2, 3, 1, 2, seed=8)
+    assert gradcheck(lambda *x: kernels.decode_attention(*x, torch.tensor([1, 3])), (rand(2, 2, 2), *cache))
     for op in (kernels.gelu, kernels.quick_gelu):
         assert gradcheck(op, (rand(6),))
-    assert gradcheck(kernels.swiglu, (rand(6), rand(6, seed=1)))
+    assert gradcheck(kernels.swiglu, (rand(3, 2), rand(4, 2, seed=1), rand(4, 2, seed=2)))

@@ -62,11 +62,13 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP]
-    assert len(shown) == 12
+    assert len(shown) == 13
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
+        if "kernels.check" in command:
+            assert "| rotary | bfloat16 |" in done.stdout
     manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
     assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
     assert (clone / "runs/emoji-short/samples.html").exists()

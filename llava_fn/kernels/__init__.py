@@ -1,12 +1,21 @@
-"""The operations that have fused forms on accelerators, each with its contract and its reference in plain PyTorch."""
+"""The operations that have fused forms on accelerators, one a file: contract, reference, fused forms."""
 
-from llava_fn.kernels.activation import gelu, quick_gelu, swiglu
+from llava_fn.kernels.adamw import Coefficients, adamw
+from llava_fn.kernels.add_rms_norm import add_rms_norm
 from llava_fn.kernels.attention import Segments, attention
 from llava_fn.kernels.cross_entropy import cross_entropy
-from llava_fn.kernels.norm import layer_norm, rms_norm
+from llava_fn.kernels.decode import decode_attention, lengths_device
+from llava_fn.kernels.gelu import gelu
+from llava_fn.kernels.layer_norm import layer_norm
+from llava_fn.kernels.parallel_linear import column_linear, row_linear
+from llava_fn.kernels.patch_embedding import patch_embedding
+from llava_fn.kernels.quick_gelu import quick_gelu
+from llava_fn.kernels.rms_norm import rms_norm
 from llava_fn.kernels.rotary import rotary, rotary_tables
+from llava_fn.kernels.swiglu import swiglu
 
 __all__ = [
-    "Segments", "attention", "cross_entropy", "gelu", "layer_norm", "quick_gelu", "rms_norm", "rotary",
-    "rotary_tables", "swiglu",
+    "Coefficients", "Segments", "adamw", "add_rms_norm", "attention", "column_linear", "cross_entropy",
+    "decode_attention", "gelu", "layer_norm", "lengths_device", "patch_embedding", "quick_gelu", "rms_norm", "rotary",
+    "rotary_tables", "row_linear", "swiglu",
 ]  # fmt: skip

@@ -4,7 +4,9 @@ Contract: q: t n h, k and v: s m h -> t n h, all of one dtype. n is a multiple o
 reads KV head j // (n/m)). Scores are scaled by h**-0.5. Each segment attends to itself alone. `causal` is anchored
 bottom right: the last query of a segment sees all of its keys, the one before sees one fewer; so a segment may have
 fewer queries than keys when the queries are its last rows. Every query sees at least one key: no row is fully masked.
-The same layout as TND of npu_fusion_attention (sparse_mode 3) and the varlen form of flash attention.
+The same layout as TND of npu_fusion_attention (sparse_mode 3) and the varlen form of flash attention. Their limits are
+raised as ValueError: heads of at most 768 on an NPU, at most 2048 segments in one call and 256 query heads; on CUDA
+heads of at most 256, a multiple of 8.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
@@ -12,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool)
             f"q has {q.shape[0]} rows and k {k.shape[0]}, but the segments hold "
             f"{sum(segments.queries)} queries and {sum(segments.keys)} keys"
         )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    return choose(q, reference, npu=npu, cuda=cuda)(q, k, v, segments, causal)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """Dense attention of each run of segments of one size."""
     runs = list(segments.runs())
     rows, cols = [b * t for b, t, _ in runs], [b * s for b, _, s in runs]
     parts = zip(q.split(rows), k.split(cols), v.split(cols), runs, strict=True)  # split: one backward for all parts
@@ -74,3 +87,47 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and t == s)
     return rearrange(x, "b n t h -> (b t) n h")
+
+
+def cuda(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """The flash attention that torch ships. It has no fp32: that takes the reference, whose dense parts are fused."""
+    if q.dtype == torch.float32:
+        return reference(q, k, v, segments, causal)
+    require(q.dtype in (torch.float16, torch.bfloat16), "varlen_attn", f"float16 or bfloat16, not {q.dtype}")
+    require(q.shape[2] % 8 == 0 and q.shape[2] <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {q.shape[2]}")
+    starts = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in _counts(segments))
+    return varlen_attn(
+        q, k, v, *starts, *map(max, _counts(segments)), window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """npu_fusion_attention in TND. Without a mask it ignores sparse_mode and sees every key: the two go together.
+
+    Its mask says True where a key is hidden, the opposite of torch's.
+    """
+    n, h = q.shape[1:]
+    require_float("npu_fusion_attention", q)
+    require(q.dtype == k.dtype == v.dtype, "npu_fusion_attention", f"one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    require(h <= 768, "npu_fusion_attention", f"heads of at most 768, not {h}")
+    require(n <= 256, "npu_fusion_attention", f"at most 256 query heads, not {n}")
+    segments_at_once = len(segments.keys)
+    require(segments_at_once <= 2048, "npu_fusion_attention", f"at most 2048 segments, not {segments_at_once}")
+    ends = [list(accumulate(rows)) for rows in _counts(segments)]  # on the host; no leading 0
+    return npu_op("npu_fusion_attention")(
+        q.contiguous(), k.contiguous(), v.contiguous(), n, "TND", atten_mask=hidden(q.device) if causal else None,
+        scale=h**-0.5, keep_prob=1.0, actual_seq_qlen=ends[0], actual_seq_kvlen=ends[1],
+        sparse_mode=3 if causal else 0,
+    )[0]  # fmt: skip
+
+
+@cache  # 4 MB that autograd keeps for every block: made once for a device, and never written
+def hidden(device: torch.device) -> Tensor:
+    """The compressed causal mask that stands for one of any size: bool[2048, 2048], True above the diagonal."""
+    with torch.inference_mode(False):  # or a first call in inference mode would make it unfit for training
+        return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+
+
+def _counts(segments: Segments) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return segments.queries, segments.keys

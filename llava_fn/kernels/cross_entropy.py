@@ -1,11 +1,36 @@
-"""Cross-entropy of rows that carry a label; rows without one never get here."""
+"""Cross-entropy of rows that carry a label; rows without one never get here.
+
+Contract: logits: r v, targets: int64[r] in [0, v) -> -log softmax(logits)[target], fp32[r], computed in fp32.
+There is no ignored label: npu_cross_entropy_loss takes a negative ignore_index for none at all, so that the usual -100
+would be read as an index. Rows without a label are left out before the head instead, which also saves their logits.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_fn.kernels.dispatch import choose, npu_op, require
+from llava_fn.kernels.precision import at_least_fp32
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] in fp32. logits: r v, targets: int64[r] in [0, v) -> fp32[r]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    """logits: r v, targets: int64[r] in [0, v) -> fp32[r]; see the module's contract."""
+    return choose(logits, reference, npu=npu)(logits, targets)
+
+
+def reference(logits: Tensor, targets: Tensor) -> Tensor:
+    """torch's, on fp32 logits."""
+    return F.cross_entropy(at_least_fp32(logits), targets, reduction="none")
+
+
+def npu(logits: Tensor, targets: Tensor) -> Tensor:
+    """npu_cross_entropy_loss, one loss a row. It keeps the dtype of its input, hence fp32 logits."""
+    rows = len(logits)
+    require(1 <= rows <= 200_000, "npu_cross_entropy_loss", f"1 to 200000 rows, not {rows}")
+    require(
+        targets.dtype == torch.int64 and targets.shape == (rows,), "npu_cross_entropy_loss",
+        f"int64 targets, one a row, not {targets.dtype} of {tuple(targets.shape)} for {rows} rows",
+    )  # fmt: skip
+    return npu_op("npu_cross_entropy_loss")(logits.float(), targets, reduction="none")[0]

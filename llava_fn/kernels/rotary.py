@@ -1,22 +1,51 @@
-"""Rotary position embedding, half-rotation form (GPT-NeoX, HF Llama)."""
+"""Rotary position embedding, half-rotation form (GPT-NeoX, HF Llama).
+
+Contract: x: t n h, cos and sin: t 1 h -> x * cos + rotate_half(x) * sin, t n h. The tables are rounded to x's dtype
+first, as npu_rotary_mul does and HF too. h is even.
+Source: Su et al. 2021, arXiv 2104.09864, eq. 34, with the pairs (j, j + h/2).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+
 
 def rotary_tables(positions: Tensor, head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32[t, 1, h], of positions: int64[t]; both halves of h hold the same angles.
-
-    Source: Su et al. 2021, arXiv 2104.09864, eq. 34, with the pairs (j, j + h/2).
-    """
+    """cos and sin, fp32[t, 1, h], of positions: int64[t]; both halves of h hold the same angles."""
     rates = theta ** -(torch.arange(0, head, 2, device=positions.device, dtype=torch.float32) / head)
     angles = (positions.float()[:, None] * rates).repeat(1, 2)[:, None]  # t 1 h
     return angles.cos(), angles.sin()
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin. x: t n h, cos and sin: t 1 h, cast to x's dtype first -> t n h."""
+    """x: t n h, cos and sin: t 1 h -> t n h; see the module's contract."""
+    return choose(x, reference, npu=npu)(x, cos, sin)
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Two passes."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
+
+
+def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """npu_rotary_mul in BSND with a batch of one, where every length is legal; its TND is younger.
+
+    Not npu_apply_rotary_pos_emb: that writes into its inputs without saying so, and has no gradient.
+    """
+    t, n, h = x.shape
+    require_float("npu_rotary_mul", x)
+    require(h % 2 == 0 and h < 896, "npu_rotary_mul", f"an even head size below 896, not {h}")
+    require(n < 1000, "npu_rotary_mul", f"fewer than 1000 heads, not {n}")
+    require(
+        cos.shape == sin.shape == (t, 1, h), "npu_rotary_mul",
+        f"tables of {(t, 1, h)}, not {tuple(cos.shape)} and {tuple(sin.shape)}",
+    )  # fmt: skip
+    require(
+        not (cos.requires_grad or sin.requires_grad), "npu_rotary_mul", "tables without a gradient, as angles are given"
+    )
+    cos, sin = (table.to(x.dtype)[None] for table in (cos, sin))
+    return npu_op("npu_rotary_mul")(x.contiguous()[None], cos, sin, "half")[0]

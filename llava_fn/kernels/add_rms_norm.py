@@ -1,0 +1,65 @@
+"""The residual addition and the RMSNorm that follows it, in one pass over memory.
+
+Contract: x, y: ... d, gain: d -> (x + y, RMSNorm of that sum), both in x's dtype. The sum is rounded before it is
+normalised: the norm is that of the tensor that is returned. Otherwise as rms_norm.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fn.kernels.dispatch import choose, npu_op, require
+from llava_fn.kernels.rms_norm import check
+from llava_fn.kernels.rms_norm import cuda as cuda_norm
+from llava_fn.kernels.rms_norm import reference as reference_norm
+
+
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, y: ... d, gain: d -> (x + y, its norm); see the module's contract."""
+    return choose(x, reference, npu=npu, cuda=cuda)(x, y, gain, eps)
+
+
+def reference(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """One after the other."""
+    total = x + y
+    return total, reference_norm(total, gain, eps)
+
+
+def cuda(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """torch has no kernel for both; its fused norm after an addition."""
+    total = x + y
+    return total, cuda_norm(total, gain, eps)
+
+
+def npu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """npu_add_rms_norm, with the backward pass that torch_npu leaves out. Never its _v2, which writes into x and y."""
+    check("npu_add_rms_norm", x, gain)
+    require(
+        x.shape == y.shape and x.dtype == y.dtype == gain.dtype,
+        "npu_add_rms_norm",
+        f"x and y of one shape, and x, y and gain of one dtype, not {tuple(x.shape)} and {tuple(y.shape)} in "
+        f"{x.dtype}, {y.dtype} and {gain.dtype}",
+    )
+    total, normed, _ = _AddRmsNorm.apply(x, y, gain, eps)
+    return total, normed
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        normed, scale, total = npu_op("npu_add_rms_norm")(x, y, gain, eps)
+        return total, normed, scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        total, _, scale = output
+        ctx.mark_non_differentiable(scale)
+        ctx.save_for_backward(total, inputs[2], scale)
+
+    @staticmethod
+    def backward(ctx, d_total, d_normed, _):
+        total, gain, scale = ctx.saved_tensors
+        d, d_gain = npu_op("npu_rms_norm_backward")(d_normed.contiguous(), total, gain, scale)
+        d = d + d_total
+        return d, d, d_gain, None  # autograd rounds the gain's, which is fp32

@@ -1,0 +1,82 @@
+"""Attention of one new token a row to a preallocated cache: the step of autoregressive decoding.
+
+Contract: q: b n h, k and v: b s m h -> b n h, all of one dtype. n is a multiple of m (grouped KV heads: query head j
+reads KV head j // (n/m)). Scores are scaled by h**-0.5. Row j sees keys 0 .. lengths[j]-1, where its own key already
+stands; what the cache holds beyond is never read into the result, whatever it is, as long as it is finite.
+lengths: int64[b], each from 1 to s, on q's device or on the host. No shape depends on a length, and nothing waits for
+the device, so that one graph serves all steps. On an NPU lengths must stand on the host, because the fused op reads
+host integers (`lengths_device` says where); its limits are raised as ValueError.
+Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """q: b n h, k v: b s m h, lengths: int64[b] -> b n h; see the module's contract.
+
+    ValueError if the shapes do not fit. The values of lengths are not looked at: that would wait for the device.
+    """
+    (b, n, h), m = q.shape, k.shape[2]
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (b, h) or n % m or lengths.shape != (b,):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, lengths {tuple(lengths.shape)} do not fit: "
+            "need b n h, b s m h twice, and b, with n a multiple of m"
+        )
+    return choose(q, reference, npu=npu)(q, k, v, lengths)
+
+
+def lengths_device(device: torch.device) -> torch.device:
+    """Where the lengths belong that go with a cache on `device`: the host for an NPU, else `device` itself."""
+    return torch.device("cpu") if device.type == "npu" else device
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """The query heads of one KV head are the rows of one dense attention: no key is repeated."""
+    seen = torch.arange(k.shape[1], device=q.device) < lengths.to(q.device)[:, None]  # b s
+    q = rearrange(q, "b (m g) h -> b m g h", m=k.shape[2])
+    k, v = (rearrange(x, "b s m h -> b m s h") for x in (k, v))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+    return rearrange(x, "b m g h -> b (m g) h")
+
+
+def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """npu_fused_infer_attention_score on the whole cache with the lengths of its rows, and no mask.
+
+    It has neither fp32 nor a gradient: fp32 takes `masked`.
+    """
+    op, (n, h), (s, m) = "npu_fused_infer_attention_score", q.shape[1:], k.shape[1:3]
+    require_float(op, q)
+    require(q.dtype == k.dtype == v.dtype, op, f"one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dtype == torch.float32:
+        return masked(q, k, v, lengths)
+    require(h <= 512 and h % 8 == 0, op, f"heads of 8, 16 .. 512, not {h}")
+    require(n <= 256 and n // m <= 64, op, f"at most 256 query heads, 64 to a KV head, not {n} with {m} KV heads")
+    require(s <= 262_144, op, f"a cache of at most 262144 keys, not {s}")
+    require(k.is_contiguous() and v.is_contiguous(), op, "a contiguous cache: pass the whole buffer, never a slice")
+    require(lengths.device.type == "cpu", op, f"lengths on the host, not on {lengths.device}; see lengths_device")
+    require(not (torch.is_grad_enabled() and q.requires_grad), op, "torch.no_grad(): it gives no gradient, silently")
+    seen = lengths.tolist()
+    require(1 <= min(seen) and max(seen) <= s, op, f"lengths from 1 to {s}, not {seen}")
+    return npu_op("npu_fused_infer_attention_score")(
+        q[:, None].contiguous(), k, v, actual_seq_lengths_kv=seen, num_heads=n, num_key_value_heads=m, scale=h**-0.5,
+        input_layout="BSND",
+    )[0][:, 0]  # fmt: skip
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """npu_fusion_attention, the training kernel, with a mask that is True where a key is hidden."""
+    n, h = q.shape[1:]
+    require(n <= 256 and h <= 768, "npu_fusion_attention", f"at most 256 heads of at most 768, not {n} of {h}")
+    hidden = torch.arange(k.shape[1], device=q.device) >= lengths.to(q.device)[:, None]  # b s
+    return npu_op("npu_fusion_attention")(
+        q[:, None].contiguous(), k.contiguous(), v.contiguous(), n, "BSND", atten_mask=hidden[:, None, None],
+        scale=h**-0.5, keep_prob=1.0, sparse_mode=1,
+    )[0][:, 0]  # fmt: skip

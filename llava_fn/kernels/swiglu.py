@@ -1,0 +1,47 @@
+"""The gated half of Llama's feed-forward layer.
+
+Contract: x: ... d, w_gate and w_up: f d -> silu(x w_gate^T) * (x w_up^T), ... f.
+Source: Shazeer 2020, arXiv 2002.05202, eq. 6. The matrix products belong to the operation because npu_swiglu wants
+gate and up beside each other in one tensor, and there are two ways to get them there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+
+
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """x: ... d, w_gate and w_up: f d -> ... f; see the module's contract."""
+    return choose(x, reference, npu=npu)(x, w_gate, w_up)
+
+
+def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """Two products, then `gated`."""
+    return gated(linear(x, w_gate), linear(x, w_up))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    return F.silu(gate) * up
+
+
+def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """npu_swiglu, which takes [gate, up] along the last dim. Copies whichever is smaller: the weights, or the products.
+
+    A training step has more rows than d and joins the weights; a decoding step has a few and joins the products.
+    """
+    require_float("npu_swiglu", x)
+    require(x.numel() > 0, "npu_swiglu", f"at least one row, not x of {tuple(x.shape)}")
+    require(
+        w_gate.shape == w_up.shape, "npu_swiglu", f"two equal halves, not {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
+    )
+    if x.numel() > x.shape[-1] ** 2:
+        both = linear(x, torch.cat([w_gate, w_up]))
+    else:
+        both = torch.cat([linear(x, w_gate), linear(x, w_up)], -1)
+    return npu_op("npu_swiglu")(both, -1)
