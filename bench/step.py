@@ -171,14 +171,8 @@ def main(c: Bench) -> float:
     """Print both times of each round and the ratio; return it."""
     torch.set_num_threads(c.threads)
     model, o = MODELS[c.model], optim.Optim(lr=1e-4)
-<<<<<<< HEAD
-    samples, peer = make_samples(model, c.stage, c.samples), peer_model(model)
-    params = from_state_dict(peer.state_dict(), model)
-=======
     samples, peer = make_samples(model, c.stage, c.samples), peer_model(model, c)
-    names = convert.llava_names(model.vision.used, model.llama.blocks)
-    params = convert.read({k: v.detach() for k, v in peer.state_dict().items()}, names, llava.spec(model))
->>>>>>> 9c68c48c66c9b934c1b4c0d449b559f531a96622
+    params = from_state_dict(peer.state_dict(), model)
     pair = {
         "ours": our_step(params, collate(samples).to(torch.device(c.device)), model, c, o),
         "transformers": peer_step(peer, samples, c, o),

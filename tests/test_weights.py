@@ -184,6 +184,8 @@ def test_a_tower_of_23_blocks_is_the_24_of_vit_l_without_the_last(state, tokeniz
     export.export(source, tmp_path / "hf", "llava-hf")
     again = model.merge([open_source(tmp_path / "hf")])
     assert (again.vision.blocks, again.vision.feature_layer, again.vision.used) == (23, -1, 23)
+    assert again.spare["vision/post_g"].read().unique().tolist() == [1]  # the identity: there was none
+    assert again.spare["vision/post_b"].read().unique().tolist() == [0]
     theirs, said = HFLlava.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype=torch.float32)
     assert not any(said.values()), said
     with torch.no_grad():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llava_fn import checkpoint
-from llava_fn import spec as specs
 from llava_fn.config import Llava
 from llava_fn.weights import companions, leaf, model, placing, tables
 from llava_fn.weights.leaf import Leaf
@@ -105,10 +104,7 @@ def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None)
 
 def _ours(source: Source, part: Path, wrote: Wrote) -> None:
     c = model.config(source)
-    order = ["/".join(path) for path, _ in specs.leaves(model.spec(source))]
-    files = {"params.safetensors": {path: source.leaves[path] for path in order}}
-    if source.spare:
-        files[UNUSED] = dict(source.spare)
+    files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
     digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
     modes = source.image_mode or "square", source.template or "plain", source.compat
     manifest = checkpoint.Manifest(c, source.parts, *modes)
