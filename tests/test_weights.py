@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from llava_fn import checkpoint, config, image, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.generate import greedy
 from llava_fn.parallel.mesh import Axis, Mesh
-from llava_fn.weights import export, model, placing
+from llava_fn.weights import export, leaf, model, placing
 from llava_fn.weights.source import open_source
 from llava_fn.weights.tables import LAYOUTS
 
@@ -104,7 +105,7 @@ def test_out_and_in_again_is_bit_identical(name, to, folders, tokenizer, tmp_pat
     again = model.merge([open_source(tmp_path / "out")])
     parts = ("projector",) if to == "mm_projector" else source.parts
     assert again.parts == parts
-    mine = {path: leaf for path, leaf in source.leaves.items() if path.split("/")[0] in parts}
+    mine = {path: x for path, x in source.leaves.items() if path.split("/")[0] in parts}
     same(ordered(mine), ordered(again.leaves), f"{name} -> {to}")
     if to == "llava_fn":
         same(ordered(source.spare), ordered(again.spare), f"{name} -> {to}: spare")
@@ -113,6 +114,20 @@ def test_out_and_in_again_is_bit_identical(name, to, folders, tokenizer, tmp_pat
         assert again.llama == source.llama
         assert again.vision == source.vision
         assert again.image_mode == (source.image_mode or "square")
+
+
+def test_a_written_file_is_aligned_and_its_digest_is_its_own(tmp_path):
+    tensors = {"a": torch.randn(3).half(), "b": torch.randn(2, 2), "c": torch.zeros(0), "d": torch.randn(5).bfloat16()}
+    sizes = []
+    digest = leaf.write(tmp_path / "x", {name: Leaf.of(t) for name, t in tensors.items()}, (), sizes.append)
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert sorted(sizes) == [0, 6, 10, 16]
+    got = load_file(tmp_path / "x")
+    assert all(torch.equal(got[name], t) and got[name].dtype == t.dtype for name, t in tensors.items())
+    raw = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    rows = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and all(rows[n]["data_offsets"][0] % t.itemsize == 0 for n, t in tensors.items())
 
 
 def test_a_hub_model_goes_through_ours_and_comes_out_with_the_same_tensors(folders, state, tokenizer, tmp_path):
@@ -376,8 +391,8 @@ def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "000007", manifest, tree.cast(params, torch.float32), None, tokenizer.model)
     source = model.merge([open_source(tmp_path / "000007")])
     want = opened([openai, vicuna, projector], tokenizer)
-    for path, leaf in want.leaves.items():
-        assert torch.equal(source.leaves[path].read().float(), leaf.read().float()), path
+    for path, x in want.leaves.items():
+        assert torch.equal(source.leaves[path].read().float(), x.read().float()), path
     export.export(source, tmp_path / "out", "liuhaotian")
     assert model.merge([open_source(tmp_path / "out")]).image_mode == "pad"
     same(ordered(want.spare), ordered(source.spare), "what LLaVA never reads")
