@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layouts
 import pytest
-from test_convert import write_clip, write_llama
+from layouts import HFLlava
+from test_convert import mindspeed_json
 
-from llava_fn import config
+from llava_fn import checkpoint, config, emoji
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -25,8 +27,17 @@ def clone(tmp_path_factory):
     """A folder in which the README's relative paths mean something, with small models and data under the real names."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "recipes").symlink_to(ROOT / "recipes")
-    write_clip(folder / "clip-vit-large-patch14-336", whole=True)
-    write_llama(folder / "vicuna-7b-v1.5", folder)
+    data, words = emoji.unpack(folder / "emoji-data"), (folder / "emoji-data/tokenizer.model").read_bytes()
+    state = layouts.hub(layouts.hf_model())
+    layouts.write_openai(folder / "ViT-L-14-336px.pt", state)
+    layouts.write_vicuna(folder / "vicuna-7b-v1.5", state, "bin", words)
+    layouts.write_projector(folder / "mm_projector.bin", state)
+    layouts.write_llava_hf(folder / "llava-1.5-7b-hf", state, "hub", words)
+    layouts.write_liuhaotian(folder / "llava-v1.5-7b", state, False, words)
+    layouts.write_lora(folder / "llava-v1.5-7b-lora", state, 4, 8)
+    layouts.write_megatron(folder / "save_dir", state)
+    converted = layouts.write_mindspeed(folder / "converted", state, layouts.C.vision.blocks, words)
+    mindspeed_json(folder, converted, data)
     pairs = json.loads((folder / "emoji-data/train.json").read_text())[:40]
     (folder / "LLaVA-Pretrain").mkdir()
     (folder / "LLaVA-Pretrain/images").symlink_to(folder / "emoji-data")
@@ -51,14 +62,19 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP]
-    assert len(shown) == 4
+    assert len(shown) == 13
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
+        if "kernels.check" in command:
+            assert "| rotary | bfloat16 |" in done.stdout
     manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
     assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
     assert (clone / "runs/emoji-short/samples.html").exists()
+    assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
+    assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
+    assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
