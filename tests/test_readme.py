@@ -11,9 +11,10 @@ from pathlib import Path
 import layouts
 import pytest
 from layouts import HFLlava
+from PIL import Image
 from test_convert import mindspeed_json
 
-from llava_fn import checkpoint, config, emoji
+from llava_fn import checkpoint, config, emoji, llava, spec
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -42,12 +43,20 @@ def clone(tmp_path_factory):
     (folder / "LLaVA-Pretrain").mkdir()
     (folder / "LLaVA-Pretrain/images").symlink_to(folder / "emoji-data")
     (folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json").write_text(json.dumps(pairs))
+    trained = checkpoint.Manifest(config.LLAVA_EMOJI, ("vision", "projector", "llama"), "square", "plain", None)
+    params = spec.init(llava.spec(config.LLAVA_EMOJI), 0)
+    checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
+    emoji.unpack(folder / "runs/emoji-data")
+    Image.new("RGB", (60, 40), (200, 120, 30)).save(folder / "cat.jpg")
+    lines = ({"prompt": f"What is {j}?", "image": "cat.jpg"} for j in range(5))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True)
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, text=True, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -58,17 +67,19 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_other_command_runs_in_the_order_of_the_readme(clone):
-    (clone / "runs/emoji").mkdir(parents=True)
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP]
-    assert len(shown) == 13
+    assert len(shown) == 17
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
+        if "infer" in command and "llava" not in command:
+            assert "stage 1" in done.stderr and done.stdout.strip()
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout
+    assert len((clone / "answers.jsonl").read_text().splitlines()) == 5
     manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
     assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
     assert (clone / "runs/emoji-short/samples.html").exists()
@@ -85,12 +96,13 @@ def test_snippet_runs(snippet, capsys):
 
 
 def test_options_of_the_readme_exist(clone):
-    (table,) = re.findall(r"\| option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
-    shown = run("python recipes/pretrain.py --help", clone).stdout
-    names = re.findall(r"--[a-z][a-z_.-]+", table)
-    assert len(names) > 10
-    for name in names:
-        assert name in shown, name
+    tables = re.findall(r"\| option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    for table, recipe in zip(tables, ("infer", "pretrain"), strict=True):
+        shown = run(f"python recipes/{recipe}.py --help", clone).stdout
+        names = re.findall(r"--[a-z][a-z_.-]+", table)
+        assert len(names) > 10
+        for name in names:
+            assert name in shown, name
 
 
 @pytest.mark.slow
