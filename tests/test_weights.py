@@ -20,6 +20,7 @@ from llava_fn.batch import IMAGE, Sample
 from llava_fn.generate import greedy
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.weights import export, leaf, model, placing
+from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.source import open_source
 from llava_fn.weights.tables import LAYOUTS
 
