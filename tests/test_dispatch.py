@@ -132,9 +132,11 @@ def test_torch_npu_that_does_not_work_is_said_clearly(tmp_path, monkeypatch, con
     (tmp_path / "torch_npu.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
-    with pytest.raises(ValueError, match=said):
-        module("rms_norm").npu(R(2, 8), R(8), 1e-5)
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    try:
+        with pytest.raises(ValueError, match=said):
+            module("rms_norm").npu(R(2, 8), R(8), 1e-5)
+    finally:
+        sys.modules.pop("torch_npu", None)
 
 
 def attend(q, k, v, lengths=(3,)):
