@@ -201,6 +201,7 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (norm("add_rms_norm"), (R(2, 8), R(2, 8), R(4)), "gain of x's last dim"),
     (norm("add_rms_norm"), (R(2, 8, dtype=B), R(2, 8, dtype=B), R(8)), "x, y and gain of one dtype"),
     (module("layer_norm").native, (R(2, 8, dtype=B), R(8), R(8), 1e-5), "x, gain and bias of one dtype"),
+    (module("rotary").npu, (R(2, 3, 8, dtype=F64), R(2, 1, 8), R(2, 1, 8)), "npu_rotary_mul needs float16"),
     (module("rotary").npu, (R(2, 3, 8), R(2, 1, 4), R(2, 1, 4)), r"tables of \(2, 1, 8\)"),
     (module("rotary").npu, (R(2, 3, 7), R(2, 1, 7), R(2, 1, 7)), "an even head size below 896, not 7"),
     (module("rotary").npu, (R(2, 1000, 2), R(2, 1, 2), R(2, 1, 2)), "fewer than 1000 heads"),
