@@ -132,9 +132,11 @@ def test_torch_npu_that_does_not_work_is_said_clearly(tmp_path, monkeypatch, con
     (tmp_path / "torch_npu.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
-    with pytest.raises(ValueError, match=said):
-        module("rms_norm").npu(R(2, 8), R(8), 1e-5)
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    try:
+        with pytest.raises(ValueError, match=said):
+            module("rms_norm").npu(R(2, 8), R(8), 1e-5)
+    finally:
+        sys.modules.pop("torch_npu", None)
 
 
 def attend(q, k, v, lengths=(3,)):
@@ -157,6 +159,22 @@ def linear(x, b, ranks=2):
     return module("parallel_linear").check("npu_mm_reduce_scatter_base", x, b, ranks)
 
 
+def flash(x):
+    return module("attention").cuda(x, x, x, Segments.of([3]), True)
+
+
+PAIR = types.SimpleNamespace(size=lambda: 2)
+
+
+def gather(x, b):
+    return module("parallel_linear").gather_matmul_npu(x, b, PAIR)
+
+
+def scatter(x, b):
+    return module("parallel_linear").matmul_scatter_npu(x, b, PAIR)
+
+
+LONG = R(1, 262_145, 1, 8, dtype=B)
 LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is touched
     (
         attend,
@@ -180,8 +198,10 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (norm("rms_norm"), (R(2, 8), R(4)), "gain of x's last dim"),
     (norm("rms_norm"), (R(2, 8, dtype=F64), R(8)), "float16, bfloat16 or float32"),
     (norm("add_rms_norm"), (R(2, 8), R(1, 8), R(8)), "x and y of one shape"),
+    (norm("add_rms_norm"), (R(2, 8), R(2, 8), R(4)), "gain of x's last dim"),
     (norm("add_rms_norm"), (R(2, 8, dtype=B), R(2, 8, dtype=B), R(8)), "x, y and gain of one dtype"),
     (module("layer_norm").native, (R(2, 8, dtype=B), R(8), R(8), 1e-5), "x, gain and bias of one dtype"),
+    (module("rotary").npu, (R(2, 3, 8, dtype=F64), R(2, 1, 8), R(2, 1, 8)), "npu_rotary_mul needs float16"),
     (module("rotary").npu, (R(2, 3, 8), R(2, 1, 4), R(2, 1, 4)), r"tables of \(2, 1, 8\)"),
     (module("rotary").npu, (R(2, 3, 7), R(2, 1, 7), R(2, 1, 7)), "an even head size below 896, not 7"),
     (module("rotary").npu, (R(2, 1000, 2), R(2, 1, 2), R(2, 1, 2)), "fewer than 1000 heads"),
@@ -194,6 +214,15 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (module("cross_entropy").npu, (R(0, 4), torch.empty(0, dtype=I64)), "1 to 200000 rows, not 0"),
     (module("cross_entropy").npu, (R(2, 4), torch.tensor([1])), "one a row"),
     (module("cross_entropy").npu, (R(2, 4), torch.tensor([1, 2], dtype=torch.int32)), "int64 targets"),
+    (flash, (R(3, 2, 8, dtype=F64),), "varlen_attn needs float16 or bfloat16, not torch.float64"),
+    (flash, (R(3, 2, 12, dtype=B),), "heads of 8, 16 .. 256, not 12"),
+    (flash, (R(3, 2, 264, dtype=B),), "heads of 8, 16 .. 256, not 264"),
+    (decode, (R(1, 1, 8, dtype=B), LONG, LONG), "a cache of at most 262144 keys, not 262145"),
+    (module("decode").npu, (R(1, 4, 8, dtype=B), CACHE, CACHE, torch.ones(1, device="meta")), "not on meta"),
+    (scatter, (R(3, 256, dtype=B), R(256, 8, dtype=B)), "tokens that divide over 2 ranks, not 3"),
+    (gather, (R(2, 8, dtype=B), R(8, 8, dtype=B)), "npu_all_gather_base_mm needs k from 256"),
+    (scatter, (R(2, 8, dtype=B), R(8, 8, dtype=B)), "npu_mm_reduce_scatter_base needs k from 256"),
+    (linear, (R(4, 256, dtype=B), R(256, 8, dtype=torch.float16)), "one dtype, not torch.bfloat16 and torch.float16"),
     (linear, (R(4, 255, dtype=B), R(255, 8, dtype=B)), "k from 256 to 65534, not 255"),
     (linear, (R(4, 256), R(256, 8)), "float16 or bfloat16, not torch.float32"),
     (linear, (R(256, 4, dtype=B).t(), R(256, 8, dtype=B)), "not transposed or sliced"),
@@ -202,7 +231,7 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
 ]
 
 
-@pytest.mark.parametrize("call, args, said", LIMITS, ids=str)
+@pytest.mark.parametrize("call, args, said", LIMITS, ids=lambda x: x if isinstance(x, str) else "")
 def test_what_a_fused_op_cannot_take_is_refused_before_the_call(call, args, said):
     with pytest.raises(ValueError, match=said):
         call(*args)

@@ -20,6 +20,7 @@ from llava_fn.batch import IMAGE, Sample
 from llava_fn.generate import greedy
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.weights import export, leaf, model, placing
+from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.source import open_source
 from llava_fn.weights.tables import LAYOUTS
 
@@ -379,6 +380,15 @@ def test_parts_that_do_not_belong_together_are_refused(folders, state, tokenizer
     with pytest.raises(ValueError, match="has no tokenizer.model; give one with --tokenizer"):
         export.export(model.merge([open_source(p) for p in folders["MindSpeed-MM"]]), tmp_path / "out", "llava_fn")
     assert list(tmp_path.iterdir()) == [other]
+    small = dataclasses.replace(C, llama=dataclasses.replace(C.llama, vocab=500))
+    few = layouts.write_vicuna(tmp_path / "few", {n: t[:500] if len(t) == 576 else t for n, t in state.items()},
+                               "bin", tokenizer.model, small)  # fmt: skip
+    with pytest.raises(ValueError, match="the tokenizer has 512 pieces, the decoder 500"):
+        opened([few], tokenizer)
+    bare = layouts.write_clip(tmp_path / "clip", state, False)
+    (bare / "tokenizer.model").write_bytes(b"of another model")
+    with pytest.raises(ValueError, match="clip and .* differ in tokenizer; give the one that holds"):
+        opened([bare, vicuna], tokenizer)
 
 
 def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):

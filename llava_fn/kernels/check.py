@@ -237,7 +237,7 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else {True: "yes", False: "NO"}.get(value, str(value))
 
 
-def main(rounds: int = 10, as_json: bool = False) -> int:
+def main(rounds: int = 5, as_json: bool = False) -> int:
     """Check every operation in fp32 and bf16; 1 if one of them is wrong. rounds: of each timing."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     large = cases(LAPTOP if device.type == "cpu" else CARD)
