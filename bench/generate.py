@@ -2,11 +2,11 @@
 
     python bench/generate.py --model prop --rows 8
 
-The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention. It has no padding to do, as
-all prompts are equally long: an image and 45 tokens of text. The first token's time is the prefill with the image tower;
-a step is the time from one token to the next, on the host. The tokens must agree in fp32. The figure is CPU seconds of
-the process with one thread (work done, whatever else the machine does), and wall seconds with more. Medians over
-rounds, and ratios. Needs the test extra.
+The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention. It has no padding to do:
+all prompts are equally long, an image and 45 tokens of text. The first token's time is the prefill with the image
+tower; a step is the time from one token to the next, on the host. The tokens must agree in fp32. The figure is CPU
+seconds of the process with one thread (work done, whatever else the machine does), and wall seconds with more. Medians
+over rounds, and ratios. Needs the test extra.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 from llava_fn import assistant, cli
 from llava_fn.sampling import Decoding
@@ -174,25 +176,30 @@ def test_flags_that_do_not_go_together_are_refused(config, bad, said):
         change(config, **bad)
 
 
-def run(name, *args, **more):
-    command = [sys.executable, ROOT / f"recipes/{name}.py", "--device", "cpu", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, **more)
+def start(module, kind, lines, monkeypatch, *args):
+    """The recipe with a command line and the lines of its standard input, as `python recipes/...` starts it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    config = tyro.cli(kind, args=["--device", "cpu", *map(str, args)], description=module.__doc__)
+    cli.run(module.main, config)
 
 
-def test_the_command_line_reads_lines_from_stdin_and_its_exit_status_tells_of_a_bad_one(weights):
-    lines = '{"prompt": "Hello"}\nnot json\n'
-    done = run("infer", "--weights", weights / "plain", "--template", "vicuna_v1", "--json", "-", "--tokens", 3,
-               input=lines)  # fmt: skip
-    assert done.returncode == 1 and "-, line 2: not JSON" in done.stderr and "stage 1" in done.stderr
-    assert [json.loads(x)["line"] for x in done.stdout.splitlines()] == [1]
+def test_the_command_line_reads_lines_from_stdin_and_its_exit_status_tells_of_a_bad_one(weights, monkeypatch, capsys):
+    lines = ['{"prompt": "Hello"}', "not json"]
+    flags = ("--weights", weights / "plain", "--template", "vicuna_v1", "--json", "-", "--tokens", 3)
+    with pytest.raises(SystemExit, match="error: 1 of 2 lines are bad"):
+        start(infer, infer.Infer, lines, monkeypatch, *flags)
+    said = capsys.readouterr()
+    assert "-, line 2: not JSON" in said.err and "stage 1" in said.err
+    assert [json.loads(x)["line"] for x in said.out.splitlines()] == [1]
 
 
-def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path):
+def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, capsys):
     image = sorted((emojis / "images").iterdir())[0]
     lines = ["What?", "/image none.png", f"/image {image}", "Is it?", f"/save {tmp_path / 'talk.json'}", "/exit", "no"]
-    done = run("chat", "--weights", weights / "vicuna_v1", "--tokens", 5, "--image", image, input="\n".join(lines))
-    assert done.returncode == 0, done.stderr
-    assert "none.png: cannot be read" in done.stderr and "talk.json: 4 turns" in done.stdout
+    flags = ("--weights", weights / "vicuna_v1", "--tokens", 5, "--image", image)
+    start(chat, chat.Talk, lines, monkeypatch, *flags)
+    said = capsys.readouterr()
+    assert "none.png: cannot be read" in said.err and "talk.json: 4 turns" in said.out
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert saved["image"] == [str(image)] * 2 and [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2
     assert saved["conversations"][2]["value"] == "<image>\nIs it?"
