@@ -23,11 +23,13 @@ from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import checkpoint, generate, image, text, tree
+from llava_fn import checkpoint, generate, image, llama, llava, quantise, text, tree
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.errors import BadRecord
 from llava_fn.generate import Prompt, Row, Words
+from llava_fn.parallel.collectives import TP
+from llava_fn.parallel.mesh import Mesh
 from llava_fn.sampling import Decoding
 from llava_fn.text import IMAGE, MARK, Tokenizer
 from llava_fn.weights import model
@@ -61,6 +63,17 @@ class Assistant:
     form: Form
     trained: str  # the template that it was trained with, as its files say
     context: int = 4096  # tokens of a conversation at most, image positions included
+    run: llava.Execution = llava.Execution()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's parameters go, and as what. mesh: its tensor axis shares the decoder."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mesh: Mesh = Mesh()
+    int8: bool = False  # the decoder's linears; see quantise.py
 
 
 def newest(path: Path) -> Path:
@@ -82,20 +95,36 @@ def load(
     preset, or else template and image_mode, overrule what the files say. ValueError if a part, the tokenizer or the
     form is in none of them.
     """
+    source = opened(paths)
+    return place(source, form_of(source, preset, template, image_mode), Place(device, dtype), context)
+
+
+def opened(paths: Sequence[Path]) -> Source:
+    """Files and folders as one source of a whole model, of which nothing is read yet. ValueError as of `load`."""
     source = model.merge([open_source(newest(path)) for path in paths])
-    c = model.config(source)
+    model.config(source)
     if "projector" not in source.parts:
         raise ValueError(f"{source.where} does not bring the projector; name a file that does too")
     if source.tokenizer is None:
         raise ValueError(f"{source.where} brings no tokenizer.model; put that file into its folder")
-    form = _form(source, preset, template, image_mode)
-    params = model.load(source)
-    params = tree.rebuild(params, [leaf.to(device, dtype) for leaf in tree.values(params)])
+    return source
+
+
+def place(source: Source, form: Form, to: Place, context: int = 4096) -> Assistant:
+    """The model in memory, or this rank's share of it. ValueError if the decoder does not divide over the mesh."""
+    c, axis = model.config(source), to.mesh.tp
+    llama.check_tp(c.llama, axis.size)
+    params, run = model.load(source, to.mesh), llava.Execution(tp=TP(axis, sequence=False))
+    if to.int8:
+        params, run = quantise.quantise(params, to.device, to.dtype, axis), quantise.execution(run)
+    else:
+        params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
     tokenizer = Tokenizer.from_bytes(source.tokenizer)
-    return Assistant(params, c, tokenizer, form, source.template or form.template, context)
+    return Assistant(params, c, tokenizer, form, source.template or form.template, context, run)
 
 
-def _form(source: Source, preset: str | None, template: str | None, image_mode: str | None) -> Form:
+def form_of(source: Source, preset: str | None, template: str | None, image_mode: str | None) -> Form:
+    """What the files say, or what the preset says, and over it template and image_mode. ValueError if none does."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
     said = PRESETS[preset] if preset else Form(source.template or "", source.image_mode or "", source.compat)
@@ -253,10 +282,11 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
     asked, keys = prompt(a, chat, d)
     held = _common(keys[:-1], chat.held)
     size = generate.room([asked], d)
-    cache = chat.cache.grown(size) if chat.cache else Cache.empty(a.model.llama, 1, size, a.params["llama"]["embed"])
-    state = generate.prefill(a.params, [asked], cache, vocabulary, a.model, [held])
+    cache = chat.cache.grown(size) if chat.cache else _cache(a, size)
+    state = generate.prefill(a.params, [asked], cache, vocabulary, a.model, [held], a.run)
     before, row = "", Row()
-    for t, ((token, *logprobs),) in enumerate(generate.on_host(generate.steps(a.params, state, d, [d.seed], a.model))):
+    steps = generate.steps(a.params, state, d, [d.seed], a.model, a.run)
+    for t, ((token, *logprobs),) in enumerate(generate.on_host(steps)):
         fed = (*keys, *row.ids[:t])
         row = row.grow(int(token), logprobs, d, vocabulary)
         ended = row.ended or t + 1 == d.tokens
@@ -266,6 +296,10 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
         before = now
         if ended:
             return
+
+
+def _cache(a: Assistant, size: int) -> Cache:
+    return Cache.empty(a.model.llama, 1, size, a.params["llama"]["embed"], a.run.tp.axis.size)
 
 
 def _common(a: Sequence, b: Sequence) -> int:
@@ -288,7 +322,7 @@ def answers(a: Assistant, chats: Sequence[Chat], d: Decoding, seeds: Sequence[in
     """`d.samples` answers to the last question of each conversation, in one batch."""
     d = stops(a, d)
     prompts = [prompt(a, chat, d)[0] for chat in chats]
-    rows = generate.generate(a.params, prompts, d, words(a), a.model, seeds)
+    rows = generate.generate(a.params, prompts, d, words(a), a.model, seeds, a.run)
     return [[_text(a, r, d) for r in row] for row in rows]
 
 

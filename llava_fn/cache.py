@@ -20,9 +20,12 @@ class Cache:
     lengths: Tensor  # int64[b]: tokens that each row holds, where `kernels.lengths_device` wants them
 
     @staticmethod
-    def empty(c: Llama, rows: int, size: int, like: Tensor) -> Cache:
-        """Room for `size` tokens in each of `rows` rows, in the dtype and on the device of `like`."""
-        k, v = (like.new_zeros(c.blocks, rows, size, c.kv_heads, c.head) for _ in range(2))
+    def empty(c: Llama, rows: int, size: int, like: Tensor, tp: int = 1) -> Cache:
+        """Room for `size` tokens in each of `rows` rows, in the dtype and on the device of `like`.
+
+        tp: ranks that share the heads; each holds its own.
+        """
+        k, v = (like.new_zeros(c.blocks, rows, size, c.kv_heads // tp, c.head) for _ in range(2))
         return Cache(k, v, torch.zeros(rows, dtype=torch.long, device=lengths_device(like.device)))
 
     @property

@@ -19,6 +19,7 @@ import tyro
 from llava_fn import assistant
 from llava_fn.config import structure
 from llava_fn.parallel import launch
+from llava_fn.parallel.mesh import Mesh
 from llava_fn.train import NonFinite
 
 C = TypeVar("C")
@@ -71,11 +72,14 @@ class Model:
     context: int = 4096  # tokens of a conversation at most, image positions included
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
+    quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
 
 
-def open_assistant(m: Model) -> assistant.Assistant:
-    """The model in memory."""
+def open_assistant(m: Model, mesh: Mesh = Mesh()) -> assistant.Assistant:
+    """The model in memory, or this rank's share of it."""
     device = launch.pick_device(m.device)
     name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, name)
-    return assistant.load(m.weights, device, dtype, m.preset, m.template, m.image_mode, m.context)
+    source = assistant.opened(m.weights)
+    form = assistant.form_of(source, m.preset, m.template, m.image_mode)
+    to = assistant.Place(device, getattr(torch, name), mesh, m.quantise == "int8")
+    return assistant.place(source, form, to, m.context)

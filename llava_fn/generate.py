@@ -21,7 +21,7 @@ from llava_fn.batch import Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.parallel import vocab
-from llava_fn.parallel.collectives import join
+from llava_fn.parallel.collectives import agree, join
 from llava_fn.sampling import Decoding, sample, uniforms
 from llava_fn.text import IMAGE, Tokenizer
 
@@ -103,7 +103,7 @@ def prefill(
     new = [_after(s, n) for s, n in zip(prompts, held, strict=True)]
     x = embed(p, new, run)
     stream = Stream.of([len(s.ids) for s in new], [1] * len(new), held).to(x.device)
-    hidden, cache = llama.prefill(p["llama"], x, stream, cache, c.llama, run.tp)
+    hidden, cache = llama.prefill(p["llama"], x, stream, cache, c.llama, run.tp, run.weights)
     seen = torch.zeros(len(prompts), words.size, dtype=torch.bool)
     for row, s in zip(seen, prompts, strict=True):
         row[[i for i in s.ids if 0 <= i < words.size]] = True
@@ -134,7 +134,7 @@ def logits(p: TensorDict, state: State, c: Llava, run: llava.Execution = llava.E
 @torch.no_grad()
 def step(p: TensorDict, state: State, ids: Tensor, c: Llava, run: llava.Execution = llava.Execution()) -> State:
     """Each row one token further. ids: int64[b]."""
-    hidden, cache = run.decode_step(p["llama"], ids, state.cache, c.llama, run.tp)
+    hidden, cache = run.decode_step(p["llama"], ids, state.cache, c.llama, run.tp, run.weights)
     return State(hidden, cache, state.seen.scatter(1, ids[:, None], True))
 
 
@@ -146,7 +146,7 @@ def steps(
     uniform = uniforms(seeds, d.tokens).to(state.hidden.device)
     for t in range(d.tokens):
         scores = logits(p, state, c, run)
-        ids = sample(scores, state.seen, uniform[:, t], d)
+        ids = agree(sample(scores, state.seen, uniform[:, t], d), run.tp.axis)
         if d.logprobs:
             logprob = scores.log_softmax(-1).gather(1, ids[:, None])
             yield torch.cat([ids[:, None].double(), logprob.double()], 1)
@@ -221,7 +221,7 @@ def generate(
 
     seeds: of each prompt's first sample, d.seed unless given.
     """
-    cache = Cache.empty(c.llama, len(prompts), room(prompts, d), p["llama"]["embed"])
+    cache = Cache.empty(c.llama, len(prompts), room(prompts, d), p["llama"]["embed"], run.tp.axis.size)
     state = prefill(p, prompts, cache, words, c, run=run)
     if d.beams > 1:
         found = beams.search(lambda s: logits(p, s, c, run), lambda s, ids: step(p, s, ids, c, run), state, d, words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ from llava_fn.spec import linear as weight
 LOGIT_ROWS = 2048
 Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
+Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `_block` reads them
 
 
 def spec(c: Llama) -> Spec:
@@ -57,6 +59,21 @@ def _block_spec(c: Llama) -> Spec:
         "w_gate": weight(f, d, ("ffn", None)), "w_up": weight(f, d, ("ffn", None)),
         "w_down": weight(d, f, (None, "ffn")),
     }  # fmt: skip
+
+
+def check_tp(c: Llama, tp: int) -> None:
+    """ValueError if `tp` ranks cannot share the decoder: heads, KV heads, FFN and vocabulary must divide."""
+    sizes = {"heads": c.heads, "kv_heads": c.kv_heads, "ffn": c.ffn, "vocab": c.vocab}
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ValueError(f"tp={tp} does not divide the decoder's {' and '.join(wrong)}; tp can be one of {fits}")
+
+
+def as_kept(p: TensorDict) -> TensorDict:
+    """The parameters themselves."""
+    return p
 
 
 def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor | None, c: Llama, tp: TP) -> Tensor:
@@ -92,7 +109,9 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
 
-def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
+def prefill(
+    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP(), weights: Weights = as_kept
+) -> tuple[Tensor, Cache]:
     """`decode` of the rows' next tokens, which the cache then holds too. x: t d -> r d and the cache.
 
     Segment j of the stream is row j of the cache, whose tensors are written; its keys are the tokens that the row holds
@@ -113,7 +132,7 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
                 k, v = cache.k[i][seen], cache.v[i][seen]
             return attention(q, k, v, segments, causal=True)
 
-        x = _block(p["blocks"][str(i)], x, turn, read, attend, c, tp)
+        x = _block(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
@@ -121,7 +140,9 @@ def _rows(counts: Sequence[int]) -> Tensor:
     return torch.cat([torch.full((n,), j) for j, n in enumerate(counts)])
 
 
-def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
+def decode_step(
+    p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP(), weights: Weights = as_kept
+) -> tuple[Tensor, Cache]:
     """One more token in every row. ids: int64[b] -> b d, which predicts the token after it, and the cache with it.
 
     No shape depends on a length. The caller sees to it that every row has room left.
@@ -135,7 +156,7 @@ def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP(
             _write(cache, i, rows, at, k, v)
             return decode_attention(q, cache.k[i], cache.v[i], lengths)
 
-        x = _block(p["blocks"][str(i)], x, turn, None, attend, c, tp)
+        x = _block(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
 
 

@@ -27,6 +27,7 @@ class Execution:
     llama_block: Callable = llama.block
     tp: TP = TP()
     decode_step: Callable = llama.decode_step
+    weights: llama.Weights = llama.as_kept  # of prefill and decode_step; llama_block has its own
 
 
 def execution(recompute: bool = False, backend: str = "") -> Execution:

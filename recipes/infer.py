@@ -6,6 +6,10 @@
 A line holds {"prompt": text, "image": path, data URL or list of them, "id": anything}; image and id may be left out,
 and "conversations" in LLaVA's schema, ending with a question, may stand for prompt. Each answer is a line too. A bad
 line is named by its number and left out, and the exit status is 1. The same command goes on where it was stopped.
+
+A model too large for one device: `--quantise int8`, or several devices that share it,
+
+    torchrun --nproc-per-node 2 recipes/infer.py --tp 2 --weights runs/emoji --image cat.jpg --prompt "What is shown?"
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from torch import Tensor
 
@@ -26,6 +31,8 @@ from llava_fn import assistant, cli
 from llava_fn.assistant import Assistant, Chat, Text
 from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
+from llava_fn.parallel import launch
+from llava_fn.parallel.collectives import agree
 from llava_fn.progress import Progress
 from llava_fn.sampling import Decoding
 
@@ -42,6 +49,7 @@ class Infer:
     images: Path = Path()  # the folder that paths in the lines are relative to
     out: Path | None = None  # where answers to lines go; else to the standard output
     batch: int = 8  # lines at a time
+    tp: int = 1  # devices that share the model, one process each, which torchrun starts
 
     def __post_init__(self) -> None:
         if self.json and (self.prompt or self.image):
@@ -50,6 +58,10 @@ class Infer:
             raise ValueError("--out goes with --json")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: must be at least 1")
+        if self.tp < 1:
+            raise ValueError(f"tp={self.tp}: must be at least 1")
+        if self.tp > 1 and str(self.json) == "-":
+            raise ValueError("--json - cannot be read by several processes; put the lines into a file")
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ def done(path: Path, lines: Sequence[Line]) -> set[int]:
 def check_same(c: Infer) -> None:
     """ValueError if the file of answers was made with other options; else write down these beside it."""
     beside = c.out.with_name(c.out.name + ".config.json")
-    now = plain(replace(c, batch=1, out=None, json=None, model=replace(c.model, device="auto")))
+    now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=replace(c.model, device="auto")))
     if c.out.exists() and beside.exists():
         other = differences(json.loads(beside.read_text()), now)
         if other:
@@ -169,20 +181,29 @@ def many(a: Assistant, c: Infer) -> None:
     """Answer lines. ValueError at the end if some were bad."""
     content = sys.stdin.read() if str(c.json) == "-" else c.json.read_text(encoding="utf-8")
     lines = [Line(n, x) for n, x in enumerate(content.split("\n"), 1) if x.strip()]
-    have = set()
-    if c.out:
-        have = done(c.out, lines)
-        check_same(c)
+    have = answered(a, c, lines) if c.out else set()
     left, wrong = [line for line in lines if line.number not in have], 0
     with Progress(len(have), len(lines)) as progress:
         for n, rows, bad in batches(left, a, c):
-            write(c.out, rows)
+            if a.run.tp.axis.rank == 0:
+                write(c.out, rows)
             for line, reason in bad.items():
                 print(f"{c.json}, line {line.number}: {reason}", file=sys.stderr)
             wrong += len(bad)
             progress.show(len(have) + n, f"lines {wrong} bad")
     if wrong:
         raise ValueError(f"{wrong} of {len(left)} lines are bad and have no answer")
+
+
+def answered(a: Assistant, c: Infer, lines: Sequence[Line]) -> set[int]:
+    """`done`, as the first rank finds it: it alone touches the file."""
+    flags = torch.zeros(len(lines), dtype=torch.long)
+    if a.run.tp.axis.rank == 0:
+        have = done(c.out, lines)
+        check_same(c)
+        flags = torch.tensor([line.number in have for line in lines]).long()
+    flags = agree(flags.to(a.params["projector"]["w1"].device), a.run.tp.axis).tolist()
+    return {line.number for line, flag in zip(lines, flags, strict=True) if flag}
 
 
 def write(out: Path | None, rows: Sequence[dict]) -> None:
@@ -210,7 +231,12 @@ def one(a: Assistant, c: Infer) -> None:
 
 def main(c: Infer) -> None:
     """Load the model, warn if it is none to talk to, and answer."""
-    a = cli.open_assistant(c.model)
+    with launch.tensor_parallel(c.tp, launch.pick_device(c.model.device)) as mesh:
+        respond(cli.open_assistant(c.model, mesh), c)
+
+
+def respond(a: Assistant, c: Infer) -> None:
+    """Answer what is asked."""
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     try:
         many(a, c) if c.json else one(a, c)

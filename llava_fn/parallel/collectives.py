@@ -77,6 +77,11 @@ split = _collective(_slice, _all_gather, "I -> V")
 join = _collective(_all_gather, _slice, "V -> I")
 
 
+def agree(x: Tensor, axis: Axis) -> Tensor:
+    """Rank 0's value on every rank, for what must not differ by a rounding. It has no gradient."""
+    return x if axis.size == 1 else funcol.wait_tensor(funcol.broadcast(x.contiguous(), 0, axis.group))
+
+
 @dataclass(frozen=True)
 class TP:
     """How a block crosses the tensor axis: activations sharded over tokens outside it, or (decoding) invariant."""

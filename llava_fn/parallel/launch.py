@@ -1,4 +1,4 @@
-"""Where a run happens: the environment variables, the device, and the record of both.
+"""Where a run happens: the environment variables, the device, the processes that share it, and the record of it.
 
 The only module of the package that reads environment variables, but for the one switch of kernels/dispatch.py, and the
 only one outside kernels/ that imports torch_npu. ASCEND_VARIABLES lists what Ascend's libraries read, with the values
@@ -7,19 +7,26 @@ character, and ignore the rest.
 Recipes import this module, models never do.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+
+from llava_fn.parallel.mesh import Axis, Mesh
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
 NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
 PACKAGES = (
     "llava_fn torch torch_npu tensordict torchdata numpy pillow einops safetensors sentencepiece tyro transformers"
 ).split()
@@ -184,6 +191,46 @@ def refuse_several_processes(environ: Mapping[str, str]) -> None:
         raise ValueError(
             f"WORLD_SIZE={world}: this recipe runs on one device; start it without torchrun (or unset WORLD_SIZE)"
         )
+
+
+def check_processes(tp: int, environ: Mapping[str, str]) -> None:
+    """Raises ValueError unless as many processes were started as share the model."""
+    world = environ.get("WORLD_SIZE", "1")
+    if world != str(tp):
+        how = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}" if tp > 1 else "without torchrun, or with --tp"
+        raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
+
+
+@contextlib.contextmanager
+def tensor_parallel(tp: int, device: torch.device) -> Iterator[Mesh]:
+    """The mesh of `tp` processes that torchrun started, each with a device of its own; of one process without it.
+
+    device: as `pick_device` gives it; afterwards it means this process's card. Ranks above 0 print nothing, except an
+    error that ends them. Raises ValueError if there are not `tp` processes, or fewer cards than processes on a machine.
+    After an error the group is not ended: another rank may wait in a collective, and it is the launcher that ends it.
+    """
+    check_processes(tp, os.environ)
+    if tp == 1:
+        yield Mesh()
+        return
+    rank = int(os.environ["RANK"])
+    if device.type != "cpu":
+        _take_card(device, int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(BACKENDS[device.type], timeout=WAIT)
+    with contextlib.ExitStack() as stack:
+        if rank:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield Mesh(tp=Axis("tp", tp, rank, dist.group.WORLD))
+    dist.destroy_process_group()
+
+
+def _take_card(device: torch.device, local: int) -> None:
+    cards = torch.get_device_module(device).device_count()
+    if local >= cards:
+        raise ValueError(f"process {local} of this machine finds {cards} {device.type} card(s); start one for each")
+    torch.get_device_module(device).set_device(local)
 
 
 def pick_device(name: str = "auto") -> torch.device:

