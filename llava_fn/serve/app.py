@@ -236,7 +236,7 @@ def _delta(index: int, delta: dict, logprobs: dict | None = None, finish: str | 
 
 
 async def _event(send: Send, values: dict) -> None:
-    await _send(send, b"data: %s\n\n" % json.dumps(values, ensure_ascii=False).encode())
+    await _send(send, b"data: %s\n\n" % json.dumps(values).encode())
 
 
 async def _send(send: Send, data: bytes) -> None:
