@@ -65,6 +65,7 @@ class Worker:
 
     def cancel(self, name: str) -> None:
         """Nobody waits for this request any more: its slots are free at the next step. It may be done already."""
+        self._begun(name)
         self._inbox.put(name)
 
     def stop(self) -> None:
