@@ -120,7 +120,7 @@ async def complete(s: Service, request: Request) -> Callable[[Scope, Receive, Se
 
 def _authorise(s: Service, request: Request) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if s.key is not None and not hmac.compare_digest(given.encode(), s.key.encode()):
+    if s.key is not None and not hmac.compare_digest(given.encode("latin-1"), s.key.encode()):
         raise Refused(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
 
 
