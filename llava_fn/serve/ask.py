@@ -18,7 +18,7 @@ from llava_fn.assistant import Assistant, Chat, Picture
 from llava_fn.errors import BadRecord
 from llava_fn.sampling import Decoding
 from llava_fn.serve.engine import Job
-from llava_fn.text import MARK
+from llava_fn.text import MARK, template_of
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,8 @@ def conversation(messages: Sequence[object], a: Assistant, limits: Limits) -> Ch
             raise BadRecord(f"messages[{i}]: a {role} message is the first one, and there is only one")
         else:
             chat = replace(chat, system="\n".join(texts))
+    if template_of(a.form.template).caption and (len(chat.turns) > 1 or len(chat.pictures) != 1):
+        raise BadRecord("this model writes a caption for an image: send one image, and no earlier turns")
     return chat
 
 
