@@ -5,7 +5,13 @@
 The peer is LlavaForConditionalGeneration as it is usually trained: a right-padded batch with a mask, sdpa attention,
 towers frozen by requires_grad, torch.optim.AdamW. Both begin with the same losses, which are printed; then each round
 times one step of each. The figure is CPU seconds of the process (with one thread: work done, whatever else the machine
-does) and, with more threads, wall seconds. The last line is the ratio of medians. Needs the test extra.
+does) and, with more threads or on a card, wall seconds. The last line is the ratio of medians. Needs the test extra.
+
+    python bench/step.py --device cuda --model 7b --dtype bfloat16 --samples 16
+
+is LLaVA-1.5's pre-training on a card, with random weights: the peer's frozen parts are in bf16 too, its projector and
+ours in fp32. It also prints samples a second, the share of the rate of a large matrix product (floating-point
+operations counted by torch's FlopCounterMode in our step), and memory above what is resident between steps.
 """
 
 from __future__ import annotations
@@ -18,7 +24,9 @@ from typing import Literal
 
 import torch
 import tyro
+from operations import ceilings
 from tensordict import TensorDict
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_fn import config, image, llava, optim, tree
@@ -35,6 +43,7 @@ MODELS = {
     "prop": config.Llava(  # head, image tower and decoder have the shares of LLaVA-1.5-7B
         config.Vision(image=336, width=128, blocks=8, heads=2, ffn=512), config.Llama(vocab=1024, **LLAMA)
     ),
+    "7b": config.LLAVA_7B,
 }
 HF_IMAGE = 3  # the id of the peer's placeholder
 
@@ -43,7 +52,8 @@ HF_IMAGE = 3  # the id of the peer's placeholder
 class Bench:
     """One comparison."""
 
-    model: Literal["brief", "prop"] = "prop"
+    model: Literal["brief", "prop", "7b"] = "prop"
+    device: Literal["cpu", "cuda", "npu"] = "cpu"
     stage: Literal["projector", "projector+llama"] = "projector"
     samples: int = 4  # per step
     threads: int = 1
@@ -67,9 +77,9 @@ def make_samples(c: config.Llava, stage: str, n: int) -> list[Sample]:
     return out
 
 
-def peer_model(c: config.Llava) -> LlavaForConditionalGeneration:
-    """The peer with random weights."""
-    v, t = c.vision, c.llama
+def peer_model(model: config.Llava, c: Bench) -> LlavaForConditionalGeneration:
+    """The peer with random weights; on a card and for bf16, all but the projector in bf16."""
+    v, t = model.vision, model.llama
     vision = CLIPVisionConfig(
         hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.blocks, num_attention_heads=v.heads,
         image_size=v.image, patch_size=v.patch,
@@ -81,7 +91,11 @@ def peer_model(c: config.Llava) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     torch.manual_seed(0)
     both = LlavaConfig(vision_config=vision, text_config=text, image_token_id=HF_IMAGE, image_seq_length=v.patches)
-    return LlavaForConditionalGeneration(both).train()
+    with torch.device(c.device):
+        peer = LlavaForConditionalGeneration(both).train()
+    if c.device != "cpu" and c.dtype == "bfloat16":
+        peer.bfloat16().model.multi_modal_projector.float()
+    return peer
 
 
 def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.Optim) -> Callable[[int], float]:
@@ -94,6 +108,7 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
         labels[row, :n] = torch.where(torch.tensor(s.label), tokens, -100)
         mask[row, :n] = 1
     pixels = image.normalise(torch.cat([s.pixels for s in samples]))
+    ids, labels, mask, pixels = (x.to(c.device) for x in (ids, labels, mask, pixels))
     for name, p in model.named_parameters():
         p.requires_grad = "multi_modal_projector" in name or (c.stage != "projector" and "vision_tower" not in name)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
@@ -101,7 +116,7 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
     def step(number: int) -> float:
         for group in adamw.param_groups:
             group["lr"] = optim.learning_rate(o, number, 100)
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.dtype == "bfloat16"):
+        with torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             loss = model(input_ids=ids, labels=labels, attention_mask=mask, pixel_values=pixels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], o.clip)
@@ -127,28 +142,57 @@ def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o:
     return step
 
 
+def timed(step: Callable[[int], float], number: int, c: Bench) -> tuple[float, float]:
+    """(seconds of this step, bytes that it needs above what is resident; 0 on a CPU)."""
+    if c.device == "cpu":
+        clock = time.process_time if c.threads == 1 else time.perf_counter
+        began = clock()
+        step(number)
+        return clock() - began, 0.0
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    resident, began = torch.accelerator.memory_allocated(), time.perf_counter()
+    step(number)
+    torch.accelerator.synchronize()
+    return time.perf_counter() - began, torch.accelerator.max_memory_allocated() - resident
+
+
+def on_a_card(c: Bench, seconds: dict[str, float], memory: dict[str, float], flops: int) -> str:
+    """Samples a second, share of the rate of a matrix product, memory."""
+    _, rate = ceilings(torch.device(c.device), getattr(torch, c.dtype))
+    return "\n".join(
+        f"{name}: {c.samples / t:.1f} samples/s, {flops / t / 1e12:.0f} of {rate / 1e12:.0f} TFLOP/s "
+        f"({flops / t / rate:.1%}), {memory[name] / 2**30:.1f} GiB above the weights"
+        for name, t in seconds.items()
+    )
+
+
 def main(c: Bench) -> float:
     """Print both times of each round and the ratio; return it."""
     torch.set_num_threads(c.threads)
-    clock = time.process_time if c.threads == 1 else time.perf_counter
     model, o = MODELS[c.model], optim.Optim(lr=1e-4)
-    samples, peer = make_samples(model, c.stage, c.samples), peer_model(model)
+    samples, peer = make_samples(model, c.stage, c.samples), peer_model(model, c)
     params = from_state_dict(peer.state_dict(), model)
     pair = {
-        "ours": our_step(params, collate(samples), model, c, o),
+        "ours": our_step(params, collate(samples).to(torch.device(c.device)), model, c, o),
         "transformers": peer_step(peer, samples, c, o),
     }
     for number in (1, 2, 3):  # also the warm-up
         print(f"loss of step {number}: " + ", ".join(f"{name} {step(number):.6f}" for name, step in pair.items()))
+    with FlopCounterMode(display=False) as counter:
+        pair["ours"](4)
     times: dict[str, list[float]] = {name: [] for name in pair}
-    for number in range(4, 4 + c.rounds):
+    memory = dict.fromkeys(pair, 0.0)
+    for number in range(5, 5 + c.rounds):
         for name, step in pair.items():
-            began = clock()
-            step(number)
-            times[name].append(clock() - began)
+            seconds, memory[name] = timed(step, number, c)
+            times[name].append(seconds)
         print("  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()), flush=True)
-    ours, theirs = (statistics.median(t) for t in times.values())
-    kind = "CPU" if c.threads == 1 else "wall"
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    ours, theirs = medians.values()
+    if c.device != "cpu":
+        print(on_a_card(c, medians, memory, counter.get_total_flops()))
+    kind = "CPU" if c.threads == 1 and c.device == "cpu" else "wall"
     print(f"{c}\nmedian {kind} seconds: ours {ours:.3f}, transformers {theirs:.3f}; ratio {theirs / ours:.2f}")
     return theirs / ours
 

@@ -288,9 +288,7 @@ class Text:
     score: float | None = None
 
 
-def answers(
-    a: Assistant, chats: Sequence[Chat], d: Decoding, seeds: Sequence[int] | None = None
-) -> list[list[Text]]:
+def answers(a: Assistant, chats: Sequence[Chat], d: Decoding, seeds: Sequence[int] | None = None) -> list[list[Text]]:
     """`d.samples` answers to the last question of each conversation, in one batch."""
     d = stops(a, d)
     prompts = [prompt(a, chat, d)[0] for chat in chats]

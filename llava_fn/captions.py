@@ -11,8 +11,6 @@ from tensordict import TensorDict
 from llava_fn import generate, llava
 from llava_fn.batch import Sample, collate
 from llava_fn.config import Llava
-from llava_fn.generate import Words
-from llava_fn.sampling import Decoding
 from llava_fn.text import Tokenizer
 
 CHUNK = 64  # samples at a time
@@ -55,16 +53,14 @@ def caption(p: TensorDict, samples: Sequence[Sample], c: Llava, tokenizer: Token
 
     The shuffled loss gives each sample the image of the sample half the list away.
     """
-    words = Words(tokenizer.vocab_size, samples[0].ids[-1:], tokenizer.decode)
     half = len(samples) // 2
     swapped = [replace(s, pixels=samples[(j + half) % len(samples)].pixels) for j, s in enumerate(samples)]
     with torch.no_grad():
         said = []
         for i in range(0, len(samples), CHUNK):
-            chunk = [prompt(s) for s in samples[i : i + CHUNK]]
-            chunk = [replace(s, pixels=s.pixels.to(p["projector"]["w1"].device)) for s in chunk]
-            rows = generate.generate(p, generate.prompts(p, chunk, c), Decoding(tokens=limit), words, c)
-            said += [row[0].ids for row in rows]
+            prompts = [prompt(s) for s in samples[i : i + CHUNK]]
+            prompts = [replace(s, pixels=s.pixels.to(p["projector"]["w1"].device)) for s in prompts]
+            said += generate.greedy(p, prompts, samples[0].ids[-1], limit, c)
         nll, shuffled = mean_nll(p, samples, c), mean_nll(p, swapped, c)
     texts = [tuple(tokenizer.decode(ids) for ids in many) for many in (map(target, samples), said)]
     return Captions(*texts, nll, shuffled)

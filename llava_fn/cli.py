@@ -1,4 +1,7 @@
-"""A recipe's config: a frozen dataclass, from a preset or a JSON file, with single fields from the command line."""
+"""A recipe's config: a frozen dataclass, from a preset or a JSON file, with single fields from the command line.
+
+And the part of it that the recipes which answer questions share: which model, and where it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import torch
 import tyro
 
+from llava_fn import assistant
 from llava_fn.config import structure
+from llava_fn.parallel import launch
 from llava_fn.train import NonFinite
 
 C = TypeVar("C")
@@ -51,3 +58,24 @@ def read(kind: type[C], path: Path) -> C:
         return structure(kind, json.loads(path.read_text()))
     except ValueError as error:  # of JSON, of a field, or of a value
         raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model answers, how questions reach it, and where it runs."""
+
+    weights: tuple[Path, ...]  # a checkpoint or a run's folder, or files and folders of any layout that make a model
+    preset: Literal["original", "hf"] | None = None  # prompt and pictures as LLaVA or as transformers has them
+    template: str | None = None  # of the prompt; what the weights say, unless given
+    image_mode: Literal["pad", "square"] | None = None  # what the weights say, unless given
+    context: int = 4096  # tokens of a conversation at most, image positions included
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
+
+
+def open_assistant(m: Model) -> assistant.Assistant:
+    """The model in memory."""
+    device = launch.pick_device(m.device)
+    name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, name)
+    return assistant.load(m.weights, device, dtype, m.preset, m.template, m.image_mode, m.context)

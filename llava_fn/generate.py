@@ -234,3 +234,9 @@ def generate(
             break
     answers = [Answer(r.ids, r.ended, r.logprobs) for r in rows]
     return [answers[j : j + d.samples] for j in range(0, len(answers), d.samples)]
+
+
+def greedy(p: TensorDict, samples: Sequence[Sample], stop: int, limit: int, c: Llava) -> list[list[int]]:
+    """The most likely continuation of each sample up to the token `stop` (not returned) or `limit` tokens."""
+    words = Words(c.llama.vocab, (stop,), lambda _: "")
+    return [list(row[0].ids) for row in generate(p, prompts(p, samples, c), Decoding(tokens=limit), words, c)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -98,10 +98,10 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
     Segment j of the stream is row j of the cache, whose tensors are written; its keys are the tokens that the row holds
     afterwards, and with `held` of Stream.of the first of them stand there already. tp must not shard the sequence.
     """
-    queries, lengths = torch.tensor(stream.segments.queries), torch.tensor(stream.segments.keys)
+    queries, lengths = stream.segments.queries, stream.segments.keys
     rows, seen = _rows(queries).to(x.device), None
-    if not torch.equal(queries, lengths):
-        seen = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in stream.segments.keys]).to(x.device)
+    if queries != lengths:
+        seen = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
     turn = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
@@ -114,11 +114,11 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
             return attention(q, k, v, segments, causal=True)
 
         x = _block(p["blocks"][str(i)], x, turn, read, attend, c, tp)
-    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths.to(cache.lengths.device))
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
-def _rows(counts: Tensor) -> Tensor:
-    return torch.arange(len(counts)).repeat_interleave(counts)
+def _rows(counts: Sequence[int]) -> Tensor:
+    return torch.cat([torch.full((n,), j) for j, n in enumerate(counts)])
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:

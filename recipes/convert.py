@@ -118,17 +118,18 @@ def main(c: Convert) -> None:
         print(f"{config}: for recipes/pretrain.py --config")
     with Bytes(export.size(source)) as progress:
         export.export(source, c.out, c.to, progress.add)
-    print(f"{c.out}: {summary(source)}")
+    written = ("projector",) if c.to == "mm_projector" else source.parts
+    print(f"{c.out}: {summary(source, written)}")
 
 
-def summary(source: Source) -> str:
-    """What the model is, in one line."""
+def summary(source: Source, parts: tuple[str, ...]) -> str:
+    """What these parts are, in one line."""
     said = {
         "vision": lambda: f"{source.vision.used} of {source.vision.blocks} blocks of CLIP",
         "projector": lambda: "projector",
         "llama": lambda: f"{source.llama.blocks} blocks of Llama, {source.llama.vocab} pieces",
     }
-    return ", ".join(said[part]() for part in source.parts)
+    return ", ".join(said[part]() for part in parts)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,20 @@ def test_another_picture_at_the_same_place_is_not_taken_for_the_one_in_the_cache
         assert last(reply(a, other, D)).turns == last(reply(a, Chat(other.turns, other.pictures), D)).turns
 
 
+def test_a_question_asked_again_is_answered_from_the_cache_alone(a, pictures, monkeypatch):
+    rows = count_tokens(monkeypatch)
+    one = last(reply(a, ask(Chat(), "What is it?", pictures[:1]), D))
+    again = last(reply(a, ask(undo(one), "What is it?", pictures[:1]), D))
+    assert again.turns == one.turns and rows[1] == 1
+
+
+def test_the_cache_holds_the_prompt_and_all_tokens_of_the_answer_but_the_last(a, pictures):
+    chat = ask(Chat(feats=assistant.features(a, pictures[:1], {})), "What is it?", pictures[:1])
+    _, keys = assistant.prompt(a, chat, D)
+    ((said,),) = assistant.answers(a, [chat], D)
+    assert not said.ended and last(reply(a, chat, D)).held == (*keys, *said.ids[:-1])
+
+
 def test_history_ends_each_answer_with_one_eos(a, pictures):
     chat = last(reply(a, ask(Chat(), "What?", pictures[:1]), D))
     chat = ask(chat, "And?")
@@ -340,6 +354,13 @@ def test_a_caption_ends_at_its_newline_and_a_stop_text_is_cut(captioner, a, emoj
     free = last(reply(a, chat, Decoding(tokens=40))).turns[-1][1]
     stop = free[7:9]
     assert last(reply(a, chat, Decoding(tokens=40, stop=(stop,)))).turns[-1][1] == free[: free.index(stop)].strip()
+
+
+@pytest.mark.parametrize("template, end", [("plain", "\n"), ("llava_v0", "###"), ("mpt", "<|im_end|>"), ("v1", None)])
+def test_what_ends_an_answer_in_a_template_is_a_stop_text(a, template, end):
+    form = dataclasses.replace(a.form, template=template)
+    stop = assistant.stops(dataclasses.replace(a, form=form), Decoding(stop=("x",))).stop
+    assert stop == (("x", end) if end else ("x",))
 
 
 def test_an_answer_that_grows_has_no_beams(a, pictures):

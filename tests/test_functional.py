@@ -212,6 +212,10 @@ ALLOWED = {  # what each module may import of this package; a package stands for
     "text": {"errors"},
     "image": {"errors"},
     "data": {"batch", "errors", "image", "text"},
+    "weights": {
+        "checkpoint", "config", "data", "image", "llama", "llava", "parallel", "projector", "spec", "text", "vit",
+        "weights",
+    },  # fmt: skip
 }
 
 

@@ -1,6 +1,7 @@
 """Generation with a cache: against full forward passes, each row alone, and transformers' generate."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,22 @@ def test_logprobs_are_those_of_the_model_and_not_of_the_options(params):
     want = llama.logits(params["llama"], x, C.llama).log_softmax(-1)[len(s.ids) - 1 : -1]
     torch.testing.assert_close(torch.tensor(got.logprobs), want.gather(1, ids[len(s.ids) :, None])[:, 0])
     assert answer(params, [s], dataclasses.replace(d, logprobs=False)) == [[Answer(got.ids, False)]]
+
+
+@pytest.mark.parametrize("kind, behind", [("cpu", 0), ("npu", generate.BEHIND)])
+def test_the_host_reads_behind_on_an_accelerator_and_misses_nothing(kind, behind, monkeypatch):
+    made, read = [], []
+
+    def items():
+        for n in range(20):
+            made.append(n)
+            yield SimpleNamespace(device=SimpleNamespace(type=kind), n=n)
+
+    monkeypatch.setattr(generate, "_fetch", lambda x: lambda: x.n)
+    for n in generate.on_host(items()):
+        read.append(n)
+        assert len(made) == min(n + 1 + behind, 20)
+    assert read == made == list(range(20))
 
 
 def test_samples_have_seeds_of_their_own(params):

@@ -138,6 +138,20 @@ def test_norms_round_once(seed):
         assert torch.equal(mine, exact.bfloat16())
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+def test_strided_input_changes_nothing(t, n, half):
+    h = 2 * half
+    wide, gain = rand(t, n, 2 * h).detach().float(), rand(h, seed=1).detach().float()
+    x, tables = wide[..., ::2], kernels.rotary_tables(torch.arange(t), h, 10.0)
+    for op in (
+        lambda x: kernels.rms_norm(x, gain, 0.1), lambda x: kernels.layer_norm(x, gain, gain, 0.1),
+        lambda x: torch.stack(kernels.add_rms_norm(x, x, gain, 0.1)), lambda x: kernels.rotary(x, *tables),
+        kernels.gelu, kernels.quick_gelu, lambda x: kernels.swiglu(x, gain[None], -gain[None]),
+    ):  # fmt: skip
+        torch.testing.assert_close(op(x), op(x.contiguous()))
+
+
 def test_rotary_turns_each_pair_by_its_angle():
     head, theta, positions = 6, 100.0, torch.tensor([0, 1, 5, 2])
     x = rand(4, 2, head).float()
@@ -176,6 +190,13 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda *x: kernels.attention(*x, Segments((2, 3), (3, 3)), True), (q, k, v))
     tables = [z.double() for z in kernels.rotary_tables(torch.arange(5), 2, 10.0)]
     assert gradcheck(lambda x: kernels.rotary(x, *tables), (q,))
+    wide = rand(3, 4, seed=3), rand(3, 4, seed=4), rand(4, seed=5)
+    assert gradcheck(lambda *x: kernels.add_rms_norm(*x, 0.1), wide)
+    assert gradcheck(lambda *x: kernels.rms_norm(*x, 0.1), (wide[0], wide[2]))
+    assert gradcheck(lambda *x: kernels.layer_norm(*x, 0.1), (wide[0], wide[2], rand(4, seed=6)))
+    assert gradcheck(lambda x: kernels.cross_entropy(x, torch.tensor([3, 0, 1])), (wide[0],))
+    cache = rand(2, 3, 1, 2, seed=7), rand(2, 3, 1, 2, seed=8)
+    assert gradcheck(lambda *x: kernels.decode_attention(*x, torch.tensor([1, 3])), (rand(2, 2, 2), *cache))
     for op in (kernels.gelu, kernels.quick_gelu):
         assert gradcheck(op, (rand(6),))
     assert gradcheck(kernels.swiglu, (rand(3, 2), rand(4, 2, seed=1), rand(4, 2, seed=2)))

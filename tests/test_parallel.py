@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from llava_fn import config, llama, spec, tree
+from llava_fn import config, kernels, llama, spec, tree
 from llava_fn.batch import Stream
 from llava_fn.grad import remat, value_and_grad
 from llava_fn.parallel import collectives, vocab
@@ -34,6 +34,14 @@ def replicated(path: tuple[str, ...]) -> bool:
     return path[-1].startswith("norm")
 
 
+def linear_inputs(kind: str, rank: int, world: int) -> list[torch.Tensor]:
+    """This rank's x, weight and gradient of y. Whole: x 12 6, weight 18 6, y 12 18."""
+    x, w, g = (torch.randn(s, generator=torch.Generator().manual_seed(7)) for s in ((12, 6), (18, 6), (12, 18)))
+    if kind == "column":  # tokens, rows of the weight, columns of y
+        return [z.chunk(world, dim)[rank].contiguous() for z, dim in ((x, 0), (w, 0), (g, 1))]
+    return [z.chunk(world, dim)[rank].contiguous() for z, dim in ((x, 1), (w, 1), (g, 0))]
+
+
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -47,6 +55,10 @@ def worker(rank: int, world: int, folder: str) -> None:
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4) if after == "I" else rng)
         (back,) = torch.autograd.grad(y, x, g)
         out["adjoint"][name] = (x.detach(), y.detach(), g, back)
+    for kind, op in (("column", kernels.column_linear), ("row", kernels.row_linear)):
+        x, w, g = linear_inputs(kind, rank, world)
+        y = op(x.requires_grad_(), w.requires_grad_(), dist.group.WORLD)
+        out[kind] = (y.detach(), *torch.autograd.grad(y, (x, w), g))
     whole = spec.init(llama.spec(C), 0, Mesh(tp=axis))
     for sequence in (True, False):
         for name, block in (("plain", llama.block), ("remat", remat(llama.block))):
@@ -80,6 +92,15 @@ def test_collective_keeps_its_type_and_its_backward_is_its_adjoint(ranks, name):
     total = {"R": lambda: sum(g), "I": lambda: g[0], "V": lambda: torch.cat(g)}[after]()
     for rank in range(world):
         torch.testing.assert_close(back[rank], total.chunk(world)[rank] if before == "V" else total)
+
+
+@pytest.mark.parametrize("kind, dims", [("column", (1, 0, 0)), ("row", (0, 1, 1))])
+def test_parallel_linear_equals_one_process(ranks, kind, dims):
+    x, w, g = linear_inputs("column", 0, 1)
+    for mine, want, dim in zip(
+        zip(*(r[kind] for r in ranks), strict=True), (x @ w.t(), g @ w, g.t() @ x), dims, strict=True
+    ):
+        torch.testing.assert_close(torch.cat(mine, dim), want)
 
 
 @pytest.mark.parametrize("block", ["plain", "remat"])

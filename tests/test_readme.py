@@ -6,18 +6,24 @@ import re
 import runpy
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import layouts
 import pytest
-from test_convert import write_clip, write_llama
+from layouts import HFLlava
+from PIL import Image
+from test_convert import mindspeed_json
 
-from llava_fn import config
+from llava_fn import checkpoint, config, emoji, llava, spec
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 SETUP = [line for line in COMMANDS if "-m venv" in line]
-SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
+SERVE = [line for line in COMMANDS if "serve.py" in line]
+CLIENTS = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
+SNIPPETS = [block for kind, block in BLOCKS if kind == "python" and block not in CLIENTS]
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +31,37 @@ def clone(tmp_path_factory):
     """A folder in which the README's relative paths mean something, with small models and data under the real names."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "recipes").symlink_to(ROOT / "recipes")
-    write_clip(folder / "clip-vit-large-patch14-336", whole=True)
-    write_llama(folder / "vicuna-7b-v1.5", folder)
+    data, words = emoji.unpack(folder / "emoji-data"), (folder / "emoji-data/tokenizer.model").read_bytes()
+    state = layouts.hub(layouts.hf_model())
+    layouts.write_openai(folder / "ViT-L-14-336px.pt", state)
+    layouts.write_vicuna(folder / "vicuna-7b-v1.5", state, "bin", words)
+    layouts.write_projector(folder / "mm_projector.bin", state)
+    layouts.write_llava_hf(folder / "llava-1.5-7b-hf", state, "hub", words)
+    layouts.write_liuhaotian(folder / "llava-v1.5-7b", state, False, words)
+    layouts.write_lora(folder / "llava-v1.5-7b-lora", state, 4, 8)
+    layouts.write_megatron(folder / "save_dir", state)
+    converted = layouts.write_mindspeed(folder / "converted", state, layouts.C.vision.blocks, words)
+    mindspeed_json(folder, converted, data)
     pairs = json.loads((folder / "emoji-data/train.json").read_text())[:40]
     (folder / "LLaVA-Pretrain").mkdir()
     (folder / "LLaVA-Pretrain/images").symlink_to(folder / "emoji-data")
     (folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json").write_text(json.dumps(pairs))
+    trained = checkpoint.Manifest(config.LLAVA_EMOJI, ("vision", "projector", "llama"), "square", "plain", None)
+    params = spec.init(llava.spec(config.LLAVA_EMOJI), 0)
+    checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
+    emoji.unpack(folder / "runs/emoji-data")
+    Image.new("RGB", (60, 40), (200, 120, 30)).save(folder / "cat.jpg")
+    lines = ({"prompt": f"What is {j}?", "image": "cat.jpg"} for j in range(5))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True)
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=ENV, text=True, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -47,18 +72,39 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_other_command_runs_in_the_order_of_the_readme(clone):
-    (clone / "runs/emoji").mkdir(parents=True)
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
-    shown = [line for line in COMMANDS if line not in SETUP]
-    assert len(shown) == 4
+    shown = [line for line in COMMANDS if line not in SETUP + SERVE]
+    assert len(shown) == 17
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
+        if "infer" in command and "llava" not in command:
+            assert "stage 1" in done.stderr and done.stdout.strip()
+        if "kernels.check" in command:
+            assert "| rotary | bfloat16 |" in done.stdout
+    assert len((clone / "answers.jsonl").read_text().splitlines()) == 5
     manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
     assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
     assert (clone / "runs/emoji-short/samples.html").exists()
+    assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
+    assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
+    assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
+
+
+def test_server_of_the_readme_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
+    (command,), (client,) = SERVE, CLIENTS
+    with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
+        try:
+            url = server.stdout.readline().decode().split()[1]
+            assert json.load(urllib.request.urlopen(f"{url}/health"))["status"] == "ok"
+            monkeypatch.chdir(clone)
+            exec(compile(client.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+            assert len(capsys.readouterr().out) > 10
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
@@ -69,12 +115,13 @@ def test_snippet_runs(snippet, capsys):
 
 
 def test_options_of_the_readme_exist(clone):
-    (table,) = re.findall(r"\| option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
-    shown = run("python recipes/pretrain.py --help", clone).stdout
-    names = re.findall(r"--[a-z][a-z_.-]+", table)
-    assert len(names) > 10
-    for name in names:
-        assert name in shown, name
+    tables = re.findall(r"\| option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    for table, recipe in zip(tables, ("infer", "serve", "pretrain"), strict=True):
+        shown = run(f"python recipes/{recipe}.py --help", clone).stdout
+        names = re.findall(r"--[a-z][a-z_.-]+", table)
+        assert len(names) > 10
+        for name in names:
+            assert name in shown, name
 
 
 @pytest.mark.slow

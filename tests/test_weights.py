@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
+import shutil
 
 import layouts
 import pytest
 import torch
 from layouts import C
 from safetensors.torch import load_file, save_file
+from test_archive import resident
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HFLlava
 
@@ -16,7 +19,8 @@ from llava_fn import checkpoint, config, image, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.generate import greedy
 from llava_fn.parallel.mesh import Axis, Mesh
-from llava_fn.weights import export, model, placing
+from llava_fn.weights import export, leaf, model, placing
+from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.source import open_source
 from llava_fn.weights.tables import LAYOUTS
 
@@ -102,7 +106,7 @@ def test_out_and_in_again_is_bit_identical(name, to, folders, tokenizer, tmp_pat
     again = model.merge([open_source(tmp_path / "out")])
     parts = ("projector",) if to == "mm_projector" else source.parts
     assert again.parts == parts
-    mine = {path: leaf for path, leaf in source.leaves.items() if path.split("/")[0] in parts}
+    mine = {path: x for path, x in source.leaves.items() if path.split("/")[0] in parts}
     same(ordered(mine), ordered(again.leaves), f"{name} -> {to}")
     if to == "llava_fn":
         same(ordered(source.spare), ordered(again.spare), f"{name} -> {to}: spare")
@@ -111,6 +115,20 @@ def test_out_and_in_again_is_bit_identical(name, to, folders, tokenizer, tmp_pat
         assert again.llama == source.llama
         assert again.vision == source.vision
         assert again.image_mode == (source.image_mode or "square")
+
+
+def test_a_written_file_is_aligned_and_its_digest_is_its_own(tmp_path):
+    tensors = {"a": torch.randn(3).half(), "b": torch.randn(2, 2), "c": torch.zeros(0), "d": torch.randn(5).bfloat16()}
+    sizes = []
+    digest = leaf.write(tmp_path / "x", {name: Leaf.of(t) for name, t in tensors.items()}, (), sizes.append)
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert sorted(sizes) == [0, 6, 10, 16]
+    got = load_file(tmp_path / "x")
+    assert all(torch.equal(got[name], t) and got[name].dtype == t.dtype for name, t in tensors.items())
+    raw = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    rows = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and all(rows[n]["data_offsets"][0] % t.itemsize == 0 for n, t in tensors.items())
 
 
 def test_a_hub_model_goes_through_ours_and_comes_out_with_the_same_tensors(folders, state, tokenizer, tmp_path):
@@ -182,6 +200,8 @@ def test_a_tower_of_23_blocks_is_the_24_of_vit_l_without_the_last(state, tokeniz
     export.export(source, tmp_path / "hf", "llava-hf")
     again = model.merge([open_source(tmp_path / "hf")])
     assert (again.vision.blocks, again.vision.feature_layer, again.vision.used) == (23, -1, 23)
+    assert again.spare["vision/post_g"].read().unique().tolist() == [1]  # the identity: there was none
+    assert again.spare["vision/post_b"].read().unique().tolist() == [0]
     theirs, said = HFLlava.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype=torch.float32)
     assert not any(said.values()), said
     with torch.no_grad():
@@ -253,6 +273,8 @@ def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     tensors["language_model.model.layers.0.mlp.gate_proj.weight"] = torch.zeros(3, 3, dtype=torch.float16)
     tensors["language_model.model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 256, dtype=torch.int8)
     tensors["model.language_model.embed_tokens.weight"] = torch.zeros(576, 256)
+    turned = "language_model.model.layers.0.mlp.down_proj.weight"
+    tensors[turned] = tensors[turned].T.contiguous()
     tensors["image_newline"] = torch.zeros(2)
     tensors["language_model.model.layers.2.input_layernorm.weight"] = torch.zeros(256)
     del tensors["vision_tower.encoder.layers.3.layer_norm1.weight"]  # of a block that never runs: whole or not at all
@@ -260,10 +282,11 @@ def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     with pytest.raises(ValueError) as caught:
         open_source(broken)
     said = str(caught.value)
-    assert "hf (Hugging Face or liuhaotian) does not fit its model, 7 tensors" in said
+    assert "hf (Hugging Face or liuhaotian) does not fit its model, 8 tensors" in said
     for line in (
         "missing: llama's norm.weight", "unexpected: image_newline",
         "wrong shape: layers.0.mlp.gate_proj.weight is (3, 3), the config wants (40, 256)",
+        "wrong shape: layers.0.mlp.down_proj.weight is (40, 256), the config wants (256, 40)",
         "wrong dtype: layers.1.mlp.up_proj.weight is torch.int8",
         "duplicate: language_model.model.embed_tokens.weight is llama's embed_tokens.weight",
         "unexpected: llama's layers.2.input_layernorm.weight", "missing: vision's encoder.layers.3.layer_norm1.weight",
@@ -314,6 +337,14 @@ def test_models_that_compute_something_else_are_refused(change, said, folders, t
         open_source(folder)
 
 
+def test_a_projector_for_another_layer_of_an_absent_tower_is_refused(state, tokenizer, tmp_path):
+    folder = layouts.write_liuhaotian(tmp_path / "liu", state, False, tokenizer.model)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_select_layer": -1}))
+    with pytest.raises(ValueError, match="reads hidden state -1 of an image tower that it does not bring"):
+        open_source(folder)
+
+
 def test_what_is_no_model_is_named(tmp_path, folders, state, tokenizer):
     with pytest.raises(ValueError, match="nothing.pt: no such file or folder"):
         open_source(tmp_path / "nothing.pt")
@@ -344,11 +375,20 @@ def test_parts_that_do_not_belong_together_are_refused(folders, state, tokenizer
         opened([openai, vicuna, other], tokenizer)
     with pytest.raises(ValueError, match="does not bring the vision; name a source for it too"):
         export.export(opened([vicuna, projector], tokenizer), tmp_path / "out", "llava_fn")
-    with pytest.raises(ValueError, match="does not bring the projector, which llava-hf holds"):
+    with pytest.raises(ValueError, match="does not bring the projector, part of llava-hf"):
         export.export(opened([openai, vicuna], tokenizer), tmp_path / "out", "llava-hf")
     with pytest.raises(ValueError, match="has no tokenizer.model; give one with --tokenizer"):
         export.export(model.merge([open_source(p) for p in folders["MindSpeed-MM"]]), tmp_path / "out", "llava_fn")
     assert list(tmp_path.iterdir()) == [other]
+    small = dataclasses.replace(C, llama=dataclasses.replace(C.llama, vocab=500))
+    few = layouts.write_vicuna(tmp_path / "few", {n: t[:500] if len(t) == 576 else t for n, t in state.items()},
+                               "bin", tokenizer.model, small)  # fmt: skip
+    with pytest.raises(ValueError, match="the tokenizer has 512 pieces, the decoder 500"):
+        opened([few], tokenizer)
+    bare = layouts.write_clip(tmp_path / "clip", state, False)
+    (bare / "tokenizer.model").write_bytes(b"of another model")
+    with pytest.raises(ValueError, match="clip and .* differ in tokenizer; give the one that holds"):
+        opened([bare, vicuna], tokenizer)
 
 
 def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):
@@ -361,12 +401,19 @@ def test_a_checkpoint_with_a_base_goes_out_whole(folders, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "000007", manifest, tree.cast(params, torch.float32), None, tokenizer.model)
     source = model.merge([open_source(tmp_path / "000007")])
     want = opened([openai, vicuna, projector], tokenizer)
-    for path, leaf in want.leaves.items():
-        assert torch.equal(source.leaves[path].read().float(), leaf.read().float()), path
+    for path, x in want.leaves.items():
+        assert torch.equal(source.leaves[path].read().float(), x.read().float()), path
     export.export(source, tmp_path / "out", "liuhaotian")
     assert model.merge([open_source(tmp_path / "out")]).image_mode == "pad"
+    same(ordered(want.spare), ordered(source.spare), "what LLaVA never reads")
+    both = model.merge([open_source(tmp_path / "base"), open_source(projector)])
+    same(ordered(want.leaves), ordered(both.leaves), "a base of ours and a projector")
     (tmp_path / "base/params.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="base is damaged: SHA256SUMS does not agree with params.safetensors"):
+        open_source(tmp_path / "000007")
+    shutil.rmtree(tmp_path / "base")
+    export.export(want, tmp_path / "base", "llava_fn")
+    with pytest.raises(ValueError, match="is not the one that was trained on"):
         open_source(tmp_path / "000007")
 
 
@@ -382,3 +429,21 @@ def test_ranks_load_their_blocks_of_the_whole(name, folders, tokenizer):
             dim = next(d for d in range(2) if ranks[0][path].shape[d] != whole[path].shape[d])
             assert torch.equal(torch.cat([rank[path] for rank in ranks], dim), whole[path]), path
     assert ranks[1]["llama", "embed"].shape == (256, 256)
+
+
+def test_a_rank_touches_only_its_own_pages(tokenizer, tmp_path):
+    c = dataclasses.replace(C, llama=dataclasses.replace(C.llama, vocab=2**16, blocks=1))
+    state = {f"language_model.{n}": torch.zeros(p, dtype=torch.float16) for n, p in {
+        "model.embed_tokens.weight": (2**16, 256), "lm_head.weight": (2**16, 256), "model.norm.weight": (256,),
+        "model.layers.0.input_layernorm.weight": (256,), "model.layers.0.post_attention_layernorm.weight": (256,),
+        "model.layers.0.self_attn.q_proj.weight": (256, 256), "model.layers.0.self_attn.k_proj.weight": (128, 256),
+        "model.layers.0.self_attn.v_proj.weight": (128, 256), "model.layers.0.self_attn.o_proj.weight": (256, 256),
+        "model.layers.0.mlp.gate_proj.weight": (40, 256), "model.layers.0.mlp.up_proj.weight": (40, 256),
+        "model.layers.0.mlp.down_proj.weight": (256, 40)}.items()}  # fmt: skip
+    folder = layouts.write_vicuna(tmp_path / "wide", state, "safetensors", tokenizer.model, c)
+    source = open_source(folder)
+    file = next(a.path for a in source.archives if "model.embed_tokens.weight" in a.tensors)
+    rank = Mesh(tp=Axis("tp", 8, 3))
+    block = source.leaves["llama/embed"].read()[spec.shard(spec.linear(2**16, 256, ("vocab", None)), rank)]
+    assert len(block.clone()) == 2**13
+    assert resident(file) < block.nbytes + 2**22 < 2**16 * 256 * 2 / 3

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require
+from llava_fn.kernels.precision import at_least_fp32
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def reference(logits: Tensor, targets: Tensor) -> Tensor:
     """torch's, on fp32 logits."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return F.cross_entropy(at_least_fp32(logits), targets, reduction="none")
 
 
 def npu(logits: Tensor, targets: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     require(not (torch.is_grad_enabled() and q.requires_grad), op, "torch.no_grad(): it gives no gradient, silently")
     seen = lengths.tolist()
     require(1 <= min(seen) and max(seen) <= s, op, f"lengths from 1 to {s}, not {seen}")
-    return npu_op(op)(
+    return npu_op("npu_fused_infer_attention_score")(
         q[:, None].contiguous(), k, v, actual_seq_lengths_kv=seen, num_heads=n, num_key_value_heads=m, scale=h**-0.5,
         input_layout="BSND",
     )[0][:, 0]  # fmt: skip

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, require
+from llava_fn.kernels.precision import at_least_fp32
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -20,7 +21,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def reference(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Through fp32 and back."""
-    return F.layer_norm(x.float(), gain.shape, gain.float(), bias.float(), eps).to(x.dtype)
+    return F.layer_norm(at_least_fp32(x), gain.shape, at_least_fp32(gain), at_least_fp32(bias), eps).to(x.dtype)
 
 
 def native(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -104,7 +104,7 @@ def matmul_scatter_npu(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor
     op = "npu_mm_reduce_scatter_base"
     check(op, x, b, group.size())
     require(len(x) % group.size() == 0, op, f"tokens that divide over {group.size()} ranks, not {len(x)}")
-    return npu_op(op)(x, b, communicator(group), group.size(), reduce_op="sum")
+    return npu_op("npu_mm_reduce_scatter_base")(x, b, communicator(group), group.size(), reduce_op="sum")
 
 
 def check(op: str, x: Tensor, b: Tensor, ranks: int) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+from llava_fn.kernels.precision import at_least_fp32
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -21,8 +22,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Spelled out: on the CPU the backward pass of F.rms_norm takes four times as long (torch 2.13)."""
-    h = x.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * gain.float()).to(x.dtype)
+    h = at_least_fp32(x)
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * at_least_fp32(gain)).to(x.dtype)
 
 
 def cuda(x: Tensor, gain: Tensor, eps: float) -> Tensor:

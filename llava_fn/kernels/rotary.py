@@ -47,5 +47,5 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require(
         not (cos.requires_grad or sin.requires_grad), "npu_rotary_mul", "tables without a gradient, as angles are given"
     )
-    tables = (table.to(x.dtype)[None] for table in (cos, sin))
-    return npu_op("npu_rotary_mul")(x.contiguous()[None], *tables, "half")[0]
+    cos, sin = (table.to(x.dtype)[None] for table in (cos, sin))
+    return npu_op("npu_rotary_mul")(x.contiguous()[None], cos, sin, "half")[0]

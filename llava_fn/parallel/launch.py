@@ -1,8 +1,9 @@
 """Where a run happens: the environment variables, the device, and the record of both.
 
-The only module of the package that reads environment variables, and the only one outside kernels/ that imports
-torch_npu. ASCEND_VARIABLES lists what Ascend's libraries read, with the values that are legal: the libraries themselves
-stop at some wrong values, read others as a number up to the first bad character, and ignore the rest.
+The only module of the package that reads environment variables, but for the one switch of kernels/dispatch.py, and the
+only one outside kernels/ that imports torch_npu. ASCEND_VARIABLES lists what Ascend's libraries read, with the values
+that are legal: the libraries themselves stop at some wrong values, read others as a number up to the first bad
+character, and ignore the rest.
 Recipes import this module, models never do.
 """
 

@@ -82,6 +82,13 @@ class Archive:
         if self.pages is not None:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
+    def find(self, t: Tensor) -> int | None:
+        """The byte of the file at which a contiguous tensor begins, or None if it is no part of the file as it is."""
+        if self.pages is None or not t.is_contiguous():
+            return None
+        first = t.data_ptr() - torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
+        return first if 0 <= first <= len(self.pages) - t.nbytes else None
+
 
 def open_archive(path: Path) -> Archive:
     """The tensors of a file; what kind of file it is, its content says, never its name.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llava_fn import checkpoint
-from llava_fn import spec as specs
 from llava_fn.config import Llava
 from llava_fn.weights import companions, leaf, model, placing, tables
 from llava_fn.weights.leaf import Leaf
@@ -18,20 +17,7 @@ from llava_fn.weights.source import OURS, UNUSED, Source
 from llava_fn.weights.tables import Row
 
 Wrote = Callable[[int], None]  # called with the bytes of every tensor that has been written
-TABLES = {  # layout -> (what stands before the names of a part, the part, its rows)
-    "llava-hf": (
-        ("vision_tower.vision_model.", "vision", tables.hf_vision),
-        ("multi_modal_projector.", "projector", lambda _: tables.projector("linear_1", "linear_2")),
-        ("language_model.", "llama", tables.hf_llama),
-    ),
-    "liuhaotian": (
-        ("model.vision_tower.vision_tower.vision_model.", "vision", tables.hf_vision),
-        ("model.mm_projector.", "projector", lambda _: tables.projector("0", "2")),
-        ("", "llama", tables.hf_llama),
-    ),
-    "mm_projector": (("model.mm_projector.", "projector", lambda _: tables.projector("0", "2")),),
-}
-LAYOUTS = (OURS, *TABLES)
+LAYOUTS = (OURS, *tables.WRITTEN)
 
 
 def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
@@ -41,16 +27,15 @@ def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
     return Leaf(shape, ours[0].dtype, lambda: row.how.join(*[o.read() for o in ours]))
 
 
-def names(layout: str, source: Source, c: Llava | None) -> dict[str, Leaf]:
+def names(layout: str, source: Source, c: Llava) -> dict[str, Leaf]:
     """Name in the layout -> leaf, for every tensor of the layout's parts. ValueError names a part that is not there."""
-    leaves, out = {**source.leaves, **{k: v for k, v in source.spare.items() if k not in source.leaves}}, {}
-    for before, part, rows in TABLES[layout]:
-        if part not in source.parts:
-            raise ValueError(f"{source.where} does not bring the {part}, which {layout} holds; name its source too")
-        for row in rows({"vision": c and c.vision, "llama": c and c.llama, "projector": None}[part]):
-            if f"{part}/{row.ours[0]}" in leaves:  # no head if tied, no last block of CLIP if the source had none
-                inner = "model." if part == "llama" and row.ours != ("head",) else ""
-                out[before + inner + row.theirs] = _join(row, leaves, part)
+    leaves, out = {**source.spare, **source.leaves}, {}
+    for place in tables.WRITTEN[layout]:
+        if place.part not in source.parts:
+            raise ValueError(f"{source.where} does not bring the {place.part}, part of {layout}; name its source too")
+        for row in place.rows(c):
+            if f"{place.part}/{row.ours[0]}" in leaves:  # no head if tied, no last block if the source had none
+                out[place.before + row.theirs] = _join(row, leaves, place.part)
     return out
 
 
@@ -103,7 +88,7 @@ def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None)
         raise ValueError(f"{to} exists; name another place, or remove it")
     if layout == "mm_projector":
         with checkpoint.appearing(to) as part, part.open("wb") as f:
-            torch.save({name: x.read().clone() for name, x in names(layout, source, None).items()}, f)
+            torch.save({name: x.read().clone() for name, x in names(layout, source, Llava()).items()}, f)
         return
     if source.tokenizer is None:
         raise ValueError(f"{source.where} has no tokenizer.model; give one with --tokenizer")
@@ -119,12 +104,10 @@ def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None)
 
 def _ours(source: Source, part: Path, wrote: Wrote) -> None:
     c = model.config(source)
-    order = ["/".join(path) for path, _ in specs.leaves(model.spec(source))]
-    files = {"params.safetensors": {path: source.leaves[path] for path in order}}
-    if source.spare:
-        files[UNUSED] = dict(source.spare)
-    digests = {name: leaf.write(part / name, leaves, wrote) for name, leaves in files.items()}
-    manifest = checkpoint.Manifest(c, source.parts, source.image_mode or "square", source.template or "plain", None)
+    files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
+    digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
+    modes = source.image_mode or "square", source.template or "plain", source.compat
+    manifest = checkpoint.Manifest(c, source.parts, *modes)
     checkpoint.seal(part, manifest, source.tokenizer, digests)
 
 
@@ -138,6 +121,6 @@ def _theirs(source: Source, layout: str, part: Path, wrote: Wrote) -> None:
         files = companions.llava_hf(c, dtype, source.tokenizer, image_mode, template)
     else:
         files = companions.liuhaotian(c, dtype, source.tokenizer, image_mode)
-    leaf.write(part / "model.safetensors", names(layout, source, c), wrote)
+    leaf.write(part / "model.safetensors", names(layout, source, c), source.archives, wrote)
     for name, content in files.items():
         (part / name).write_bytes(content)

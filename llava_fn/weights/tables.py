@@ -91,7 +91,7 @@ def megatron_vision(c: Vision) -> list[Row]:
 
 
 def hf_llama(c: Llama) -> list[Row]:
-    """HF LlamaForCausalLM, without the `model.` before all but the head."""
+    """HF LlamaModel."""
     block = [
         Row("input_layernorm.weight", ("norm1",)),
         Row("self_attn.q_proj.weight", ("wq",)), Row("self_attn.k_proj.weight", ("wk",)),
@@ -100,12 +100,12 @@ def hf_llama(c: Llama) -> list[Row]:
         Row("mlp.gate_proj.weight", ("w_gate",)), Row("mlp.up_proj.weight", ("w_up",)),
         Row("mlp.down_proj.weight", ("w_down",)),
     ]  # fmt: skip
-    return [
-        Row("embed_tokens.weight", ("embed",)),
-        *_blocks(block, c.blocks, "layers"),
-        Row("norm.weight", ("norm",)),
-        Row("lm_head.weight", ("head",)),
-    ]
+    return [Row("embed_tokens.weight", ("embed",)), *_blocks(block, c.blocks, "layers"), Row("norm.weight", ("norm",))]
+
+
+def hf_head(_: Llama) -> list[Row]:
+    """The head of HF LlamaForCausalLM."""
+    return [Row("lm_head.weight", ("head",))]
 
 
 def megatron_llama(c: Llama) -> list[Row]:
@@ -212,9 +212,24 @@ HF = Layout(  # all of CLIPModel, LlamaForCausalLM, the generations of HF's LLaV
             "llama",
             _PEFT + r"(model\.language_model\.|language_model\.model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)"
             r"|(language_model\.)?(?=lm_head\.)",
-            _llama(hf_llama),
+            _llama(lambda c: hf_llama(c) + hf_head(c)),
         ),
     ),
     r".*\.position_ids|.*rotary_emb\.inv_freq|text_model\..*|(visual|text)_projection\.weight|logit_scale",
 )
 LAYOUTS = (OPENAI, *MEGATRON, HF)
+WRITTEN = {  # layouts that go out; what stands before the names of a place is a text here
+    "llava-hf": (
+        Place("vision", "vision_tower.vision_model.", _vision(hf_vision)),
+        Place("projector", "multi_modal_projector.", _projector("linear_1", "linear_2")),
+        Place("llama", "language_model.model.", _llama(hf_llama)),
+        Place("llama", "language_model.", _llama(hf_head)),
+    ),
+    "liuhaotian": (
+        Place("vision", "model.vision_tower.vision_tower.vision_model.", _vision(hf_vision)),
+        Place("projector", "model.mm_projector.", _projector("0", "2")),
+        Place("llama", "model.", _llama(hf_llama)),
+        Place("llama", "", _llama(hf_head)),
+    ),
+    "mm_projector": (Place("projector", "model.mm_projector.", _projector("0", "2")),),
+}

@@ -1,0 +1,115 @@
+"""Mistakes planted in the source of llava_fn/kernels, each of which a real NPU would take without a word, go red."""
+
+import types
+
+import emulation
+import pytest
+import torch
+from test_numerics import LENGTHS, R, compare, module
+
+MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case of test_numerics.py)
+    "the mask inverted": ("attention", ".triu(1)", ".tril()", "causal attention"),
+    "the mask left out, sparse_mode 3 kept": (
+        "attention", "hidden(q.device) if causal else None", "None", "causal attention",
+    ),
+    "causal anchored top left": ("attention", "sparse_mode=3 if", "sparse_mode=2 if", "causal attention"),
+    "a mask where all is to be seen": ("attention", "if causal else None", "", "full attention"),
+    "full attention with a causal mode and mask": (
+        "attention", "hidden(q.device) if causal else None", "hidden(q.device)", "full attention",
+    ),
+    "the scale left out": ("attention", "scale=h**-0.5, ", "", "causal attention"),
+    "lengths instead of ends": (
+        "attention", "[list(accumulate(rows)) for", "[list(rows) for", "causal attention",
+    ),
+    "a leading 0": ("attention", "list(accumulate(rows))", "[0, *accumulate(rows)]", "causal attention"),
+    "ends of queries and keys swapped": (
+        "attention", "actual_seq_qlen=ends[0], actual_seq_kvlen=ends[1]",
+        "actual_seq_qlen=ends[1], actual_seq_kvlen=ends[0]", "causal attention",
+    ),
+    "heads of the keys": ("attention", "v.contiguous(), n,", "v.contiguous(), k.shape[1],", "causal attention"),
+    "keys and values swapped": (
+        "attention", "k.contiguous(), v.contiguous()", "v.contiguous(), k.contiguous()", "causal attention",
+    ),
+    "a strided tensor": ("attention", "q.contiguous()", "q", "attention of strided rows"),
+    "the tuple not taken apart": ("attention", "    )[0]  # fmt: skip", "    )[1]  # fmt: skip", "causal attention"),
+    "eps dropped": ("rms_norm", "(x, gain, eps)[0]", "(x, gain)[0]", "RMSNorm"),
+    "rstd for y": ("rms_norm", "(x, gain, eps)[0]", "(x, gain, eps)[1].expand_as(x)", "RMSNorm"),
+    "eps dropped in the fused sum": ("add_rms_norm", '(x, y, gain, eps)\n', '(x, y, gain)\n', "add and RMSNorm"),
+    "sum and norm swapped": (
+        "add_rms_norm", "normed, scale, total = npu_op", "total, scale, normed = npu_op", "add and RMSNorm",
+    ),
+    "the sum's gradient forgotten": ("add_rms_norm", "        d = d + d_total\n", "", "add and RMSNorm"),
+    "the gradient at x instead of the sum": (
+        "add_rms_norm", "ctx.save_for_backward(total,", "ctx.save_for_backward(inputs[0],", "add and RMSNorm",
+    ),
+    "GPT-J's rotary layout": ("rotary", '"half")[0]', '"interleave")[0]', "rotary"),
+    "cos and sin swapped": ("rotary", "[None], cos, sin, ", "[None], sin, cos, ", "rotary"),
+    "gate and up swapped, few rows": (
+        "swiglu", "linear(x, w_gate), linear(x, w_up)], -1",
+        "linear(x, w_up), linear(x, w_gate)], -1", "SwiGLU, few rows",
+    ),
+    "gate and up swapped, many rows": (
+        "swiglu", "torch.cat([w_gate, w_up])",
+        "torch.cat([w_up, w_gate])", "SwiGLU, many rows",
+    ),
+    "gate and up joined along the rows": (
+        "swiglu", "linear(x, w_up)], -1)",
+        "linear(x, w_up)], 0)", "SwiGLU, few rows",
+    ),
+    "tanh for erf": ("gelu", 'approximate="none")\n', 'approximate="tanh")\n', "erf GELU"),
+    "mean of the losses": ("cross_entropy", 'reduction="none")[0]', 'reduction="mean")[0]', "cross-entropy"),
+    "log-probabilities for losses": (
+        "cross_entropy", 'reduction="none")[0]',
+        'reduction="none")[1][:, 0]', "cross-entropy",
+    ),
+    "the decoding mask inverted": ("decode", ">= lengths.to", "< lengths.to", "fp32 decoding"),
+    "the decoding mask one too long": ("decode", ">= lengths.to", "> lengths.to", "fp32 decoding"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ops():
+    library = emulation.register()
+    yield
+    library._destroy()
+
+
+def with_mistake(name: str, right: str, wrong: str) -> types.ModuleType:
+    """The module with one edit to its source."""
+    path = module(name).__file__
+    with open(path) as file:
+        source = file.read()
+    before, found, after = source.rpartition(right)  # the NPU form stands after the reference
+    assert found, f"{name}.py no longer says {right!r}: adapt the mistake"
+    changed = types.ModuleType(f"{name}_with_a_mistake")
+    changed.__dict__["__name__"] = f"llava_fn.kernels.{name}"
+    exec(compile(before + wrong + after, path, "exec"), changed.__dict__)
+    return changed
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistake_goes_red(mistake):
+    name, right, wrong, case = MISTAKES[mistake]
+    compare(with_mistake(name, right, right).npu, module(name).reference, case)  # the same edit without the mistake
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        compare(with_mistake(name, right, wrong).npu, module(name).reference, case)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("actual_seq_lengths_kv=seen, ", ""),
+        ("seen = lengths.tolist()", "seen = lengths.cumsum(0).tolist()"),
+        ("seen = lengths.tolist()", "seen = (lengths - 1).clamp(min=1).tolist()"),
+        ("num_heads=n, ", ""),
+        ("num_key_value_heads=m, ", ""),
+        ('input_layout="BSND"', 'input_layout="BNSD"'),
+        (", scale=h**-0.5,\n        input", ",\n        input"),
+    ],
+)
+def test_planted_mistake_in_bf16_decoding_goes_red(right, wrong):
+    args = [x.bfloat16() for x in (R(3, 4, 8), R(3, 9, 2, 8, seed=1), R(3, 9, 2, 8, seed=2))]
+    changed = with_mistake("decode", right, wrong)
+    with torch.no_grad(), pytest.raises((AssertionError, ValueError)):
+        mine, want = changed.npu(*args, LENGTHS), module("decode").reference(*args, LENGTHS)
+        torch.testing.assert_close(mine, want, rtol=2**-6, atol=2**-6)
