@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+import tyro
 from PIL import Image
 from serving import alone, serving
 
@@ -465,6 +467,14 @@ def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weig
         assert list(stream)[-1].choices[0].finish_reason
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_options_of_the_readme_exist(recipe):
+    (table,) = re.findall(r"\| server option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    names, shown = re.findall(r"--[a-z][a-z_.-]+", table), tyro.extras.get_parser(recipe.Serve).format_help()
+    assert len(names) > 10
+    for name in names:
+        assert f"{name} " in shown, name
 
 
 def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
