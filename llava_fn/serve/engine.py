@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_fn import assistant, generate
 from llava_fn.assistant import Assistant, Picture
 from llava_fn.cache import Cache
-from llava_fn.generate import Prompt, Row, State, Words
+from llava_fn.generate import ROOM, Prompt, Row, State, Words
 from llava_fn.sampling import Decoding, sample, uniforms
 
 Name = tuple[str, int]  # of an answer: its request's, and which of its samples
@@ -172,14 +172,27 @@ def _feed(a: Assistant, desk: Desk, tokens: Sequence[int]) -> Desk:
     A free row computes too. What it writes stands behind what it holds, and is never read.
     """
     n = max(j for j, seat in enumerate(desk.seats) if seat) + 1
+    size = _reach(desk.state.cache, max(map(len, desk.held[:n])) + 1)
     part = _rows(desk.state, 0, n)
-    lengths = torch.tensor([min(len(held), part.cache.size - 1) for held in desk.held[:n]])
-    part = replace(part, cache=replace(part.cache, lengths=lengths.to(part.cache.lengths.device)))
+    lengths = torch.tensor([min(len(held), size - 1) for held in desk.held[:n]])
+    c = part.cache
+    part = replace(part, cache=Cache(c.k[:, :, :size], c.v[:, :, :size], lengths.to(c.lengths.device)))
     new = generate.step(a.params, part, torch.tensor(tokens[:n], device=part.hidden.device), a.model)
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
-    held = [(*h, tokens[j]) if desk.seats[j] else h[: part.cache.size - 1] for j, h in enumerate(desk.held)]
+    held = [(*h, tokens[j]) if desk.seats[j] else h[: c.size - 1] for j, h in enumerate(desk.held)]
     return replace(desk, held=tuple(held))
+
+
+def _reach(cache: Cache, tokens: int) -> int:
+    """How much of each row a step reads: few sizes, so that it costs what the rows hold, not the context.
+
+    On an NPU all of it: there the fused op reads as far as each row's length, and wants the whole buffer.
+    """
+    size = ROOM
+    while size < tokens:
+        size *= 2
+    return cache.size if cache.k.device.type == "npu" else min(size, cache.size)
 
 
 def _rows(state: State, start: int, end: int) -> State:
