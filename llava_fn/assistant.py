@@ -174,6 +174,7 @@ class Chat:
 
     turns: tuple[tuple[str, str], ...] = ()  # ("human", text), ("gpt", text), ...
     pictures: tuple[Picture, ...] = ()  # in the order of their marks
+    system: str | None = None  # instead of the template's own system prompt
     feats: Mapping[str, Tensor] = field(default_factory=dict)  # of pictures, key -> f[p, d]
     cache: Cache | None = None  # of one row
     held: tuple[int | str, ...] = ()  # the token, or the picture's key, at each position that the cache holds
@@ -220,7 +221,10 @@ def prompt(a: Assistant, chat: Chat, d: Decoding) -> tuple[Prompt, tuple[int | s
     chat: its features are there. Raises BadRecord for more or fewer marks than pictures, and for a prompt that leaves
     no room in the context for `d.tokens` more; nothing is ever cut.
     """
-    ids = text.prompt(chat.turns, text.template_of(a.form.template), a.tokenizer, a.form.compat)
+    template = text.template_of(a.form.template)
+    if chat.system is not None:
+        template = template.with_system(chat.system)
+    ids = text.prompt(chat.turns, template, a.tokenizer, a.form.compat)
     if ids.count(IMAGE) != len(chat.pictures):
         raise BadRecord(f"the prompt has {ids.count(IMAGE)} {MARK} but {len(chat.pictures)} images; make them agree")
     patches, pictures = a.model.vision.patches, iter(chat.pictures)
@@ -280,7 +284,7 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
     d, vocabulary = stops(a, d), words(a)
     chat = replace(chat, feats=features(a, chat.pictures, chat.feats))
     asked, keys = prompt(a, chat, d)
-    held = _common(keys[:-1], chat.held)
+    held = common(keys[:-1], chat.held)
     size = generate.room([asked], d)
     cache = chat.cache.grown(size) if chat.cache else _cache(a, size)
     state = generate.prefill(a.params, [asked], cache, vocabulary, a.model, [held], a.run)
@@ -302,7 +306,7 @@ def _cache(a: Assistant, size: int) -> Cache:
     return Cache.empty(a.model.llama, 1, size, a.params["llama"]["embed"], a.run.tp.axis.size)
 
 
-def _common(a: Sequence, b: Sequence) -> int:
+def common(a: Sequence, b: Sequence) -> int:
     """Length of the longest beginning that two sequences share."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -25,7 +25,7 @@ the end of an answer ("><" is one piece), and its trainer zeroed every such reco
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -153,6 +153,7 @@ class Template:
     reserved: strings at which LLaVA cuts a conversation again to find the answers, so no answer may hold them.
     image: how one image of a question is written.
     caption: alignment pairs; the question is replaced by the image alone.
+    around: what stands around a system prompt in `first`, if there is a place for one.
     """
 
     first: str
@@ -163,29 +164,47 @@ class Template:
     reserved: tuple[str, ...]
     image: str = MARK
     caption: bool = False
+    around: tuple[str, str] | None = None
+
+    def with_system(self, system: str) -> "Template":
+        """The same template with another system prompt; without one where it is empty.
+
+        Raises BadRecord if there is no place for one, or if it holds an image or a control token.
+        """
+        if self.around is None:
+            raise BadRecord("the template of this model has no place for a system prompt; put it into the question")
+        held = _SPECIAL.search(system)
+        if held:
+            raise BadRecord(f"the system prompt holds {held[0]!r}; reword it, and put images into a question")
+        before, after = self.around
+        return replace(self, first=f"{before}{system}{after}" if system else self.next.removeprefix("<s>"))
 
 
 def _roles(system: str, image: str = MARK) -> Template:
     """SeparatorStyle.TWO of LLaVA conversation.py."""
     reserved = (" ASSISTANT: ", "</s>")
-    return Template(f"{system} USER: ", "USER: ", " ASSISTANT:", " ", "</s>", reserved, image)
+    around = ("", " USER: ")
+    return Template(system.join(around), "USER: ", " ASSISTANT:", " ", "</s>", reserved, image, around=around)
 
 
 def _hashes(system: str, image: str = MARK) -> Template:
     """SeparatorStyle.SINGLE."""
-    return Template(f"{system}###Human: ", "Human: ", "###Assistant:", " ", "###", ("###",), image)
+    around = ("", "###Human: ")
+    return Template(system.join(around), "Human: ", "###Assistant:", " ", "###", ("###",), image, around=around)
 
 
 def _inst(system: str, bos: str) -> Template:
     """SeparatorStyle.LLAMA_2; LLaVA strips the `bos` of the first turn, because the tokenizer adds one."""
-    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    return Template(f"[INST] {system}", f"{bos}[INST] ", " [/INST]", " ", " </s>", ("[/INST] ", "</s>"))
+    around = ("[INST] <<SYS>>\n", "\n<</SYS>>\n\n") if system else None
+    first = system.join(around) if around else "[INST] "
+    return Template(first, f"{bos}[INST] ", " [/INST]", " ", " </s>", ("[/INST] ", "</s>"), around=around)
 
 
 def _chatml(system: str) -> Template:
     """SeparatorStyle.MPT; its marks are control tokens only of a vocabulary that has them, else ordinary text."""
     user, reply, end = "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
-    return Template(f"<|im_start|>system\n{system}{end}{user}", user, reply, "", end, (end,))
+    around = ("<|im_start|>system\n", end + user)
+    return Template(system.join(around), user, reply, "", end, (end,), around=around)
 
 
 _PLAIN = Template("", "", "", "", "\n", (), caption=True)
@@ -221,7 +240,9 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType({
     "vicuna_v1": _roles(_CURIOUS_USER),
     "v1": _roles(_CURIOUS_USER),
     "llava_v1": _roles(_CURIOUS_HUMAN),
-    "hf": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>")),
+    "hf": Template(
+        "USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>"), around=("", " USER: ")
+    ),
     "v1_mmtag": _roles(_TAGS, _TAGGED),
     "llava_v0": _hashes(_CURIOUS_HUMAN),
     "v0_mmtag": _hashes(_TAGS, _TAGGED),

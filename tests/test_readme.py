@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import layouts
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 SETUP = [line for line in COMMANDS if "-m venv" in line]
-SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
+SERVE = [line for line in COMMANDS if "serve.py" in line]
+CLIENTS = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
+SNIPPETS = [block for kind, block in BLOCKS if kind == "python" and block not in CLIENTS]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,12 @@ def clone(tmp_path_factory):
     return folder
 
 
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, text=True, **streams)
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=ENV, text=True, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -69,7 +74,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
-    shown = [line for line in COMMANDS if line not in SETUP]
+    shown = [line for line in COMMANDS if line not in SETUP + SERVE]
     assert len(shown) == 17
     for command in shown:
         done = run(command, clone)
@@ -86,6 +91,20 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
     assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
     assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
+
+
+def test_server_of_the_readme_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
+    (command,), (client,) = SERVE, CLIENTS
+    with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
+        try:
+            url = server.stdout.readline().decode().split()[1]
+            assert json.load(urllib.request.urlopen(f"{url}/health"))["status"] == "ok"
+            monkeypatch.chdir(clone)
+            exec(compile(client.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+            assert len(capsys.readouterr().out) > 10
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))

@@ -1,0 +1,88 @@
+"""Serve a model: OpenAI's chat API at /v1, and a chat page at /.
+
+    python recipes/serve.py --weights runs/emoji
+
+Requests are answered side by side in the slots of one cache. SIGINT or SIGTERM stops accepting, gives what is under way
+`--grace` seconds to finish, and ends with exit status 0.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from llava_fn import assistant, cli
+from llava_fn.serve.ask import Limits
+from llava_fn.serve.worker import Worker
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Which model, where, and how much a request may ask for."""
+
+    model: Annotated[cli.Model, tyro.conf.arg(name="")]
+    name: str | None = None  # of the model in requests; that of its folder, unless given
+    host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
+    port: int = 8000  # 0: one that is free
+    api_key: str | None = None  # that requests must bring
+    slots: int = 8  # answers at a time; each has room for the context
+    limits: Limits = Limits()
+    grace: float = 10.0  # seconds to finish in
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise ValueError("--api-key is empty; give one, or leave it out")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens. OSError names the address that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); give another --port or --host") from error
+    return sock
+
+
+def main(c: Serve) -> None:
+    """Load the model and answer until a signal comes. ValueError if the model fails meanwhile."""
+    try:
+        import uvicorn
+
+        from llava_fn.serve.app import LOOPBACK, Service, build
+    except ImportError as error:
+        raise ValueError(f"the server wants more packages ({error}): pip install 'llava_fn[serve]'") from error
+    sock = bind(c.host, c.port)
+    a = cli.open_assistant(c.model)
+    if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
+        print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
+    print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
+    name = c.name or c.model.weights[-1].resolve().name
+    worker = Worker(a, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    app = build(Service(a, name, worker, c.limits, c.api_key), c.host)
+    options = {"log_level": "warning", "ws": "none", "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=c.grace, **options))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again when it is done
+    sock.listen()
+    worker.start()
+    host, port = sock.getsockname()[:2]
+    print(f"{name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        worker.stop()
+    if worker.error:
+        raise ValueError(f"the model failed: {worker.error!r}")
+
+
+if __name__ == "__main__":
+    cli.run(main, tyro.cli(Serve, description=__doc__))
