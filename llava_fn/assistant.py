@@ -23,7 +23,7 @@ from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import checkpoint, generate, image, llama, llava, quantise, text, tree
+from llava_fn import generate, image, llama, llava, quantise, text, tree
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.errors import BadRecord
@@ -76,16 +76,6 @@ class Place:
     int8: bool = False  # the decoder's linears; see quantise.py
 
 
-def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder; any other path as it is. ValueError if the run has saved none."""
-    if not (path / "checkpoints").is_dir():
-        return path
-    steps = checkpoint.steps(path / "checkpoints")
-    if not steps:
-        raise ValueError(f"{path} is a run that has saved no checkpoint yet; let it train on, or name another folder")
-    return checkpoint.at(path / "checkpoints", steps[-1])
-
-
 def load(
     paths: Sequence[Path], device: torch.device, dtype: torch.dtype, preset: str | None = None,
     template: str | None = None, image_mode: str | None = None, context: int = 4096,
@@ -101,7 +91,7 @@ def load(
 
 def opened(paths: Sequence[Path]) -> Source:
     """Files and folders as one source of a whole model, of which nothing is read yet. ValueError as of `load`."""
-    source = model.merge([open_source(newest(path)) for path in paths])
+    source = model.merge([open_source(path) for path in paths])
     model.config(source)
     if "projector" not in source.parts:
         raise ValueError(f"{source.where} does not bring the projector; name a file that does too")

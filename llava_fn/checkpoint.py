@@ -199,6 +199,16 @@ def at(runs: Path, step: int) -> Path:
     return runs / f"{step:06d}"
 
 
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; any other path as it is. ValueError if the run has saved none."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    found = steps(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path} is a run that has saved no checkpoint yet; let it train on, or name another folder")
+    return at(path / "checkpoints", found[-1])
+
+
 def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> TensorDict:
     with safe_open(path, "pt", device=str(device)) as f:
         want = {prefix + "/".join(k): p for k, p in specs.leaves(spec)}

@@ -103,10 +103,12 @@ def _trim(source: Source, values: configs.Values) -> Source:
 
 
 def open_source(path: Path, given: Llava | None = None) -> Source:
-    """One file or folder. given: the model, where the file itself cannot tell (MindSpeed-MM's model.json).
+    """One file or folder; a run's folder stands for its newest checkpoint.
 
+    given: the model, where the file itself cannot tell (MindSpeed-MM's model.json).
     ValueError if it is no file of tensors, of no known layout, or if a single tensor does not fit.
     """
+    path = checkpoint.newest(path)
     if path.is_file():
         archive = open_archive(path)
         return _with(interpret(str(path), _model(archive), {}, given), [archive])
