@@ -255,6 +255,10 @@ def shown(whole: str, stop: Sequence[str], ended: bool) -> str:
     return whole[: len(whole) - longest]
 
 
+def _cache(a: Assistant, size: int) -> Cache:
+    return Cache.empty(a.model.llama, 1, size, a.params["llama"]["embed"], a.run.tp.axis.size)
+
+
 @dataclass(frozen=True)
 class Said:
     """A piece of an answer. chat: the conversation with the answer as far as it goes."""
@@ -290,10 +294,6 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
         before = now
         if ended:
             return
-
-
-def _cache(a: Assistant, size: int) -> Cache:
-    return Cache.empty(a.model.llama, 1, size, a.params["llama"]["embed"], a.run.tp.axis.size)
 
 
 def common(a: Sequence, b: Sequence) -> int:
