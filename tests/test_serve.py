@@ -28,10 +28,12 @@ from serving import alone, serving
 
 from llava_fn import assistant
 from llava_fn.assistant import Chat, ask, picture
+from llava_fn.errors import BadRecord
 from llava_fn.sampling import Decoding
 from llava_fn.serve import app, engine
 from llava_fn.serve.ask import FIELDS, OFF
 from llava_fn.serve.worker import Worker
+from llava_fn.text import TEMPLATES, render
 
 ROOT = Path(__file__).parents[1]
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -129,6 +131,46 @@ def test_turns_and_a_system_prompt(server, a, files):
 
 def _featured(a, chat):
     return dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
+
+
+PLACES = {
+    "vicuna_v1": "{} USER: Hi ASSISTANT:",
+    "hf": "{} USER: Hi ASSISTANT:",
+    "llava_v0": "{}###Human: Hi###Assistant:",
+    "llava_llama_2": "[INST] <<SYS>>\n{}\n<</SYS>>\n\nHi [/INST]",
+    "mpt": "<|im_start|>system\n{}<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_system_prompt_takes_the_place_of_the_templates_own(name):
+    template, turns = TEMPLATES[name], (("human", "Hi"),)
+    assert render(turns, template.with_system("Be brief.")) == PLACES[name].format("Be brief.")
+    before, _, after = render(turns, template.with_system("@")).partition("@")
+    own = render(turns, template).removeprefix(before).removesuffix(after)
+    assert name == "hf" or template.with_system(own) == template
+    assert render((*turns, ("gpt", "A"), *turns), template.with_system("")).startswith(template.next.removeprefix("<s>"))
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_every_template_takes_a_system_prompt_or_says_that_it_has_no_place_for_one(name):
+    if name in ("plain", "v0_plain", "mistral_instruct"):
+        with pytest.raises(BadRecord, match="no place for a system prompt"):
+            TEMPLATES[name].with_system("x")
+    else:
+        assert "@" in render((("human", "Hi"),), TEMPLATES[name].with_system("@"))
+
+
+def test_a_model_that_captions_wants_one_image_and_nothing_before(weights, files):
+    captioner = assistant.load([weights / "plain"], CPU, F32, context=128)
+    image, shot = part(files[0].read_bytes()), picture(files[0], captioner)
+    with serving(captioner, prompt=60, tokens=20) as server:
+        want = alone(captioner, ask(Chat(), "", [shot]), Decoding(tokens=12))
+        for said in ([], [text("What is it?")]):
+            assert create(server, [user(image, *said)]).choices[0].message.content == want
+        for bad in (HI, [user(image, image)], [user(image), {"role": "assistant", "content": "A"}, user(image)]):
+            with pytest.raises(openai.BadRequestError, match="writes a caption for an image: send one image"):
+                create(server, bad)
 
 
 def test_stop_texts(server, a):
