@@ -149,7 +149,7 @@ def test_a_system_prompt_takes_the_place_of_the_templates_own(name):
     before, _, after = render(turns, template.with_system("@")).partition("@")
     own = render(turns, template).removeprefix(before).removesuffix(after)
     assert name == "hf" or template.with_system(own) == template
-    assert render((*turns, ("gpt", "A"), *turns), template.with_system("")).startswith(template.next.removeprefix("<s>"))
+    assert render(turns, template.with_system("")).startswith(template.next.removeprefix("<s>"))
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -333,7 +333,37 @@ def test_a_large_body_is_refused_however_it_is_sent(server):
                      b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
         for _ in range(40):
             sock.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
         assert b" 413 " in sock.recv(100)
+    with raw(server) as sock:
+        sock.sendall(request().replace(b"Content-Length: ", b"Content-Length: 99999999"))
+        assert b" 413 " in sock.recv(100)
+
+
+def test_a_client_that_is_still_sending_hears_why_it_is_refused(server):
+    with pytest.raises(openai.APIStatusError, match="limit of 300000 bytes") as error:
+        create(server, [user(text("x" * 2_000_000))])
+    assert error.value.status_code == 413
+
+
+def test_only_so_many_requests_are_read_at_a_time(a):
+    with serving(a, queue=2) as server:
+        with raw(server) as one, raw(server) as two:
+            one.sendall(request()[:-5])
+            two.sendall(request()[:-5])
+            assert until(lambda: len(server.service.reading) == 2)
+            with pytest.raises(openai.RateLimitError, match="2 requests are being read"):
+                create(server)
+        assert until(lambda: not server.service.reading)
+        assert create(server).choices
+
+
+def until(condition):
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def raw(server):
