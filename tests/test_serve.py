@@ -10,12 +10,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -316,8 +318,9 @@ def test_fields_that_ask_for_nothing_are_fine(server):
 
 
 def test_a_large_image_is_refused_before_it_is_decoded(server, a):
-    huge = png(20_000, 10_000)
-    assert len(huge) < 200_000
+    size, small = struct.pack(">II", 20_000, 10_000), png(2, 2)
+    header = b"IHDR" + size + small[24:29]
+    huge = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
     with pytest.raises(openai.BadRequestError, match="image 0: over the limit of 100000 pixels .*200000000"):
         create(server, [user(part(huge))])
     with pytest.raises(openai.BadRequestError, match="more than the 125 images"):
@@ -458,7 +461,7 @@ def test_a_client_that_goes_away_frees_its_slots(server, monkeypatch, stream):
 def test_a_client_that_never_reads_stalls_nobody(server, a):
     with raw(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        sock.sendall(request(stream=True, n=3, logprobs=True))
+        sock.sendall(request(stream=True, n=3, logprobs=True, max_tokens=200))
         assert create(server).choices[0].message.content == alone(a, SAID, Decoding(tokens=12))
         assert server.free(4)
 
