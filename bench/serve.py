@@ -1,4 +1,4 @@
-"""Tokens a second of the server, over HTTP: one client alone, and several at once. See bench/RESULTS.md for a run.
+"""Tokens a second of the server, over HTTP: one client alone, and several at once.
 
     python bench/serve.py --weights runs/emoji --clients 8
 """

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -81,6 +82,7 @@ def main(c: Serve) -> None:
     finally:
         worker.stop()
     if worker.error:
+        traceback.print_exception(worker.error)
         raise ValueError(f"the model failed: {worker.error!r}")
 
 

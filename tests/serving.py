@@ -38,6 +38,7 @@ def serving(a, key=None, host="127.0.0.1", **limits):
     worker = Worker(a, 4, Limits(**limits))
     service = Service(a, "tiny", worker, worker._limits, key)
     sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what is not read soon fills it
     options = {"log_level": "error", "ws": "none", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(build(service, host), **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

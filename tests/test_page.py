@@ -179,6 +179,18 @@ def test_an_error_is_shown_and_the_conversation_goes_on(server, a, files, open_p
     page.wait_for_selector("text=no.heic is no image that this browser can open")
 
 
+def test_a_model_that_captions_is_asked_about_one_image_at_a_time(weights, files, open_page):
+    captioner = assistant.load([weights / "plain"], torch.device("cpu"), torch.float32, context=128)
+    with serving(captioner, prompt=60, tokens=20) as server:
+        page = open_page(server)
+        assert "These weights are of stage 1" in page.locator("#note").inner_text()
+        for file in files[:2]:
+            page.set_input_files("#file", file)
+            page.wait_for_selector("#thumb img")
+            want = alone(captioner, ask(Chat(), "", [picture(file, captioner)]), Decoding(tokens=12))
+            assert ask_page(page, "What is it?") == want.strip()
+
+
 def test_a_photo_is_turned_as_it_says(server, open_page):
     photo, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # a quarter turn

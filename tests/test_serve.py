@@ -10,12 +10,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from serving import alone, serving
 
 from llava_fn import assistant
 from llava_fn.assistant import Chat, ask, picture
+from llava_fn.errors import BadRecord
 from llava_fn.sampling import Decoding
 from llava_fn.serve import app, engine
 from llava_fn.serve.ask import FIELDS, OFF
 from llava_fn.serve.worker import Worker
+from llava_fn.text import TEMPLATES, render
 
 ROOT = Path(__file__).parents[1]
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -129,6 +133,46 @@ def test_turns_and_a_system_prompt(server, a, files):
 
 def _featured(a, chat):
     return dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
+
+
+PLACES = {
+    "vicuna_v1": "{} USER: Hi ASSISTANT:",
+    "hf": "{} USER: Hi ASSISTANT:",
+    "llava_v0": "{}###Human: Hi###Assistant:",
+    "llava_llama_2": "[INST] <<SYS>>\n{}\n<</SYS>>\n\nHi [/INST]",
+    "mpt": "<|im_start|>system\n{}<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_system_prompt_takes_the_place_of_the_templates_own(name):
+    template, turns = TEMPLATES[name], (("human", "Hi"),)
+    assert render(turns, template.with_system("Be brief.")) == PLACES[name].format("Be brief.")
+    before, _, after = render(turns, template.with_system("@")).partition("@")
+    own = render(turns, template).removeprefix(before).removesuffix(after)
+    assert name == "hf" or template.with_system(own) == template
+    assert render(turns, template.with_system("")).startswith(template.next.removeprefix("<s>"))
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_every_template_takes_a_system_prompt_or_says_that_it_has_no_place_for_one(name):
+    if name in ("plain", "v0_plain", "mistral_instruct"):
+        with pytest.raises(BadRecord, match="no place for a system prompt"):
+            TEMPLATES[name].with_system("x")
+    else:
+        assert "@" in render((("human", "Hi"),), TEMPLATES[name].with_system("@"))
+
+
+def test_a_model_that_captions_wants_one_image_and_nothing_before(weights, files):
+    captioner = assistant.load([weights / "plain"], CPU, F32, context=128)
+    image, shot = part(files[0].read_bytes()), picture(files[0], captioner)
+    with serving(captioner, prompt=60, tokens=20) as server:
+        want = alone(captioner, ask(Chat(), "", [shot]), Decoding(tokens=12))
+        for said in ([], [text("What is it?")]):
+            assert create(server, [user(image, *said)]).choices[0].message.content == want
+        for bad in (HI, [user(image, image)], [user(image), {"role": "assistant", "content": "A"}, user(image)]):
+            with pytest.raises(openai.BadRequestError, match="writes a caption for an image: send one image"):
+                create(server, bad)
 
 
 def test_stop_texts(server, a):
@@ -274,8 +318,9 @@ def test_fields_that_ask_for_nothing_are_fine(server):
 
 
 def test_a_large_image_is_refused_before_it_is_decoded(server, a):
-    huge = png(20_000, 10_000)
-    assert len(huge) < 200_000
+    size, small = struct.pack(">II", 20_000, 10_000), png(2, 2)
+    header = b"IHDR" + size + small[24:29]
+    huge = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
     with pytest.raises(openai.BadRequestError, match="image 0: over the limit of 100000 pixels .*200000000"):
         create(server, [user(part(huge))])
     with pytest.raises(openai.BadRequestError, match="more than the 125 images"):
@@ -291,7 +336,37 @@ def test_a_large_body_is_refused_however_it_is_sent(server):
                      b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
         for _ in range(40):
             sock.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
         assert b" 413 " in sock.recv(100)
+    with raw(server) as sock:
+        sock.sendall(request().replace(b"Content-Length: ", b"Content-Length: 99999999"))
+        assert b" 413 " in sock.recv(100)
+
+
+def test_a_client_that_is_still_sending_hears_why_it_is_refused(server):
+    with pytest.raises(openai.APIStatusError, match="limit of 300000 bytes") as error:
+        create(server, [user(text("x" * 2_000_000))])
+    assert error.value.status_code == 413
+
+
+def test_only_so_many_requests_are_read_at_a_time(a):
+    with serving(a, queue=2) as server:
+        with raw(server) as one, raw(server) as two:
+            one.sendall(request()[:-5])
+            two.sendall(request()[:-5])
+            assert until(lambda: len(server.service.reading) == 2)
+            with pytest.raises(openai.RateLimitError, match="2 requests are being read"):
+                create(server)
+        assert until(lambda: not server.service.reading)
+        assert create(server).choices
+
+
+def until(condition):
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def raw(server):
@@ -386,7 +461,7 @@ def test_a_client_that_goes_away_frees_its_slots(server, monkeypatch, stream):
 def test_a_client_that_never_reads_stalls_nobody(server, a):
     with raw(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        sock.sendall(request(stream=True, n=3, logprobs=True))
+        sock.sendall(request(stream=True, n=3, logprobs=True, max_tokens=200))
         assert create(server).choices[0].message.content == alone(a, SAID, Decoding(tokens=12))
         assert server.free(4)
 

@@ -19,7 +19,7 @@ CPU, F32 = torch.device("cpu"), torch.float32
 OPTIONS = (
     Decoding(tokens=9),
     Decoding(tokens=14, temperature=1.0, seed=5),
-    Decoding(tokens=11, temperature=1.5, top_p=0.7, seed=6),
+    Decoding(tokens=11, temperature=1.5, top_p=0.7, seed=6, repetition_penalty=3.0),
     Decoding(tokens=1, logprobs=True),
     Decoding(tokens=17, temperature=1.0, seed=7, logprobs=True),
 )

@@ -54,6 +54,7 @@ class Service:
     limits: Limits
     key: str | None = None
     began: int = field(default_factory=lambda: int(time.time()))
+    reading: set[str] = field(default_factory=set)  # requests whose bodies are on their way
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "ask"))  # few images at a time
 
 
@@ -110,12 +111,24 @@ async def complete(s: Service, request: Request) -> Callable[[Scope, Receive, Se
     """Answer a conversation."""
     _authorise(s, request)
     name, loop, pieces = f"chatcmpl-{uuid.uuid4().hex}", asyncio.get_running_loop(), Pieces()
-    body = await _body(request, s.limits)
-    q = await loop.run_in_executor(s.pool, ask.question, body, s.a, s.name, s.limits, name)
+    q = await _read(s, request, name)
     s.worker.submit(
         Ticket.of(name, q.jobs, lambda x: loop.call_soon_threadsafe(pieces.put_nowait, x), s.limits.seconds)
     )
     return partial(_answer, s, q, pieces)
+
+
+async def _read(s: Service, request: Request, name: str) -> Question:
+    """The question of a request, if there are not too many being read, each of which may hold a body and images."""
+    if len(s.reading) >= s.limits.queue:
+        raise Refused(429, f"{len(s.reading)} requests are being read already; try again later", code="busy")
+    s.reading.add(name)
+    try:
+        body = await _body(request, s.limits)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(s.pool, ask.question, body, s.a, s.name, s.limits, name)
+    finally:
+        s.reading.discard(name)
 
 
 def _authorise(s: Service, request: Request) -> None:

@@ -29,7 +29,7 @@ class Limits:
     prompt: int = 3072  # tokens, image positions included
     tokens: int = 1024  # of an answer
     samples: int = 8  # answers to a request
-    queue: int = 128  # requests that wait for a slot
+    queue: int = 128  # requests that wait for a slot, and as many that are being read
     body: int = 20 * 2**20  # bytes of a request
     seconds: float = 300.0  # from a request's arrival to the end of its answer
 
