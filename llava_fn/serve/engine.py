@@ -95,7 +95,7 @@ def admit(a: Assistant, desk: Desk, job: Job) -> Desk:
     none = a.params["llama"]["embed"][:0]
     prompt = Prompt(job.ids, torch.cat([none, *(feats[p.key] for p in job.pictures)]))
     part = _rows(desk.state, slot, slot + 1)
-    new = generate.prefill(a.params, [prompt], part.cache, assistant.words(a), a.model, [common[best]])
+    new = generate.prefill(a.params, [prompt], part.cache, assistant.words(a), a.model, [common[best]], a.run)
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
     seat = Seat(job, uniforms([job.decoding.seed], job.decoding.tokens)[0])
@@ -127,7 +127,7 @@ def step(a: Assistant, desk: Desk) -> tuple[Desk, list[Piece]]:
         return desk, []
     words, n = assistant.words(a), busy[-1] + 1
     state = _rows(desk.state, 0, n)
-    tokens, logprobs = _choose(generate.logits(a.params, state, a.model), state.seen, desk.seats[:n])
+    tokens, logprobs = _choose(generate.logits(a.params, state, a.model, a.run), state.seen, desk.seats[:n])
     seats, pieces = list(desk.seats), []
     for j in busy:
         seats[j], piece = _grow(a, desk.seats[j], tokens[j], logprobs[j], words)
@@ -177,7 +177,7 @@ def _feed(a: Assistant, desk: Desk, tokens: Sequence[int]) -> Desk:
     lengths = torch.tensor([min(len(held), size - 1) for held in desk.held[:n]])
     c = part.cache
     part = replace(part, cache=Cache(c.k[:, :, :size], c.v[:, :, :size], lengths.to(c.lengths.device)))
-    new = generate.step(a.params, part, torch.tensor(tokens[:n], device=part.hidden.device), a.model)
+    new = generate.step(a.params, part, torch.tensor(tokens[:n], device=part.hidden.device), a.model, a.run)
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
     held = [(*h, tokens[j]) if desk.seats[j] else h[: c.size - 1] for j, h in enumerate(desk.held)]
