@@ -274,6 +274,7 @@ BAD = {
     "temperature": ({"temperature": 2.5}, 400, "temperature must be from 0 to 2, not 2.5", "temperature"),
     "cold": ({"temperature": 1e-9}, 400, "temperature must be 0, or from 0.01", "temperature"),
     "warm text": ({"temperature": "hot"}, 400, 'not "hot"', "temperature"),
+    "cold false": ({"temperature": False}, 400, "not false", "temperature"),
     "true": ({"max_tokens": True}, 400, "not true", "max_tokens"),
     "top_p": ({"top_p": 0}, 400, "top_p must be above 0", "top_p"),
     "seed": ({"seed": -1}, 400, "seed must be", "seed"),

@@ -90,7 +90,7 @@ def _stop(value: object) -> tuple[str, ...]:
 
 
 def _temperature(value: object) -> object:
-    if value != 0 and _within((int, float), 0, 2, "from 0 to 2")(value) < 0.01:
+    if 0 < _within((int, float), 0, 2, "from 0 to 2")(value) < 0.01:
         raise BadRecord(f"must be 0, or from 0.01 to 2, not {_short(value)}")
     return value
 
