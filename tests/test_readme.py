@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -103,7 +104,7 @@ def test_server_of_the_readme_answers_its_client_and_ends_when_told_to(clone, mo
             exec(compile(client.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
             assert len(capsys.readouterr().out) > 10
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)
     assert server.returncode == 0
 
 

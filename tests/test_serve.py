@@ -539,7 +539,7 @@ def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weig
     next(stream)
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as unread:
         unread.sendall(request(model="vicuna_v1", stream=True))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert list(stream)[-1].choices[0].finish_reason
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")

@@ -85,7 +85,7 @@ def serve(a, jobs, slots, desk=None, every=1):
     return desk, got
 
 
-@pytest.mark.parametrize("slots, every", [(1, 1), (3, 1), (4, 3), (16, 1)])
+@pytest.mark.parametrize("slots, every", [(1, 1), (3, 2), (16, 1)])
 def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every):
     asked = {(f"{i}-{j}", 0): (chat, d) for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)}
     _, got = serve(a, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, every=every)
@@ -107,12 +107,13 @@ def test_a_stop_text_ends_one_answer_and_not_its_neighbours(a, chats):
 
 
 def test_an_answer_may_fill_the_context_to_the_last_token(a, chats):
-    for chat in chats[:2]:
-        d = Decoding(tokens=a.context - len(job(a, chat, Decoding(tokens=1)).ids), temperature=1.0)
-        jobs = [job(a, chat, d, "full"), *(job(a, c, OPTIONS[1], f"{j}") for j, c in enumerate(chats * 2))]
-        _, got = serve(a, jobs, 2)
-        assert got.ids["full", 0] == alone(a, chat, d)[0]
-        assert got.ids["4", 0] == alone(a, chats[4], OPTIONS[1])[0]
+    chat = chats[1]
+    d = Decoding(tokens=a.context - len(job(a, chat, Decoding(tokens=1)).ids), temperature=1.0)
+    jobs = [job(a, chat, d, "full"), *(job(a, c, OPTIONS[1], f"{j}") for j, c in enumerate(chats * 2))]
+    _, got = serve(a, jobs, 2)
+    assert got.ids["full", 0] == alone(a, chat, d)[0]
+    assert got.finish["full", 0] == "length"
+    assert got.ids["4", 0] == alone(a, chats[4], OPTIONS[1])[0]
 
 
 def rows_computed(monkeypatch):
