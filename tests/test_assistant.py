@@ -296,7 +296,7 @@ def test_features_are_computed_once_for_each_picture(a, pictures, monkeypatch):
     assert counts == [2, 2] and assistant.features(a, pictures[:4], known).keys() == known.keys() and len(counts) == 2
     want = features(a.params, torch.stack([s.pixels for s in pictures[:4]]), a.model).split(4)
     for shot, feats in zip(pictures, want, strict=False):
-        torch.testing.assert_close(known[shot.key], feats)
+        torch.testing.assert_close(known[shot.key], feats, rtol=1e-4, atol=1e-4)  # of another number of images at once
 
 
 def test_only_so_many_features_are_kept(a, pictures, monkeypatch):
