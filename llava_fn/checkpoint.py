@@ -72,16 +72,15 @@ class Checkpoint:
 
 
 def _digest(path: Path) -> str:
-    if not path.is_file():
-        return "no file"
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """What SHA256SUMS says of a folder. known: digests that need not be computed again, file name -> hex."""
-    names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
-    return "".join(f"{known.get(name) or _digest(folder / name)}  {name}\n" for name in names)
+    paths = sorted(p for p in folder.iterdir() if p.name != SUMS)
+    digests = [known.get(p.name) or (_digest(p) if p.is_file() else "no file") for p in paths]
+    return "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, paths, strict=True))
 
 
 def fingerprint(folder: Path) -> str:
