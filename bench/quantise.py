@@ -128,7 +128,7 @@ def smollm2(rows: int, tokens: int) -> dict:
     ids = torch.tensor(tokenizer(words[: 8 * rows * tokens])["input_ids"][: rows * tokens]).view(rows, tokens)
 
     def score(p: TensorDict, run: llava.Execution) -> Tensor:
-        x = [llama.decode(p["llama"], p["llama", "embed"][row], Stream.of([tokens]), c, run.tp, run.llama_block)[:-1]
+        x = [llama.decode(p["llama"], p["llama", "embed"][row], Stream.of([tokens]), c, run.tp, run.llama_blocks)[:-1]
              for row in ids]  # fmt: skip
         return llama.logits(p["llama"], torch.cat(x), c)
 

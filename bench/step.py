@@ -31,6 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from llava_fn import config, image, llava, optim, tree
 from llava_fn.batch import Batch, Sample, collate
+from llava_fn.parallel.zero import Zero
 from llava_fn.text import IMAGE
 from llava_fn.train import STAGES, State, Task, train_step
 from llava_fn.weights.model import from_state_dict
@@ -132,7 +133,7 @@ def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o:
     dtype = getattr(torch, c.dtype)
     mine, frozen = tree.split(params, STAGES[c.stage])
     mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
-    task = Task(tree.cast(frozen, dtype), model, o, 100, dtype, run=llava.execution(backend=c.compile))
+    task = Task(tree.cast(frozen, dtype), model, o, 100, Zero(dtype=dtype), run=llava.execution(backend=c.compile))
     state = [State(0, mine, optim.init(mine))]
 
     def step(number: int) -> float:

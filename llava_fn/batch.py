@@ -67,6 +67,7 @@ class Batch:
     image_rows: Tensor  # int64[i * p]: where the features of the images go
     labelled: Tensor  # int64[n]: which of the rows read predict a labelled token
     targets: Tensor  # int64[n]: these tokens
+    tokens: int  # t without what fills the stream up
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -74,12 +75,14 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample], multiple: int = 1, image: int = 0) -> Batch:
     """Lay samples out as a stream, sorted by length: neighbours of one length share one dense attention call.
 
-    ValueError on no samples, and on a sample without a label, which nothing could be learned from.
+    multiple: t and r are filled up to multiples of it, by a last segment without labels. image: pixels per side, where
+    there may be no samples: then that segment stands alone. ValueError on no samples otherwise, and on a sample without
+    a label, which nothing could be learned from.
     """
-    if not samples:
+    if not samples and not image:
         raise ValueError("a batch needs at least one sample")
     bare = [s.record for s in samples if not any(s.label[1:])]
     if bare:
@@ -87,16 +90,29 @@ def collate(samples: Sequence[Sample]) -> Batch:
     samples = sorted(samples, key=lambda s: (len(s.ids), s.label.index(True, 1)))
     lengths = [len(s.ids) for s in samples]
     tails = [len(s.ids) - s.label.index(True, 1) + 1 for s in samples]  # a row predicts the token after it
-    ids = torch.tensor([t for s in samples for t in s.ids])
-    label = torch.tensor([x for s in samples for x in (False, *s.label[1:])])
+    tokens, (rows, read) = sum(lengths), _filling(sum(lengths), sum(tails), multiple)
+    if rows:
+        lengths, tails = [*lengths, rows], [*tails, read]
+    ids = torch.tensor([t for s in samples for t in s.ids] + [0] * rows)
+    label = torch.tensor([x for s in samples for x in (False, *s.label[1:])] + [False] * rows)
     stream = Stream.of(lengths, tails)
     follows = torch.cat([label[1:], torch.tensor([False])])  # a segment's first token is never labelled
     return Batch(
         records=tuple(s.record for s in samples),
         stream=stream,
         ids=ids,
-        pixels=torch.cat([s.pixels for s in samples]),
+        pixels=torch.cat([s.pixels for s in samples] or [torch.zeros(0, 3, image, image, dtype=torch.uint8)]),
         image_rows=(ids == IMAGE).nonzero()[:, 0],
         labelled=follows[stream.read].nonzero()[:, 0],
         targets=ids[label],
+        tokens=tokens,
     )
+
+
+def _filling(rows: int, read: int, multiple: int) -> tuple[int, int]:
+    """The least (tokens, rows read) of a last segment with which both sums divide; (0, 0) if they do without."""
+    if rows and not rows % multiple and not read % multiple:
+        return 0, 0
+    more = -rows % multiple or multiple
+    last = -read % multiple or multiple
+    return (more if more >= last else more + multiple), last

@@ -1,4 +1,4 @@
-"""The two transforms that training needs: value_and_grad and remat.
+"""The transforms that training needs: value_and_grad, remat, and scan over blocks.
 
 Not torch.func.grad_and_value: it builds the gradient's own graph (create_graph=True), which keeps every activation
 alive: 2.9 times the peak memory, and remat saves nothing. The models work under torch.func all the same.
@@ -6,7 +6,7 @@ alive: 2.9 times the peak memory, and remat saves nothing. The models work under
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDict
@@ -70,5 +70,16 @@ def remat(fn: Callable) -> Callable:
     def call(*args) -> Tensor:
         flat, tree_spec = tree_flatten(args)
         return _Remat.apply(fn, tree_spec, *flat)
+
+    return call
+
+
+def scan(block: Callable) -> Callable:
+    """block(p, x, *rest) -> x  becomes  (params, x, rests) -> x: one block after another, each with its parameters."""
+
+    def call(params: Sequence[TensorDict], x: Tensor, rests: Sequence[tuple]) -> Tensor:
+        for p, rest in zip(params, rests, strict=True):
+            x = block(p, x, *rest)
+        return x
 
     return call

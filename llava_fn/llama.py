@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from llava_fn.batch import Stream
 from llava_fn.cache import Cache
 from llava_fn.config import Llama
-from llava_fn.grad import remat
+from llava_fn.grad import remat, scan
 from llava_fn.kernels import (
     Segments,
     add_rms_norm,
@@ -97,15 +97,15 @@ def _block(p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: At
     return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
 
 
-def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), block: Callable = block) -> Tensor:
+def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), blocks: Callable = scan(block)) -> Tensor:
     """All blocks and the final norm. x: t d, V on tp -> r d, R on tp: the rows that `stream` reads.
 
-    block: this module's `block`, or a form of it that computes the same (remat, compiled).
+    blocks: grad.scan of this module's `block`, or of a form of it that computes the same (remat, compiled, sharded).
     """
     turn = rotary_tables(stream.positions, c.head, c.theta)
-    for i in range(c.blocks - 1):
-        x = block(p["blocks"][str(i)], x, turn, stream.segments, None, c, tp)
-    x = block(p["blocks"][str(c.blocks - 1)], x, turn, stream.read_segments, stream.read, c, tp)
+    rests = [(turn, stream.segments, None, c, tp)] * (c.blocks - 1)
+    rests += [(turn, stream.read_segments, stream.read, c, tp)]
+    x = blocks([p["blocks"][str(i)] for i in range(c.blocks)], x, rests)
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from llava_fn import image, llama, projector, vit
 from llava_fn.batch import Batch
 from llava_fn.config import Llava
-from llava_fn.grad import remat
+from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
+from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Spec
 
 
@@ -23,25 +24,32 @@ from llava_fn.spec import Spec
 class Execution:
     """How the blocks run. It changes time and memory, never what is computed."""
 
-    vit_block: Callable = vit.block
-    llama_block: Callable = llama.block
+    vit_blocks: Callable = scan(vit.block)
+    llama_blocks: Callable = scan(llama.block)
     tp: TP = TP()
+    images: int = 0  # that the tower sees at least: where ranks meet in its blocks, one without an image must come too
     decode_step: Callable = llama.decode_step
-    weights: llama.Weights = llama.as_kept  # of prefill and decode_step; llama_block has its own
+    weights: llama.Weights = llama.as_kept  # of prefill and decode_step; llama_blocks has its own
 
 
-def execution(recompute: bool = False, backend: str = "") -> Execution:
+def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), train: Sequence[str] = ()) -> Execution:
     """recompute: keep only each block's input for the backward pass.
 
-    backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches.
+    backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how the trained
+    parts, `train`, are kept. ValueError if its level needs recompute and that is off.
     """
     blocks, step = [vit.block, llama.block], llama.decode_step
     if backend:
         blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]
         step = torch.compile(step, backend=backend)
-    if recompute:
-        blocks = [remat(b) for b in blocks]
-    return Execution(*blocks, decode_step=step)
+    if zero.level == 3 and not recompute:
+        raise ValueError("zero=3 gathers a block's weights again in the backward pass; it needs recompute")
+    late = [zero.level == 3 and part in train for part in ("vision", "llama")]
+    run = [
+        zero.scan(b, part) if held else scan(remat(b) if recompute else b)
+        for b, part, held in zip(blocks, ("vision", "llama"), late, strict=True)
+    ]
+    return Execution(*run, tp=TP(zero.mesh.tp), images=zero.mesh.tp.size if late[0] else 0, decode_step=step)
 
 
 def spec(c: Llava) -> Spec:
@@ -54,10 +62,16 @@ def spec(c: Llava) -> Spec:
 
 
 def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution()) -> Tensor:
-    """What the decoder sees of images. pixels: uint8[i, 3, image, image] -> f[(i p), d]."""
+    """What the decoder sees of images. pixels: uint8[i, 3, image, image] -> f[(i p), d], I on tp.
+
+    Each rank of the tensor axis sees its share of the images, filled up with black ones where they do not divide.
+    """
+    i, size = len(pixels), run.tp.axis.size if run.tp.sequence else 1
+    black = pixels.new_zeros(max(run.images - i, -i % size), *pixels.shape[1:])
+    pixels = run.tp.split(torch.cat([pixels, black]) if len(black) else pixels)
     pixels = image.normalise(pixels).to(p["vision"]["patch"].dtype)
-    x = vit.encode(p["vision"], pixels, c.vision, run.vit_block)
-    return rearrange(projector.project(p["projector"], x), "i p d -> (i p) d")
+    x = projector.project(p["projector"], vit.encode(p["vision"], pixels, c.vision, run.vit_blocks))
+    return rearrange(run.tp.join(x)[:i], "i p d -> (i p) d")
 
 
 def splice(x: Tensor, feats: Tensor, rows: Tensor) -> Tensor:
@@ -73,13 +87,15 @@ def embed(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -
             f"{len(batch.image_rows)} image tokens do not match {len(batch.pixels)} images of "
             f"{c.vision.patches} patches (records {', '.join(batch.records)})"
         )
-    return splice(x, features(p, batch.pixels, c, run), batch.image_rows) if len(batch.pixels) else x
+    if len(batch.pixels) == run.images == 0:
+        return x
+    return splice(x, features(p, batch.pixels, c, run), batch.image_rows)
 
 
 def forward(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:
     """The decoder's last hidden states at the rows that the batch reads, f[r, d]."""
     x = run.tp.split(embed(p, batch, c, run))
-    return llama.decode(p["llama"], x, batch.stream, c.llama, run.tp, run.llama_block)
+    return llama.decode(p["llama"], x, batch.stream, c.llama, run.tp, run.llama_blocks)
 
 
 def nll(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import tree
+from llava_fn import llama, tree
+from llava_fn.grad import scan
 from llava_fn.llava import Execution
 from llava_fn.parallel.collectives import join
 from llava_fn.parallel.mesh import Axis
@@ -59,4 +60,5 @@ def dequantise(p: TensorDict) -> TensorDict:
 
 def execution(run: Execution = Execution()) -> Execution:
     """How a model with quantised parameters runs, else like `run`."""
-    return replace(run, llama_block=lambda p, *rest: run.llama_block(dequantise(p), *rest), weights=dequantise)
+    blocks = scan(lambda p, *rest: llama.block(dequantise(p), *rest))
+    return replace(run, llama_blocks=blocks, weights=dequantise)

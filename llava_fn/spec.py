@@ -65,6 +65,11 @@ def shard(p: Param, mesh: Mesh) -> tuple[slice, ...]:
     return tuple(out)
 
 
+def owner(p: Param, mesh: Mesh) -> Axis:
+    """The axis over which the parameter's gradient is summed: the part of the mesh that does not shard it."""
+    return mesh.dp if mesh.tp.size > 1 and any(name in RULES for name in p.axes) else mesh.all
+
+
 def _values(p: Param, path: tuple[str, ...], seed: int) -> torch.Tensor:
     if p.std is None:
         return torch.ones(p.shape)

@@ -12,6 +12,8 @@ from llava_fn import llava, optim, tree
 from llava_fn.batch import Batch
 from llava_fn.config import Llava
 from llava_fn.grad import value_and_grad
+from llava_fn.parallel import collectives
+from llava_fn.parallel.zero import Zero
 
 STAGES: dict[str, Callable[[tree.Path], bool]] = {  # what is trained, by the first names of a path
     "projector": lambda path: path[0] == "projector",  # LLaVA's pre-training
@@ -22,7 +24,7 @@ STAGES: dict[str, Callable[[tree.Path], bool]] = {  # what is trained, by the fi
 
 @dataclass(frozen=True)
 class State:
-    """Everything that an update reads and that changes: params are the trainable fp32 masters."""
+    """Everything that an update reads and that changes: params are the trainable fp32 masters, kept as Task.zero says."""
 
     step: int  # updates done
     params: TensorDict
@@ -31,20 +33,20 @@ class State:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that an update reads and that stays: the frozen parameters are already in `dtype`."""
+    """Everything that an update reads and that stays: the frozen parameters are already in `zero.dtype`."""
 
     frozen: TensorDict
     model: Llava
     optim: optim.Optim
     steps: int  # updates in the whole run: the schedule depends on it
-    dtype: torch.dtype = torch.float32  # of the computation
+    zero: Zero = Zero()  # and the mesh, and the dtype of the computation
     loss: str = "token_mean"  # or "rank_mean"
     run: llava.Execution = llava.Execution()
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one update saw. loss: nats per labelled token; grad_norm: before clipping."""
+    """What one update saw, on all ranks. loss: nats per labelled token; grad_norm: before clipping."""
 
     loss: float
     grad_norm: float
@@ -58,46 +60,59 @@ class NonFinite(ArithmeticError):
     """The loss or a gradient is NaN or infinite. The message names the step, the records and the first such leaf."""
 
 
-def loss(params: TensorDict, batch: Batch, share: float, task: Task):
+def loss(weights: TensorDict, batch: Batch, share: float, task: Task):
     """This micro-batch's part of the update's loss, and nothing else.
 
     share: what one labelled token weighs. token_mean: 1 / labelled tokens of the whole update, so that the loss does
     not depend on how samples are grouped. rank_mean: 1 / (labelled tokens of this micro-batch * micro-batches), the
     original's mean of means (HF Trainer).
     """
-    both = tree.merge(tree.cast(params, task.dtype), task.frozen)
-    return llava.nll(both, batch, task.model, task.run).sum() * share, None
+    return llava.nll(tree.merge(weights, task.frozen), batch, task.model, task.run).sum() * share, None
 
 
 def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[State, Metrics]:
-    """One update from the micro-batches of one step. The state is consumed: its tensors are updated in place.
+    """One update from the micro-batches of one step, of which each rank has its own. The state is consumed.
 
-    Raises NonFinite before anything is changed.
+    Its tensors are updated in place. Raises NonFinite before anything is changed, and ValueError if no rank has a
+    labelled token.
     """
-    labelled = sum(len(b.targets) for b in batches)
-    total, grads = 0.0, None
+    step, zero = state.step + 1, task.zero
+    tokens, labelled, samples, many = _counts(batches, zero)
+    if not labelled:
+        raise ValueError(f"step {step}: no record of this update has a labelled token; mend the data set")
+    weights, mine, grads = zero.fetch(state.params), 0.0, None
     for batch in batches:
-        share = 1 / labelled if task.loss == "token_mean" else 1 / (len(batch.targets) * len(batches))
-        (part, _), new = value_and_grad(loss)(state.params, batch, share, task)
-        total = total + part
+        share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * many)
+        (part, _), new = value_and_grad(loss)(weights, batch, share, task)
+        new = tree.cast(new, torch.float32)
+        mine = mine + part
         if grads is not None:
             torch._foreach_add_(tree.values(new), tree.values(grads))
         grads = new
-    step, norm = state.step + 1, tree.global_norm(grads)
+    grads = zero.reduce(grads)
+    norm, total = zero.norm(grads), collectives.total(mine, zero.mesh.dp)
     if not (torch.isfinite(total) and torch.isfinite(norm)):
-        raise NonFinite(_blame(step, batches, total, grads))
+        raise NonFinite(_blame(step, batches, mine, grads, zero))
     optim.clip(grads, norm, task.optim.clip)
     lr = optim.learning_rate(task.optim, step, task.steps)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
-    tokens, samples = sum(len(b.ids) for b in batches), sum(len(b.records) for b in batches)
     return replace(state, step=step), Metrics(float(total), float(norm), lr, tokens, labelled, samples)
 
 
-def _blame(step: int, batches: Sequence[Batch], total: torch.Tensor, grads: TensorDict) -> str:
+def _counts(batches: Sequence[Batch], zero: Zero) -> list[int]:
+    """Tokens, labelled tokens, samples, and micro-batches that have a sample, on all ranks."""
+    rows = [(b.tokens, len(b.targets), len(b.records), len(b.records) > 0) for b in batches]
+    mine = [sum(column) for column in zip(*rows, strict=True)]
+    if zero.mesh.dp.size == 1:
+        return mine
+    return collectives.total(torch.tensor(mine, device=batches[0].ids.device), zero.mesh.dp).tolist()
+
+
+def _blame(step: int, batches: Sequence[Batch], part: torch.Tensor, grads: TensorDict, zero: Zero) -> str:
     pairs = zip(tree.paths(grads), tree.values(grads), strict=True)
     leaf = next(("/".join(path) for path, g in pairs if not torch.isfinite(g).all()), "none")
     records = ", ".join(r for b in batches for r in b.records)
-    return (
-        f"step {step}: the loss is {float(total)} and the first gradient that is not finite is {leaf}; nothing was "
-        f"updated. Look at these records, or lower the learning rate: {records}"
-    )
+    mine = f"the loss is {float(part)} and the first gradient that is not finite is {leaf}; records: {records}"
+    said = collectives.texts(mine, zero.mesh.all, part.device)
+    told = said[0] if len(said) == 1 else "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(said))
+    return f"step {step}: {told}\nnothing was updated. Look at these records, or lower the learning rate"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llava_fn.config import Vision
+from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention, gelu, layer_norm, patch_embedding, quick_gelu
 from llava_fn.spec import Param, Spec, bias, norm
 from llava_fn.spec import linear as weight
@@ -53,17 +54,16 @@ def block(p: TensorDict, x: Tensor, segments: Segments, c: Vision) -> Tensor:
     return x + linear(h, p["w_down"], p["b_down"])
 
 
-def encode(p: TensorDict, pixels: Tensor, c: Vision, block: Callable = block) -> Tensor:
+def encode(p: TensorDict, pixels: Tensor, c: Vision, blocks: Callable = scan(block)) -> Tensor:
     """Patch features without the class token: hidden state `c.feature_layer`, no final norm.
 
-    pixels: f[i, 3, image, image], normalised -> f[i, p, d]. Patches in row-major order. block: this module's `block`,
-    or a form of it that computes the same (remat, compiled).
+    pixels: f[i, 3, image, image], normalised -> f[i, p, d]. Patches in row-major order. blocks: grad.scan of this
+    module's `block`, or of a form of it that computes the same (remat, compiled, sharded).
     """
     patches = patch_embedding(pixels, p["patch"], c.patch)
     x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), patches], 1)
     x = rearrange(x + p["positions"], "i p d -> (i p) d")
     x = layer_norm(x, p["norm_g"], p["norm_b"], c.eps)
     segments = Segments.of([c.patches + 1] * len(pixels))
-    for i in range(c.used):
-        x = block(p["blocks"][str(i)], x, segments, c)
+    x = blocks([p["blocks"][str(i)] for i in range(c.used)], x, [(segments, c)] * c.used)
     return rearrange(x, "(i p) d -> i p d", i=len(pixels))[:, 1:]

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from llava_fn import config, kernels, llama, spec, tree
 from llava_fn.batch import Stream
-from llava_fn.grad import remat, value_and_grad
+from llava_fn.grad import remat, scan, value_and_grad
 from llava_fn.parallel import collectives, vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
@@ -24,9 +24,9 @@ KINDS = {  # name -> type of its input and of its output
 }  # fmt: skip
 
 
-def loss(p, tp: TP, block):
+def loss(p, tp: TP, blocks):
     x = vocab.embed(p["embed"], IDS, tp.axis)
-    x = llama.decode(p, tp.split(x), Stream.of(LENGTHS, TAILS), C, tp, block)
+    x = llama.decode(p, tp.split(x), Stream.of(LENGTHS, TAILS), C, tp, blocks)
     return llama.nll(p, x, TARGETS, C, tp).mean(), None
 
 
@@ -61,8 +61,8 @@ def worker(rank: int, world: int, folder: str) -> None:
         out[kind] = (y.detach(), *torch.autograd.grad(y, (x, w), g))
     whole = spec.init(llama.spec(C), 0, Mesh(tp=axis))
     for sequence in (True, False):
-        for name, block in (("plain", llama.block), ("remat", remat(llama.block))):
-            (value, _), grads = value_and_grad(loss)(whole, TP(axis, sequence), block)
+        for name, blocks in (("plain", scan(llama.block)), ("remat", scan(remat(llama.block)))):
+            (value, _), grads = value_and_grad(loss)(whole, TP(axis, sequence), blocks)
             leaves = []
             for path, g in zip(tree.paths(grads), tree.values(grads), strict=True):
                 if sequence and replicated(path):  # each rank saw its tokens only
@@ -107,7 +107,7 @@ def test_parallel_linear_equals_one_process(ranks, kind, dims):
 @pytest.mark.parametrize("sequence", [True, False])
 def test_tensor_parallel_llama_equals_one_process(ranks, sequence, block):
     world = len(ranks)
-    (value, _), grads = value_and_grad(loss)(spec.init(llama.spec(C), 0), TP(), llama.block)
+    (value, _), grads = value_and_grad(loss)(spec.init(llama.spec(C), 0), TP(), scan(llama.block))
     params = dict(spec.leaves(llama.spec(C)))
     for rank, got in enumerate(ranks):
         mine, leaves = got[sequence, block]

@@ -103,7 +103,7 @@ def test_one_block_at_a_time_is_whole(small, tiny, monkeypatch):
     monkeypatch.setattr(quantise, "dequantise", lambda p: alive.append(p) or dequantise(p))
     run = quantise.execution()
     ids = torch.tensor([3, 4, 5])
-    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([3]), tiny.llama, block=run.llama_block)
+    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([3]), tiny.llama, blocks=run.llama_blocks)
     assert [p is small["llama", "blocks", i] for p, i in zip(alive, ("0", "1"), strict=True)] == [True, True]
 
 

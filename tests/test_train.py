@@ -9,6 +9,7 @@ from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
 from llava_fn.grad import value_and_grad
 from llava_fn.optim import Optim
+from llava_fn.parallel.zero import Zero
 from llava_fn.train import STAGES, NonFinite, State, Task
 
 OPTIM = Optim(lr=1e-2, warmup=0.0, weight_decay=0.1)
@@ -129,7 +130,7 @@ def test_gradients_of_a_stage_are_those_of_the_whole_restricted_to_it(params, ti
 
 def test_masters_stay_fp32_and_keep_updates_that_bf16_would_lose(params, tiny, samples):
     slow = Optim(lr=1e-6, warmup=0.0)
-    state, metrics = run(params, tiny, grouped(samples, 12), 3, optim=slow, dtype=torch.bfloat16)
+    state, metrics = run(params, tiny, grouped(samples, 12), 3, optim=slow, zero=Zero(dtype=torch.bfloat16))
     for t in (state.params, state.moments.first, state.moments.second):
         assert all(leaf.dtype == torch.float32 for leaf in tree.values(t))
     norms = state.params["llama", "norm"]  # they began as ones, whose bf16 neighbour is 0.996
@@ -141,10 +142,15 @@ def test_masters_stay_fp32_and_keep_updates_that_bf16_would_lose(params, tiny, s
     assert [m.loss for m in metrics] != [m.loss for m in wanted]  # it did compute in bf16
 
 
-def test_bf16_masters_see_fp32_gradients(params, tiny, samples):
-    state, task = begin(params, tiny, dtype=torch.bfloat16)
-    _, grads = value_and_grad(train.loss)(state.params, collate(samples), 1.0, task)
-    assert {g.dtype for g in tree.values(grads)} == {torch.float32}
+def test_bf16_gradients_of_micro_batches_are_summed_in_fp32(params, tiny, samples):
+    state, task = begin(params, tiny, zero=Zero(dtype=torch.bfloat16), optim=replace(OPTIM, clip=0.0))
+    batches = grouped(samples, 6, 6)
+    share = 1 / sum(len(b.targets) for b in batches)
+    parts = [value_and_grad(train.loss)(tree.cast(params, torch.bfloat16), b, share, task)[1] for b in batches]
+    assert {g.dtype for part in parts for g in tree.values(part)} == {torch.bfloat16}
+    state, _ = train.train_step(state, batches, task)
+    summed = [(a.float() + b.float()) * (1 - OPTIM.beta1) for a, b in zip(*map(tree.values, parts), strict=True)]
+    close(state.moments.first, tree.rebuild(params, summed), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("leaf", [("llama", "blocks", "1", "w_down"), ("projector", "b2")])

@@ -10,11 +10,14 @@
 The backward of each is another row of this table (Megatron's f is `enter`, its g is `leave`; Shoeybi et al. 2019,
 section 3). The types are those of local SPMD type systems: forgetting `enter` passes every forward test and corrupts
 gradients, so tests compare gradients. All take (x, axis, dim) and return x; on an axis of size 1 they return x itself.
+
+What moves parameters and their gradients has no gradient itself: `summing`, `gathering` and `scattering` take many
+tensors at once, begin, and return a function that waits for the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,9 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from llava_fn.parallel.mesh import Axis
+
+_OPS = torch.ops._c10d_functional
+Wait = Callable[[], list[Tensor]]
 
 
 def _keep(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -60,6 +66,12 @@ class _Collective(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         return ctx.backward_fn(g, ctx.axis, ctx.dim), None, None, None, None
 
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, forward: Callable, backward: Callable, axis: Axis, dim: int):
+        # with the mapped dim last, `dim` means what it meant
+        last = x.movedim(in_dims[0], -1)
+        return _Collective.apply(last, forward, backward, axis, dim if dim >= 0 else dim - 1), last.ndim - 1
+
 
 def _collective(forward: Callable, backward: Callable, types: str) -> Callable[[Tensor, Axis, int], Tensor]:
     def call(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -75,6 +87,44 @@ gather = _collective(_all_gather, _reduce_scatter, "V -> R")
 scatter = _collective(_reduce_scatter, _all_gather, "P -> V")
 split = _collective(_slice, _all_gather, "I -> V")
 join = _collective(_all_gather, _slice, "V -> I")
+
+
+def total(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the axis, on every rank. It has no gradient."""
+    return x if axis.size == 1 else _all_reduce(x, axis, 0)
+
+
+def summing(xs: Sequence[Tensor], axis: Axis) -> Wait:
+    """Begin to sum each tensor over the axis."""
+    return _begin(xs, axis, lambda sent, name: _OPS.all_reduce_coalesced(sent, "sum", name))
+
+
+def gathering(xs: Sequence[Tensor], axis: Axis) -> Wait:
+    """Begin to put each tensor's shards together, along dim 0."""
+    return _begin(xs, axis, lambda sent, name: _OPS.all_gather_into_tensor_coalesced(sent, axis.size, name))
+
+
+def scattering(xs: Sequence[Tensor], axis: Axis) -> Wait:
+    """Begin to sum each tensor over the axis; a rank gets its shard of the sum, along dim 0."""
+    return _begin(xs, axis, lambda sent, name: _OPS.reduce_scatter_tensor_coalesced(sent, "sum", axis.size, name))
+
+
+def _begin(xs: Sequence[Tensor], axis: Axis, begin: Callable) -> Wait:
+    if axis.size == 1 or not xs:
+        return lambda: list(xs)
+    coming = begin([x.contiguous() for x in xs], axis.group.group_name)
+    return lambda: [funcol.wait_tensor(x) for x in coming]
+
+
+def texts(text: str, axis: Axis, device: torch.device) -> list[str]:
+    """Each rank's text, on every rank."""
+    if axis.size == 1:
+        return [text]
+    mine = torch.tensor(list(text.encode()), dtype=torch.int32, device=device)
+    sizes = _all_gather(torch.tensor([len(mine)], device=device), axis, 0).tolist()
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))
+    rows = _all_gather(padded, axis, 0).view(axis.size, -1) if max(sizes) else padded.new_zeros(axis.size, 0)
+    return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes, strict=True)]
 
 
 def agree(x: Tensor, axis: Axis) -> Tensor:
@@ -98,9 +148,13 @@ class TP:
         return scatter(x, self.axis, 0) if self.sequence else leave(x, self.axis, 0)
 
     def split(self, x: Tensor) -> Tensor:
-        """x: I -> V (tokens), or I as it is."""
+        """x: I -> V (tokens or images), or I as it is."""
         return split(x, self.axis, 0) if self.sequence else x
+
+    def join(self, x: Tensor) -> Tensor:
+        """x: V (tokens or images) -> I, or I as it is."""
+        return join(x, self.axis, 0) if self.sequence else x
 
     def select(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows of the whole stream. x: V (tokens) -> V (of the selected rows), or I -> I."""
-        return split(join(x, self.axis, 0)[rows], self.axis, 0) if self.sequence else x[rows]
+        return self.split(self.join(x)[rows])

@@ -19,7 +19,36 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Data axis x tensor axis. `Mesh()` is one process."""
+    """Data axis x tensor axis, and both as one. `Mesh()` is one process."""
 
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
+    all: Axis = Axis("all")  # dp x tp: over it is summed what neither axis shards
+
+
+def make_mesh(tp: int) -> Mesh:
+    """The processes of the default group as dp x tp; neighbouring ranks share a tensor axis, and so a machine.
+
+    Every process makes every group, in one order. ValueError if tp does not divide their number.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    check_world(world, tp)
+    rows = [range(first, first + tp) for first in range(0, world, tp)]
+    columns = [range(first, world, tp) for first in range(tp)]
+    return Mesh(_axis("dp", columns, rank), _axis("tp", rows, rank), Axis("all", world, rank, dist.group.WORLD))
+
+
+def _axis(name: str, groups: list[range], rank: int) -> Axis:
+    """The axis along which these groups of ranks lie. An axis of size 1 needs no group, one of all has the default."""
+    mine = next(ranks for ranks in groups if rank in ranks)
+    if len(mine) == 1:
+        return Axis(name)
+    made = [dist.new_group(list(ranks)) if len(groups) > 1 else dist.group.WORLD for ranks in groups]
+    return Axis(name, len(mine), mine.index(rank), made[groups.index(mine)])
+
+
+def check_world(world: int, tp: int) -> None:
+    """ValueError if `world` processes cannot be a mesh of dp x `tp`."""
+    if tp < 1 or world % tp:
+        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"tp={tp} does not divide the {world} processes; tp can be one of {fits}")

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_fn import config, kernels, llama, llava, optim, spec, train, tree
 from llava_fn.batch import Batch, Stream
 from llava_fn.cache import Cache
-from llava_fn.grad import remat, value_and_grad
+from llava_fn.grad import remat, scan, value_and_grad
 from llava_fn.kernels import Segments
 from llava_fn.kernels.decode import masked
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
+from llava_fn.parallel.zero import Zero
 
 BF16 = torch.bfloat16
 SEGMENTS = Segments((300, 40, 1), (300, 300, 40))
@@ -235,6 +236,7 @@ def make_batch(c: config.Llava, captions=(20, 40)) -> Batch:
         ("a", "b"), stream, E(sum(lengths), dtype=torch.int64),
         E(len(captions), 3, c.vision.image, c.vision.image, dtype=torch.uint8),
         *(E(n, dtype=torch.int64) for n in (len(captions) * c.vision.patches, total, total)),
+        sum(lengths),
     )  # fmt: skip
 
 
@@ -242,7 +244,7 @@ def step_ops(c: config.Llava, stage: str) -> Log:
     """Every op of one whole train_step."""
     mine, frozen = tree.split(params(c, torch.float32), train.STAGES[stage])
     state = train.State(0, mine, optim.init(mine))
-    task = train.Task(tree.cast(frozen, BF16), c, optim.Optim(), 100, BF16)
+    task = train.Task(tree.cast(frozen, BF16), c, optim.Optim(), 100, Zero(dtype=BF16))
     with Log() as log:
         after, metrics = train.train_step(state, [make_batch(c)], task)
     assert after.step == 1 and metrics.labelled == 60
@@ -276,7 +278,7 @@ def test_recomputation_runs_fused(fake):
     p, stream = params(config.Llava(llama=c), BF16)["llama"], stream_of([30, 40])
 
     def loss(p):
-        return llama.decode(p, E(70, 4096), stream, c, block=remat(llama.block)).float().sum(), None
+        return llama.decode(p, E(70, 4096), stream, c, blocks=scan(remat(llama.block))).float().sum(), None
 
     with Log() as log:
         value_and_grad(loss)(p)
