@@ -27,7 +27,10 @@ def value_and_grad(fn: Callable) -> Callable:
         leaves = [leaf.detach().requires_grad_() for leaf in tree.values(params)]
         with torch.enable_grad():
             loss, aux = fn(tree.rebuild(params, leaves), *args)
-        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        else:  # it depends on none of them: a projector is trained, and the batch is text alone
+            grads = [torch.zeros_like(leaf) for leaf in leaves]
         return (loss.detach(), aux), tree.rebuild(params, grads)
 
     return call

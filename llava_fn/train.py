@@ -12,6 +12,7 @@ from llava_fn import llava, optim, tree
 from llava_fn.batch import Batch
 from llava_fn.config import Llava
 from llava_fn.grad import value_and_grad
+from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
 from llava_fn.parallel.zero import Zero
 
@@ -24,7 +25,7 @@ STAGES: dict[str, Callable[[tree.Path], bool]] = {  # what is trained, by the fi
 
 @dataclass(frozen=True)
 class State:
-    """Everything that an update reads and that changes: params are the trainable fp32 masters, kept as Task.zero says."""
+    """Everything that an update reads and that changes. params: the trainable fp32 masters, as Task.zero keeps them."""
 
     step: int  # updates done
     params: TensorDict
@@ -84,7 +85,7 @@ def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[Stat
     for batch in batches:
         share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * many)
         (part, _), new = value_and_grad(loss)(weights, batch, share, task)
-        new = tree.cast(new, torch.float32)
+        new = tree.rebuild(new, [at_least_fp32(g) for g in tree.values(new)])
         mine = mine + part
         if grads is not None:
             torch._foreach_add_(tree.values(new), tree.values(grads))

@@ -8,6 +8,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from llava_fn.kernels.precision import at_least_fp32
+
 Path = tuple[str, ...]
 
 
@@ -54,5 +56,5 @@ def cast(tree: TensorDict, dtype: torch.dtype) -> TensorDict:
 
 
 def global_norm(tree: TensorDict) -> Tensor:
-    """The 2-norm of all leaves as one vector, float32[]."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for leaf in values(tree)])))
+    """The 2-norm of all leaves as one vector, fp32[]."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([at_least_fp32(leaf) for leaf in values(tree)])))

@@ -180,7 +180,7 @@ def test_the_first_gradient_that_is_not_finite_is_named(params, tiny, samples, m
         return call
 
     monkeypatch.setattr(train, "value_and_grad", spoiled)
-    with pytest.raises(NonFinite, match="first gradient that is not finite is llama/blocks/0/wq; nothing was updated"):
+    with pytest.raises(NonFinite, match="that is not finite is llama/blocks/0/wq; records: .*\nnothing was updated"):
         train.train_step(state, grouped(samples, 12), task)
     same(state.params, params)
 

@@ -1,7 +1,7 @@
 """One AdamW update of many tensors.
 
-Contract: params, grads, first and second moments: lists of equal length, fp32; params and moments are written in
-place. Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+Contract: params, grads, first and second moments: lists of equal length, fp32 (all fp64 too, but on an NPU); params
+and moments are written in place. Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def fused(params: Leaves, grads: Leaves, first: Leaves, second: Leaves, step: in
     Not torch_npu's NpuFusedAdamW, which joins the storages of the parameters and forbids new ones.
     """
     dtypes = {str(x.dtype) for leaves in (params, grads, first, second) for x in leaves}
-    require(dtypes == {"torch.float32"}, "_fused_adamw_", f"float32 alone, not {', '.join(sorted(dtypes))}")
+    alone = dtypes in ({"torch.float32"}, {"torch.float64"})  # the latter to check parallel training in
+    require(alone, "_fused_adamw_", f"float32 alone, not {', '.join(sorted(dtypes))}")
     number = torch.full((), float(step), device=params[0].device)  # read only, so that one serves all leaves
     torch._fused_adamw_(
         list(params), list(grads), list(first), list(second), [], [number] * len(params), lr=c.lr, beta1=c.beta1,

@@ -39,11 +39,11 @@ def _all_reduce(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim, axis.group))
+    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, axis.group))
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, axis.group))
+    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, axis.group))
 
 
 def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from llava_fn import kernels
+from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel.collectives import join, leave
 from llava_fn.parallel.mesh import Axis
 
@@ -29,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
     """logits: r v, V on `axis` along v; targets: int64[r] -> fp32[r], I. Source: Shoeybi et al. 2019, section 3."""
     if axis.size == 1:
         return kernels.cross_entropy(logits, targets)
-    logits = logits.float()
+    logits = at_least_fp32(logits)
     local, mine = _mine(targets, logits.shape[1], axis)
     top = join(logits.detach().amax(1, keepdim=True), axis, 1).amax(1)
     total = leave((logits - top[:, None]).exp().sum(1), axis, 0)

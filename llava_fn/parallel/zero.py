@@ -23,6 +23,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import tree
+from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
 from llava_fn.parallel.collectives import Wait
 from llava_fn.parallel.mesh import Axis, Mesh
@@ -225,7 +226,7 @@ class _Scan(torch.autograd.Function):
                 x, *weights = [t.detach().requires_grad_() for t in (inputs[i], *weights)]
                 out = work.run(weights, x, i)
             g, *new = torch.autograd.grad(out, (x, *weights), g)
-            begun = scattering([d.float() for d in new], work.params, work.zero.mesh)
+            begun = scattering([at_least_fp32(d) for d in new], work.params, work.zero.mesh)
             grads = before() + grads
             before = begun
         return None, g, *(before() + grads)
