@@ -5,7 +5,8 @@ sharded checkpoint, besides those that every checkpoint has (see checkpoint.py):
 
     params-00003.safetensors   the boxes of rank 3; the key of each is path|box: "llama/embed|0:128,0:16"
     optim-00003.safetensors    those of AdamW's moments: "first/llama/embed|0:128,0:16" and "second/..."
-    boxes.json                 of each tensor: its shape, and the file, the CRC-32 and the sides of each of its boxes
+    boxes.json                 the tilings: a shape, and rank and sides of each box that it is cut into;
+                               of each tensor: the number of its tiling, and the CRC-32 of each of its boxes
 
 A rank that holds nothing has no file. Numbers are fp32. What a mesh pads is never written.
 """
@@ -13,12 +14,12 @@ A rank that holds nothing has no file. Numbers are fp32. What a mesh pads is nev
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,21 +54,20 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a box lies. crc: of its bytes; None: the file's own sum is checked instead."""
+class Tiling:
+    """How a tensor is cut, as many others are: box i is what ranks[i] wrote. Rank None: one process wrote all."""
 
-    file: str
-    key: str
-    box: Box
-    crc: int | None
+    shape: tuple[int, ...]
+    ranks: tuple[int | None, ...]
+    boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A global tensor of a checkpoint."""
+    """A global tensor of a checkpoint. crcs: of each box; None: the sum of the whole file is checked instead."""
 
-    shape: tuple[int, ...]
-    stored: tuple[Stored, ...]
+    tiling: Tiling
+    crcs: Sequence[int] | None
     dtype: torch.dtype = torch.float32
 
 
@@ -95,9 +95,14 @@ def check_inside(name: str, shape: Sequence[int], box: Box) -> None:
         raise ValueError(f"{name}: box {write_box(box)} is not inside its shape {tuple(shape)}")
 
 
-def key_of(kind: str, name: str, box: Box) -> str:
-    """The key of a box in its file."""
-    return f"{'' if kind == 'params' else kind + '/'}{name}|{write_box(box)}"
+def file_of(kind: str, rank: int | None) -> str:
+    """The file that holds what this rank wrote of one kind; what one process wrote, if it is None."""
+    return ("params" if kind == "params" else "optim") + ("" if rank is None else f"-{rank:05d}") + ".safetensors"
+
+
+def key_of(kind: str, name: str, box: Box | None) -> str:
+    """The key of a box in its file; of the whole tensor as one process writes it, if it is None."""
+    return ("" if kind == "params" else f"{kind}/") + name + ("" if box is None else f"|{write_box(box)}")
 
 
 def crc_of(value: Tensor) -> int:
@@ -133,27 +138,30 @@ def flaws(target: Box, parts: Sequence[Box]) -> Iterator[tuple[Box, list[int]]]:
         yield box, [i for i, part in enumerate(parts) if overlap(box, part) is not None]
 
 
-def check_tiles(where: str, target: Box, stored: Sequence[Stored]) -> None:
-    """ValueError if the stored boxes leave a hole in `target` or lie over each other there; it names the first ones."""
+def check_tiles(where: str, target: Box, parts: Sequence[tuple[str, Box]]) -> None:
+    """ValueError if parts leave a hole in `target` or lie over each other there, naming the first such places.
+
+    parts: who brings it, and the box.
+    """
     lines = []
-    for box, numbers in flaws(target, [s.box for s in stored]):
-        files = " and ".join(stored[i].file for i in numbers)
-        lines.append(f"[{write_box(box)}] is in {files or 'no file'}")
-        if len(lines) == 4:
-            break
+    for box, numbers in itertools.islice(flaws(target, [box for _, box in parts]), 4):
+        lines.append(f"[{write_box(box)}] is in {' and '.join(parts[i][0] for i in numbers) or 'no file'}")
     if lines:
         raise ValueError(f"{where}: {'; '.join(lines)}")
 
 
-def dump_index(index: Index, world: int) -> str:
-    """The text of boxes.json. world: how many ranks wrote, for a person to know."""
+def dump_index(index: Index) -> str:
+    """The text of boxes.json."""
+    numbers: dict[Tiling, int] = {}
+    for entries in index.values():
+        for entry in entries.values():
+            numbers.setdefault(entry.tiling, len(numbers))
+    tilings = [{"shape": t.shape, "boxes": list(zip(t.ranks, t.boxes, strict=True))} for t in numbers]
     kinds = {
-        kind: {
-            name: {"shape": e.shape, "boxes": [[s.file, s.crc, s.box] for s in e.stored]} for name, e in entries.items()
-        }
+        kind: {name: {"tiling": numbers[e.tiling], "crc32": e.crcs} for name, e in entries.items()}
         for kind, entries in index.items()
     }
-    return json.dumps({"format": 1, "world": world, **kinds}, separators=(",", ":")) + "\n"
+    return json.dumps({"format": 1, "tilings": tilings, "tensors": kinds}) + "\n"
 
 
 def read_index(path: Path) -> Index:
@@ -162,30 +170,30 @@ def read_index(path: Path) -> Index:
         values = json.loads(path.read_text())
         if values["format"] != 1:
             raise ValueError(f"its format {values['format']} is not known; it needs a later version")
-        kinds = [kind for kind in KINDS if kind in values]
-        return {kind: {name: _entry(kind, name, row) for name, row in values[kind].items()} for kind in kinds}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        tilings = [tiling(row["shape"], row["boxes"]) for row in values["tilings"]]
+        return {
+            kind: {name: Entry(tilings[row["tiling"]], row["crc32"]) for name, row in entries.items()}
+            for kind, entries in values["tensors"].items()
+        }
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from error
 
 
-def _entry(kind: str, name: str, row: Mapping[str, Any]) -> Entry:
-    stored = []
-    for file, crc, sides in row["boxes"]:
-        box = tuple((start, stop) for start, stop in sides)
-        check_inside(name, row["shape"], box)
-        stored.append(Stored(file, key_of(kind, name, box), box, crc))
-    return Entry(tuple(row["shape"]), tuple(stored))
+def tiling(shape: Sequence[int], rows: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> Tiling:
+    """The tiling of a shape into (rank, sides) each, as JSON has them."""
+    boxes = tuple(tuple((start, stop) for start, stop in sides) for _, sides in rows)
+    return Tiling(tuple(shape), tuple(rank for rank, _ in rows), boxes)
 
 
 def index_of_whole(folder: Path) -> Index:
     """The index of a checkpoint that one process wrote: each tensor is one box."""
     index: dict[str, dict[str, Entry]] = {}
-    for file in ("params.safetensors", "optim.safetensors"):
+    for file in (file_of(kind, None) for kind in KINDS[:2]):
         tensors = open_archive(folder / file).tensors if (folder / file).is_file() else {}
         for key, t in tensors.items():
-            kind, name = ("params", key) if file.startswith("params") else key.split("/", 1)
-            stored = Stored(file, key, whole(t.shape), None)
-            index.setdefault(kind, {})[name] = Entry(tuple(t.shape), (stored,), t.dtype)
+            kind, name = ("params", key) if file == file_of("params", None) else key.split("/", 1)
+            tiling = Tiling(tuple(t.shape), (None,), (whole(t.shape),))
+            index.setdefault(kind, {})[name] = Entry(tiling, None, t.dtype)
     return index
 
 
@@ -197,8 +205,8 @@ class Reader:
     """
 
     folder: Path
-    index: Index
-    sums: Mapping[str, str]
+    index: Index = field(repr=False)
+    sums: Mapping[str, str] = field(repr=False)
     opened: dict[str, Archive] = field(default_factory=dict, repr=False)
 
     def read(self, kind: str, path: tree.Path, box: Box | None = None) -> Tensor:
@@ -211,29 +219,34 @@ class Reader:
         if name not in self.index.get(kind, {}):
             raise ValueError(f"{self.folder} holds no {kind} of {name}")
         entry = self.index[kind][name]
-        box = whole(entry.shape) if box is None else tuple(box)
-        check_inside(name, entry.shape, box)
-        shared = [(s, both) for s in entry.stored if (both := overlap(s.box, box)) is not None]
-        parts = [Stored(s.file, s.key, both, s.crc) for s, both in shared]
-        if all(extent(box)):
-            check_tiles(f"{self.folder / INDEX}: {kind} {name}", box, parts)
+        tiling = entry.tiling
+        box = whole(tiling.shape) if box is None else tuple(box)
+        check_inside(name, tiling.shape, box)
         out = torch.empty(extent(box), dtype=entry.dtype)
-        for stored, both in shared:
-            out[_within(both, box)] = self._stored(stored, entry.dtype)[_within(both, stored.box)]
-            self.opened[stored.file].release()
+        if not out.numel():
+            return out
+        shared = [(i, both) for i, b in enumerate(tiling.boxes) if (both := overlap(b, box)) is not None]
+        parts = [(file_of(kind, tiling.ranks[i]), both) for i, both in shared]
+        check_tiles(f"{self.folder / INDEX}: {kind} of {name}", box, parts)
+        for (i, both), (file, _) in zip(shared, parts, strict=True):
+            out[_within(both, box)] = self._stored(kind, name, i)[_within(both, tiling.boxes[i])]
+            self.opened[file].release()
         return out
 
-    def _stored(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """All of a stored box, mapped."""
-        where = f"{self.folder / stored.file}: {stored.key}"
-        value = self._archive(stored.file).tensors.get(stored.key)
+    def _stored(self, kind: str, name: str, number: int) -> Tensor:
+        """Box `number` of a tensor, mapped."""
+        entry = self.index[kind][name]
+        rank, box = entry.tiling.ranks[number], entry.tiling.boxes[number]
+        file, key = file_of(kind, rank), key_of(kind, name, None if rank is None else box)
+        where = f"{self.folder / file}: {key}"
+        value = self._archive(file).tensors.get(key)
         if value is None:
             raise ValueError(f"{where} is not in it; use another checkpoint")
-        have, want = (value.dtype, *value.shape), (dtype, *extent(stored.box))
+        have, want = (value.dtype, *value.shape), (entry.dtype, *extent(box))
         if have != want:
             raise ValueError(f"{where} is {have}, not {want}; use another checkpoint")
-        if stored.crc is not None and crc_of(value) != stored.crc:
-            raise ValueError(f"{where} is damaged: its CRC is not that of {INDEX}; use another checkpoint")
+        if entry.crcs is not None and crc_of(value) != entry.crcs[number]:
+            raise ValueError(f"{where} is damaged: its CRC-32 is not that of {INDEX}; use another checkpoint")
         return value
 
     def _archive(self, file: str) -> Archive:

@@ -253,12 +253,12 @@ def open_boxes(folder: Path) -> boxes.Reader:
     want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(read_manifest(folder)))}
     sharded = boxes.INDEX in sums
     index = boxes.read_index(folder / boxes.INDEX) if sharded else boxes.index_of_whole(folder)
+    lines = []
     for kind in sorted({"params", *index}):
-        entries = index.get(kind, {})
-        lines = differences(want, {name: entry.shape for name, entry in entries.items()})
-        lines += sorted({f"no {s.file}" for e in entries.values() for s in e.stored if s.file not in sums})
-        if lines:
-            raise ValueError(f"{folder}: its {kind} do not fit its manifest (want -> have): {'; '.join(lines)}")
+        have = {name: entry.tiling.shape for name, entry in index.get(kind, {}).items()}
+        lines += [f"{kind} of {line}" for line in differences(want, have)]
+    if lines:
+        raise ValueError(f"{folder} does not fit its manifest (want -> have): {'; '.join(lines)}")
     return boxes.Reader(folder, index, {} if sharded else sums)
 
 

@@ -9,6 +9,7 @@ from the moment that its sidecar appears, which is written last. All of it may r
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -19,7 +20,7 @@ from types import TracebackType
 
 from llava_fn import boxes, checkpoint
 from llava_fn import spec as specs
-from llava_fn.boxes import Box, Entry, Piece, Stored
+from llava_fn.boxes import Box, Entry, Piece
 from llava_fn.weights import leaf
 from llava_fn.weights.leaf import Leaf
 
@@ -42,10 +43,6 @@ def _collected(folder: Path, attempt: str) -> Path:
 
 def _sidecar(rank: int) -> str:
     return f"share-{rank:05d}.json"
-
-
-def _file(kind: str, rank: int) -> str:
-    return f"{'params' if kind == 'params' else 'optim'}-{rank:05d}.safetensors"
 
 
 def write_share(
@@ -71,7 +68,7 @@ def write_share(
         for piece in [p for p in pieces if p.value.numel()]:
             name, value = "/".join(piece.path), piece.value.detach().cpu()
             rows.append((kind, name, piece.shape, piece.box, boxes.crc_of(value)))
-            files.setdefault(_file(kind, rank), {})[boxes.key_of(kind, name, piece.box)] = Leaf.of(value)
+            files.setdefault(boxes.file_of(kind, rank), {})[boxes.key_of(kind, name, piece.box)] = Leaf.of(value)
     sums = {}
     for file, leaves in files.items():
         with checkpoint.appearing(into / file) as part:
@@ -105,7 +102,7 @@ def commit(
             raise ValueError(f"{folder} is not committed: {', '.join(odd)} of its shares is missing, or no part of one")
         for name in sidecars:
             (part / name).unlink()
-        (part / boxes.INDEX).write_text(boxes.dump_index(index, world))
+        (part / boxes.INDEX).write_text(boxes.dump_index(index))
         checkpoint.seal(part, manifest, tokenizer, sums)
 
 
@@ -121,21 +118,27 @@ def _wait(folder: Path, into: Path, world: int, limit: float) -> list[_Share]:
 
 def _index(folder: Path, manifest: checkpoint.Manifest, shares: Sequence[_Share]) -> boxes.Index:
     """The index of all shares. ValueError if they are not exactly the tensors of the manifest's model."""
+    where = f"{folder} is not committed"
     want = {"/".join(path): p.shape for path, p in specs.leaves(checkpoint.spec_of(manifest))}
-    kinds = boxes.KINDS if any(row[0] != "params" for share in shares for row in share.rows) else boxes.KINDS[:1]
-    found: dict[str, dict[str, list[Stored]]] = {kind: {name: [] for name in want} for kind in kinds}
+    moments = any(row[0] != "params" for share in shares for row in share.rows)
+    found = {kind: {name: [] for name in want} for kind in boxes.KINDS[: None if moments else 1]}
     for share in shares:
         for kind, name, shape, box, crc in share.rows:
             if tuple(shape) != want.get(name):
-                is_ = f"which is {tuple(want[name])}" if name in want else "which the model lacks"
-                raise ValueError(f"{folder} is not committed: rank {share.rank} wrote {name} {tuple(shape)}, {is_}")
-            box = tuple((start, stop) for start, stop in box)
-            row = Stored(_file(kind, share.rank), boxes.key_of(kind, name, box), box, crc)
-            found[kind][name].append(row)
-    for kind in kinds:
-        for name, stored in found[kind].items():
-            boxes.check_tiles(f"{folder} is not committed: {kind} {name}", boxes.whole(want[name]), stored)
-    return {kind: {name: Entry(want[name], tuple(rows)) for name, rows in found[kind].items()} for kind in kinds}
+                model = f"which is {want[name]}" if name in want else "which the model lacks"
+                raise ValueError(f"{where}: rank {share.rank} wrote {name} of shape {tuple(shape)}, {model}")
+            found[kind][name].append((share.rank, box, crc))
+    tilings: dict[str, boxes.Tiling] = {}  # of 512 ranks there are a million boxes, but few ways to cut
+    index: dict[str, dict[str, Entry]] = {kind: {} for kind in found}
+    for kind, name in itertools.product(found, want):
+        rows = found[kind][name]
+        like = str((want[name], [(rank, box) for rank, box, _ in rows]))
+        if like not in tilings:
+            parts = [(boxes.file_of(kind, rank), box) for rank, box, _ in rows]
+            boxes.check_tiles(f"{where}: {kind} of {name}", boxes.whole(want[name]), parts)
+            tilings[like] = boxes.tiling(want[name], [(rank, box) for rank, box, _ in rows])
+        index[kind][name] = Entry(tilings[like], [crc for _, _, crc in rows])
+    return index
 
 
 class Background:
