@@ -192,8 +192,8 @@ def index_of_whole(folder: Path) -> Index:
         tensors = open_archive(folder / file).tensors if (folder / file).is_file() else {}
         for key, t in tensors.items():
             kind, name = ("params", key) if file == file_of("params", None) else key.split("/", 1)
-            tiling = Tiling(tuple(t.shape), (None,), (whole(t.shape),))
-            index.setdefault(kind, {})[name] = Entry(tiling, None, t.dtype)
+            uncut = Tiling(tuple(t.shape), (None,), (whole(t.shape),))
+            index.setdefault(kind, {})[name] = Entry(uncut, None, t.dtype)
     return index
 
 
@@ -219,17 +219,17 @@ class Reader:
         if name not in self.index.get(kind, {}):
             raise ValueError(f"{self.folder} holds no {kind} of {name}")
         entry = self.index[kind][name]
-        tiling = entry.tiling
-        box = whole(tiling.shape) if box is None else tuple(box)
-        check_inside(name, tiling.shape, box)
+        shape, ranks, stored = entry.tiling.shape, entry.tiling.ranks, entry.tiling.boxes
+        box = whole(shape) if box is None else tuple(box)
+        check_inside(name, shape, box)
         out = torch.empty(extent(box), dtype=entry.dtype)
         if not out.numel():
             return out
-        shared = [(i, both) for i, b in enumerate(tiling.boxes) if (both := overlap(b, box)) is not None]
-        parts = [(file_of(kind, tiling.ranks[i]), both) for i, both in shared]
+        shared = [(i, both) for i, other in enumerate(stored) if (both := overlap(other, box)) is not None]
+        parts = [(file_of(kind, ranks[i]), both) for i, both in shared]
         check_tiles(f"{self.folder / INDEX}: {kind} of {name}", box, parts)
         for (i, both), (file, _) in zip(shared, parts, strict=True):
-            out[_within(both, box)] = self._stored(kind, name, i)[_within(both, tiling.boxes[i])]
+            out[_within(both, box)] = self._stored(kind, name, i)[_within(both, stored[i])]
             self.opened[file].release()
         return out
 

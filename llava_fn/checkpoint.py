@@ -177,11 +177,11 @@ def seal(part: Path, manifest: Manifest, tokenizer: bytes, known: Mapping[str, s
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, if there, so that half of it is never found under its name."""
+    """Delete a checkpoint or a file, if there, so that half of it is never found under its name."""
     if folder.exists():
         gone = folder.with_name(TEMPORARY + folder.name)
         folder.rename(gone)
-        shutil.rmtree(gone)
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
 
 
 def clean(runs: Path) -> None:
@@ -279,15 +279,16 @@ def load(folder: Path, moments: bool = False, device: torch.device = torch.devic
     verify(folder)
     manifest = read_manifest(folder)
     spec = spec_of(manifest)
-    reader = open_boxes(folder) if (folder / boxes.INDEX).is_file() else None
-    if moments and not ("first" in reader.index if reader else (folder / "optim.safetensors").exists()):
+    sharded = (folder / boxes.INDEX).is_file()
+    if moments and not ("first" in open_boxes(folder).index if sharded else (folder / "optim.safetensors").exists()):
         raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
 
     def take(kind: str) -> TensorDict:
-        if reader:
+        if sharded:
+            reader = open_boxes(folder)  # one a kind: of many ranks there are more files than a process may have open
             return specs.build(spec, lambda path, _: reader.read(kind, path).to(device))
-        file, prefix = ("params", "") if kind == "params" else ("optim", f"{kind}/")
-        return _read(folder / f"{file}.safetensors", spec, prefix, device)
+        prefix = "" if kind == "params" else f"{kind}/"
+        return _read(folder / boxes.file_of(kind, None), spec, prefix, device)
 
     pair = (take("first"), take("second")) if moments else None
     return Checkpoint(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
