@@ -7,17 +7,18 @@
     000100/manifest.json        model, image mode, template, step, recipe; the base: path and fingerprint
     000100/SHA256SUMS           of all the others; `sha256sum -c SHA256SUMS` checks them too
 
+A checkpoint that several processes wrote holds boxes instead of the first two, see boxes.py; shares.py writes it.
+
 A folder is written under a temporary name, flushed to the disk, and renamed. Nothing in it is ever pickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from llava_fn import llava, tree
+from llava_fn import boxes, llava, tree
 from llava_fn import spec as specs
-from llava_fn.config import Llava, plain, structure
+from llava_fn.boxes import digest
+from llava_fn.config import Llava, differences, plain, structure
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
@@ -71,21 +73,20 @@ class Checkpoint:
     tokenizer: bytes
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _sum(path: Path) -> str:
+    return digest(path) if path.is_file() else "no file"
 
 
 def sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """What SHA256SUMS says of a folder. known: digests that need not be computed again, file name -> hex."""
     paths = sorted(p for p in folder.iterdir() if p.name != SUMS)
-    digests = [known.get(p.name) or (_digest(p) if p.is_file() else "no file") for p in paths]
+    digests = [known.get(p.name) or _sum(p) for p in paths]
     return "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, paths, strict=True))
 
 
 def fingerprint(folder: Path) -> str:
     """One digest for the whole checkpoint: that of its SHA256SUMS."""
-    return _digest(folder / SUMS)
+    return digest(folder / SUMS)
 
 
 def verify(folder: Path) -> None:
@@ -97,8 +98,12 @@ def verify(folder: Path) -> None:
     if said == found.encode():
         return
     changed = set(said.decode("utf-8", "replace").split("\n")) ^ set(found.split("\n"))
-    names = sorted({ascii(line.partition("  ")[2])[1:-1] for line in changed} - {""})
-    raise ValueError(f"{folder} is damaged: {SUMS} does not agree with {', '.join(names)}; use another checkpoint")
+    raise _damaged(folder, sorted({line.partition("  ")[2] for line in changed} - {""}))
+
+
+def _damaged(folder: Path, files: Iterable[str]) -> ValueError:
+    names = ", ".join(ascii(name)[1:-1] for name in files)
+    return ValueError(f"{folder} is damaged: {SUMS} does not agree with {names}; use another checkpoint")
 
 
 def _flush(path: Path) -> None:
@@ -172,11 +177,11 @@ def seal(part: Path, manifest: Manifest, tokenizer: bytes, known: Mapping[str, s
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, if there, so that half of it is never found under its name."""
+    """Delete a checkpoint or a file, if there, so that half of it is never found under its name."""
     if folder.exists():
         gone = folder.with_name(TEMPORARY + folder.name)
         folder.rename(gone)
-        shutil.rmtree(gone)
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
 
 
 def clean(runs: Path) -> None:
@@ -230,19 +235,63 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder / 'manifest.json'}: {error}") from error
 
 
+def spec_of(manifest: Manifest) -> specs.Spec:
+    """The parameters that a checkpoint holds."""
+    return {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
+
+
+def open_boxes(folder: Path) -> boxes.Reader:
+    """A reader of boxes of any checkpoint; its base is a checkpoint of its own.
+
+    It checks that exactly the files are there that SHA256SUMS lists, the sums of the small ones, and that the tensors
+    are those of the model; the reader checks what it reads. ValueError names the file or tensor.
+    """
+    sums = _listed(folder)
+    changed = [name for name in sums if not name.endswith(".safetensors") and _sum(folder / name) != sums[name]]
+    if changed:
+        raise _damaged(folder, changed)
+    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(read_manifest(folder)))}
+    sharded = boxes.INDEX in sums
+    index = boxes.read_index(folder / boxes.INDEX) if sharded else boxes.index_of_whole(folder)
+    lines = []
+    for kind in sorted({"params", *index}):
+        have = {name: entry.tiling.shape for name, entry in index.get(kind, {}).items()}
+        lines += [f"{kind} of {line}" for line in differences(want, have)]
+    if lines:
+        raise ValueError(f"{folder} does not fit its manifest (want -> have): {'; '.join(lines)}")
+    return boxes.Reader(folder, index, {} if sharded else sums)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """File -> SHA-256, as SHA256SUMS says. ValueError naming files that are missing or added; none is read."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
+    rows = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8", "replace").splitlines()]
+    said = {row[-1]: row[0] for row in rows}
+    odd = sorted(said.keys() ^ {p.name for p in folder.iterdir() if p.name != SUMS})
+    if odd:
+        raise _damaged(folder, odd)
+    return said
+
+
 def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
     """Read and verify a checkpoint, with the optimizer's moments if they are asked for. ValueError if it is damaged."""
     verify(folder)
     manifest = read_manifest(folder)
-    spec = {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
-    pair = None
-    if moments:
-        path = folder / "optim.safetensors"
-        if not path.exists():
-            raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
-        pair = tuple(_read(path, spec, prefix, device) for prefix in ("first/", "second/"))
-    params = _read(folder / "params.safetensors", spec, "", device)
-    return Checkpoint(manifest, params, pair, (folder / "tokenizer.model").read_bytes())
+    spec = spec_of(manifest)
+    sharded = (folder / boxes.INDEX).is_file()
+    if moments and not ("first" in open_boxes(folder).index if sharded else (folder / "optim.safetensors").exists()):
+        raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
+
+    def take(kind: str) -> TensorDict:
+        if sharded:
+            reader = open_boxes(folder)  # one a kind: of many ranks there are more files than a process may have open
+            return specs.build(spec, lambda path, _: reader.read(kind, path).to(device))
+        prefix = "" if kind == "params" else f"{kind}/"
+        return _read(folder / boxes.file_of(kind, None), spec, prefix, device)
+
+    pair = (take("first"), take("second")) if moments else None
+    return Checkpoint(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
 
 
 def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Checkpoint:

@@ -6,10 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_fn import checkpoint, llava
+import torch
+
+from llava_fn import boxes, checkpoint
 from llava_fn import spec as specs
 from llava_fn.config import Llama, Llava, Vision, differences
 from llava_fn.weights import configs, lora, placing
@@ -181,16 +184,19 @@ def _ours(folder: Path) -> Source:
     """A checkpoint of ours, with the parts that it lacks from its base."""
     checkpoint.verify(folder)
     m = checkpoint.read_manifest(folder)
-    params = open_archive(folder / "params.safetensors")
     unused = open_archive(folder / UNUSED) if (folder / UNUSED).is_file() else None
-    spec = {name: part for name, part in llava.spec(m.model).items() if name in m.parts}
-    want = {"/".join(path): p.shape for path, p in specs.leaves(spec)}
-    lines = differences(want, {name: tuple(t.shape) for name, t in params.tensors.items()})
-    if lines:
-        raise ValueError(f"{params.path} does not fit its manifest (want -> have): {'; '.join(lines)}")
-    leaves = {name: Leaf.of(params.tensors[name]) for name in want}
+    archives = [unused] if unused else []
+    if (folder / boxes.INDEX).is_file():
+        leaves = _sharded(checkpoint.open_boxes(folder), checkpoint.spec_of(m))
+    else:
+        params = open_archive(folder / "params.safetensors")
+        archives.append(params)
+        want = {"/".join(path): p.shape for path, p in specs.leaves(checkpoint.spec_of(m))}
+        lines = differences(want, {name: tuple(t.shape) for name, t in params.tensors.items()})
+        if lines:
+            raise ValueError(f"{params.path} does not fit its manifest (want -> have): {'; '.join(lines)}")
+        leaves = {name: Leaf.of(params.tensors[name]) for name in want}
     spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
-    archives = [params] + ([unused] if unused else [])
     if m.base:
         checkpoint.check_base(m.base)
         base = _ours(Path(m.base.path))
@@ -202,3 +208,11 @@ def _ours(folder: Path) -> Source:
         str(folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, words,
         m.image_mode, m.template, m.compat,
     )  # fmt: skip
+
+
+def _sharded(reader: boxes.Reader, spec: specs.Spec) -> dict[str, Leaf]:
+    """The leaves of a checkpoint that several ranks wrote; each is put together when it is read."""
+    return {
+        "/".join(path): Leaf(p.shape, torch.float32, partial(reader.read, "params", path))
+        for path, p in specs.leaves(spec)
+    }
