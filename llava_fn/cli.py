@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 import tyro
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from llava_fn import assistant
 from llava_fn.config import structure
@@ -44,11 +45,14 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
 
 
 def run(main: Callable[[C], object], config: C) -> None:
-    """Call main(config). What a person can set right ends with the error's message alone, and exit status 1."""
+    """Call main(config). What a person can set right ends with the error's message alone, and exit status 1.
+
+    Under torchrun any other error is recorded, so that it can show which process failed first, and where.
+    """
     try:
-        main(config)
+        (record(main) if launch.rank_of_several() else main)(config)
     except (ValueError, OSError, NonFinite) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error{launch.rank_of_several()}: {error}")
 
 
 def read(kind: type[C], path: Path) -> C:

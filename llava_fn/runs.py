@@ -5,24 +5,34 @@
     run/metrics.jsonl        one row an update
     run/skipped.jsonl        one row a record that was left out
     run/checkpoints/000100   see llava_fn/checkpoint.py
+    run/log/rank-00001.log   what a process other than the first one says
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 
-from llava_fn import checkpoint, llava, optim, report, spec, tree
+from llava_fn import boxes, checkpoint, llama, llava, optim, report, shares, spec, tree
+from llava_fn.boxes import Piece
 from llava_fn.checkpoint import Base, Manifest
 from llava_fn.config import Llava, differences, plain
 from llava_fn.parallel import launch
+from llava_fn.parallel.launch import Joined
+from llava_fn.parallel.zero import Zero
 from llava_fn.text import Tokenizer
 from llava_fn.train import STAGES, State
+from llava_fn.weights import model as weights
+from llava_fn.weights.source import open_source
+
+SHARE_SECONDS = 600.0  # that the first process waits for the others' parts of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Saving:
 
     save_interval: int = 500  # updates; the last update is always saved
     keep: int = 2  # newest checkpoints that stay; 0: all
+    background: bool = False  # go on training while a checkpoint is written, from a copy in the machine's memory
     save_optim: bool = True  # without, a checkpoint is for inference: training cannot go on exactly
     load_optim: bool = True  # without, AdamW's moments start from zero again
     resume: str = "auto"  # auto: the newest checkpoint of the run, if any; no; a step, and those after it are dropped;
@@ -43,17 +54,21 @@ class Start:
 
     model: Llava
     tokenizer: Tokenizer
-    trainable: TensorDict  # fp32
-    frozen: TensorDict
+    trainable: TensorDict  # fp32, as `zero` keeps it
+    frozen: TensorDict  # this rank's tensor-parallel blocks, in the dtype of `zero`
     base: Base | None
     random: tuple[str, ...]  # parts that begin with random weights
+    zero: Zero
 
 
-def start(model: Llava | None, base: Path | None, tokenizer: Path | None, train: str, seed: int, **to) -> Start:
-    """Weights of the base, random ones for the parts that it lacks. to: device and dtype of the frozen parameters.
+def start(
+    model: Llava | None, base: Path | None, tokenizer: Path | None, train: str, seed: int, device: torch.device,
+    zero: Zero = Zero(),
+) -> Start:  # fmt: skip
+    """Weights of the base, random ones for the parts that it lacks. zero: how they are kept; its spec is not read.
 
-    ValueError if model and tokenizer stand in two places or in none, if the vocabulary is too small for the ids, and if
-    a part would be random for ever.
+    ValueError if model and tokenizer stand in two places or in none, if the vocabulary is too small for the ids, if a
+    part would be random for ever, and if the decoder does not divide over the mesh.
     """
     if (base is None) == (model is None) or (base is None) == (tokenizer is None):
         raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
@@ -61,33 +76,43 @@ def start(model: Llava | None, base: Path | None, tokenizer: Path | None, train:
     if base is None:
         words = Tokenizer.load(tokenizer)
     else:
-        loaded = checkpoint.load_model(base)
-        model, have, words = loaded.manifest.model, loaded.params, Tokenizer.from_bytes(loaded.tokenizer)
+        if not (base / checkpoint.SUMS).is_file():
+            raise ValueError(f"{base} is not a checkpoint; recipes/convert.py makes one of files of any layout")
+        brought = open_source(base)
+        model, words = checkpoint.read_manifest(base).model, Tokenizer.from_bytes(brought.tokenizer)
         origin = Base(str(base.resolve()), checkpoint.fingerprint(base))
     if words.vocab_size > model.llama.vocab:
         raise ValueError(f"the tokenizer has {words.vocab_size} pieces, but llama.vocab is only {model.llama.vocab}")
+    llama.check_tp(model.llama, zero.mesh.tp.size)
     whole = llava.spec(model)
-    missing = {name: part for name, part in whole.items() if name not in have.keys()}
+    missing = {name: part for name, part in whole.items() if base is None or name not in brought.parts}
     lost = [name for name in missing if not STAGES[train]((name,))]
     if lost:
         names = ", ".join(lost)
         raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
-    params = tree.merge(have, spec.init(missing, seed))
+    if base is not None:
+        have = weights.load(brought, zero.mesh)
+    params = tree.merge(have, spec.init(missing, seed, zero.mesh))
     in_order = spec.build(whole, lambda path, _: params[path])  # whatever the base brings, sums are taken in one order
     trainable, frozen = tree.split(in_order, STAGES[train])
-    frozen = tree.rebuild(frozen, [leaf.to(**to) for leaf in tree.values(frozen)])
-    trainable = tree.rebuild(trainable, [leaf.to(to["device"], torch.float32) for leaf in tree.values(trainable)])
-    return Start(model, words, trainable, frozen, origin, tuple(missing))
+    zero = dataclasses.replace(zero, spec=whole)
+    kept = zero.store(trainable)
+    frozen = tree.rebuild(frozen, [leaf.to(device, zero.dtype) for leaf in tree.values(frozen)])
+    kept = tree.rebuild(kept, [leaf.to(device, torch.float32) for leaf in tree.values(kept)])
+    return Start(model, words, kept, frozen, origin, tuple(missing), zero)
 
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder. manifest: of its checkpoints, but for the step."""
+    """An open run folder. manifest: of its checkpoints, but for the step. joined: the processes that share the run."""
 
     folder: Path
     saving: Saving
     manifest: Manifest
     tokenizer: bytes
+    zero: Zero
+    joined: Joined = Joined()
+    background: shares.Background = field(default_factory=shares.Background)
 
     @property
     def checkpoints(self) -> Path:
@@ -95,10 +120,39 @@ class Run:
         return self.folder / "checkpoints"
 
     def save(self, state: State) -> None:
-        """Write the checkpoint of this step, then remove all but the newest `keep`. OSError if the disk is full."""
-        manifest = dataclasses.replace(self.manifest, step=state.step)
-        moments = (state.moments.first, state.moments.second) if self.saving.save_optim else None
-        checkpoint.save(checkpoint.at(self.checkpoints, state.step), manifest, state.params, moments, self.tokenizer)
+        """Write the checkpoint of this step, then remove all but the newest `keep`. OSError if the disk is full.
+
+        Every process writes what it answers for, and the first one makes a checkpoint of it; in the background, if that
+        is wanted: then an error shows at the next call, or at the end.
+        """
+        trees = [state.params, *([state.moments.first, state.moments.second] if self.saving.save_optim else [])]
+        pieces = [self._pieces(kept) for kept in trees]
+        if self.saving.background:
+            pieces = [shares.copied(kind) for kind in pieces]
+        self.background.start(f"checkpoint of step {state.step}", partial(self._write, state.step, pieces))
+        if not self.saving.background:
+            self.background.join()
+
+    def _pieces(self, kept: TensorDict) -> list[Piece]:
+        rows = zip(
+            tree.paths(kept), tree.values(kept), self.zero.params(kept), self.zero.boxes(kept), self.zero.answers(kept),
+            strict=True,
+        )  # fmt: skip
+        return [Piece(path, p.shape, box, x[: box[0][1] - box[0][0]]) for path, x, p, box, mine in rows if mine]
+
+    def _write(self, step: int, pieces: Sequence[list[Piece]]) -> None:
+        folder, world = checkpoint.at(self.checkpoints, step), self.joined.mesh.all
+        manifest = dataclasses.replace(self.manifest, step=step)
+        moments = (pieces[1], pieces[2]) if len(pieces) > 1 else None
+        if world.size == 1:
+            whole = [_tree(kind) for kind in pieces]
+            checkpoint.save(folder, manifest, whole[0], tuple(whole[1:]) or None, self.tokenizer)
+        else:
+            shares.write_share(folder, world.rank, pieces[0], moments, self.joined.attempt)
+        if not self.joined.first:
+            return
+        if world.size > 1:
+            shares.commit(folder, world.size, manifest, self.tokenizer, SHARE_SECONDS, self.joined.attempt)
         for step in checkpoint.steps(self.checkpoints)[: -self.saving.keep or None] if self.saving.keep else []:
             checkpoint.remove(checkpoint.at(self.checkpoints, step))
 
@@ -109,19 +163,31 @@ class Run:
         for later in [s for s in checkpoint.steps(self.checkpoints) if s > step]:
             checkpoint.remove(checkpoint.at(self.checkpoints, later))
 
-    def log(self, step: int, row: dict, bad: tuple[tuple[str, str], ...]) -> None:
+    def log(self, step: int, row: dict, bad: Sequence[tuple[str, str]]) -> None:
         """Add one update to metrics.jsonl and its left-out records to skipped.jsonl."""
         report.append(self.folder / "metrics.jsonl", {"step": step, **row})
         for name, reason in bad:
             report.append(self.folder / "skipped.jsonl", {"step": step, "record": name, "reason": reason})
 
 
-def open_run(folder: Path, saving: Saving, manifest: Manifest, tokenizer: bytes, config: object, device) -> Run:
+def _tree(pieces: list[Piece]) -> TensorDict:
+    """The tree of pieces that are whole tensors."""
+    out = TensorDict({})
+    for piece in pieces:
+        out[piece.path] = piece.value
+    return out
+
+
+def open_run(
+    folder: Path, saving: Saving, manifest: Manifest, tokenizer: bytes, config: object, device: torch.device,
+    zero: Zero, joined: Joined = Joined(),
+) -> Run:  # fmt: skip
     """Make or reopen the folder, write config and environment."""
-    run = Run(folder, saving, manifest, tokenizer)
+    run = Run(folder, saving, manifest, tokenizer, zero, joined)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     for name, value in (("config", plain(config)), ("environment", launch.environment(device))):
-        report.write(folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
+        if joined.first:
+            report.write(folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
     return run
 
 
@@ -143,16 +209,22 @@ def source(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving, device) -> State:
-    """The state to go on from: that of the checkpoint, or step 0. ValueError lists what differs in the config."""
+def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving) -> State:
+    """The state to go on from: that of the checkpoint, or step 0. ValueError lists what differs in the config.
+
+    A checkpoint of any mesh serves; of it only what this process keeps is read.
+    """
     if path is None:
         return State(0, begin.trainable, optim.init(begin.trainable))
-    loaded = checkpoint.load(path, saving.load_optim, device)
-    changed = differences(plain(dataclasses.replace(loaded.manifest, step=0)), plain(manifest))
-    if loaded.tokenizer != begin.tokenizer.model:
+    reader, saved = checkpoint.open_boxes(path), checkpoint.read_manifest(path)
+    changed = differences(plain(dataclasses.replace(saved, step=0)), plain(manifest))
+    if (path / "tokenizer.model").read_bytes() != begin.tokenizer.model:
         changed.append("tokenizer: another sentencepiece model")
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{path} belongs to another config; choose another run folder, or undo these:\n  {lines}")
-    moments = optim.Moments(*loaded.moments) if loaded.moments else optim.init(loaded.params)
-    return State(loaded.manifest.step, loaded.params, moments)
+    if saving.load_optim and "first" not in reader.index:
+        raise ValueError(f"{path} was saved without optimizer state; resume it with --saving.no-load-optim")
+    kinds = boxes.KINDS if saving.load_optim else boxes.KINDS[:1]
+    params, *moments = [begin.zero.read(begin.trainable, partial(reader.read, kind)) for kind in kinds]
+    return State(saved.step, params, optim.Moments(*moments) if moments else optim.init(params))

@@ -231,8 +231,8 @@ def one(a: Assistant, c: Infer) -> None:
 
 def main(c: Infer) -> None:
     """Load the model, warn if it is none to talk to, and answer."""
-    with launch.tensor_parallel(c.tp, launch.pick_device(c.model.device)) as mesh:
-        respond(cli.open_assistant(c.model, mesh), c)
+    with launch.processes(c.tp, launch.pick_device(c.model.device), alone=True) as joined:
+        respond(cli.open_assistant(c.model, joined.mesh), c)
 
 
 def respond(a: Assistant, c: Infer) -> None:

@@ -8,6 +8,8 @@ brings, on LLaVA-Pretrain, which `--data.sources.0.records` and `--data.sources.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import sys
 import time
@@ -19,12 +21,17 @@ from typing import Literal
 import torch
 from tensordict import TensorDict
 
-from llava_fn import captions, cli, data, emoji, llava, report, runs, tree
+from llava_fn import captions, checkpoint, cli, data, emoji, llava, report, runs, spec, tree
 from llava_fn.batch import Sample
 from llava_fn.checkpoint import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
 from llava_fn.optim import Optim
-from llava_fn.parallel import launch
+from llava_fn.parallel import agreement, launch
+from llava_fn.parallel.collectives import texts
+from llava_fn.parallel.launch import Joined
+from llava_fn.parallel.mesh import Mesh, Parallel
+from llava_fn.parallel.watchdog import Watch, watching
+from llava_fn.parallel.zero import Zero
 from llava_fn.progress import Progress
 from llava_fn.train import State, Task, train_step
 
@@ -51,6 +58,7 @@ class Pretrain:
     loss: Literal["token_mean", "rank_mean"] = "token_mean"  # rank_mean: the original's mean of micro-batch means
     recompute: bool = False  # keep only each block's input for the backward pass
     compile: str = ""  # the backend of torch.compile to run each block through, e.g. inductor
+    parallel: Parallel = Parallel()  # of the processes that torchrun starts; see README.md, Many devices
 
 
 EMOJI = Pretrain(
@@ -78,8 +86,20 @@ PUBLISHED = Pretrain(
 
 def recipe(c: Pretrain) -> dict:
     """The part of the config that the numbers of a run depend on."""
-    free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer")
+    free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer", "parallel")
     return plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
+
+
+def check(c: Pretrain, world: int) -> None:
+    """ValueError for a config that `world` processes cannot run; on each of them, before one waits for another."""
+    if c.compile and c.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"compile={c.compile} is no backend of torch.compile; there are: {', '.join(backends)}")
+    parts = world // c.parallel.tp * c.data.accumulate
+    if parts > 1 and not c.data.tokens and c.data.samples < parts:
+        raise ValueError(
+            f"data.samples={c.data.samples} of an update cannot be shared out to {parts} micro-batches "
+            f"({world} processes / tp={c.parallel.tp} x accumulate={c.data.accumulate}); raise it, or lower accumulate"
+        )
 
 
 def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:
@@ -92,14 +112,21 @@ def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:
 
 def main(c: Pretrain) -> State:
     """Train to the end, from wherever the run folder stands, and return the last state."""
-    launch.refuse_several_processes(os.environ)
-    device, dtype = launch.pick_device(c.device), getattr(torch, c.dtype)
-    if c.compile and c.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
-        raise ValueError(f"compile={c.compile} is no backend of torch.compile; there are: {', '.join(backends)}")
+    device, tp = launch.pick_device(c.device), c.parallel.tp
+    check(c, launch.check_processes(tp, os.environ))
+    with launch.processes(tp, device, c.run_dir / "log") as joined:
+        with watching(joined.store, joined.mesh.all.rank, joined.mesh.all.size, c.parallel.silence) as watch:
+            return train(c, device, joined, watch)
+
+
+def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> State:
+    """The run of this process, as one of `joined`."""
+    mesh = joined.mesh
     if c.unpack:
-        emoji.unpack(c.unpack)
+        joined.in_turn(lambda: emoji.unpack(c.unpack), device)
     records = [data.read(source) for source in c.data.sources]
-    begin = runs.start(c.model, c.base, c.tokenizer, c.train, c.seed, device=device, dtype=dtype)
+    zero = Zero({}, mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead)
+    begin = runs.start(c.model, c.base, c.tokenizer, c.train, c.seed, device, zero)
     vision, parts = begin.model.vision, tuple(dict.fromkeys(path[0] for path in tree.paths(begin.trainable)))
     how = data.preparation(begin.tokenizer, vision.image, vision.patches, c.data)
     manifest = Manifest(
@@ -108,47 +135,74 @@ def main(c: Pretrain) -> State:
     )  # fmt: skip
     plan = data.plan(records, c.data, how)
     heldout = [data.sample(record, how) for record in data.read(c.heldout)] if c.heldout else []
-    path = runs.source(c.run_dir, c.saving.resume)
-    state = runs.resume(path, manifest, begin, c.saving, device)
+    path = joined.in_turn(lambda: runs.source(c.run_dir, c.saving.resume), device)
+    state = runs.resume(path, manifest, begin, c.saving)
     again = replace(c, saving=replace(c.saving, resume="auto", load_optim=True))  # these two are for this start alone
-    run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, again, device)
-    how_run = llava.execution(c.recompute, c.compile)
-    task = Task(begin.frozen, begin.model, c.optim, plan.steps(), dtype, c.loss, how_run)
-    print(summary(begin, records, state, task, path), file=sys.stderr)
-    state = fit(run, state, task, data.steps(records, plan, how, state.step, task.steps), device)
-    report.plot_loss(report.read_metrics(run.folder / "metrics.jsonl", state.step), run.folder / "loss.png")
-    if heldout:
-        show(run, tree.merge(state.params, tree.cast(begin.frozen, torch.float32)), begin, heldout)
+    run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, again, device, begin.zero, joined)
+    how_run = llava.execution(c.recompute, c.compile, begin.zero, parts)
+    task = Task(begin.frozen, begin.model, c.optim, plan.steps(), begin.zero, c.loss, how_run)
+    agreement.check("the run", {"run": manifest, "parallel": c.parallel, "step": state.step}, mesh.all, device)
+    agreement.check_params("the frozen parameters", begin.frozen, begin.zero, device)
+    print(summary(begin, records, state, task, path, mesh), file=sys.stderr)
+    share = data.Share(mesh.dp.rank, mesh.dp.size, mesh.tp.size)
+    steps = data.steps(records, plan, how, state.step, task.steps, share)
+    state = fit(run, state, task, steps, device, watch, c.parallel.check_interval)
+    if joined.first:
+        watch.begin("captions")
+        report.plot_loss(report.read_metrics(run.folder / "metrics.jsonl", state.step), run.folder / "loss.png")
+    if heldout and joined.first:
+        whole = checkpoint.load_model(checkpoint.at(run.checkpoints, state.step), device).params
+        show(run, tree.cast(whole, torch.float32), begin, heldout)
     return state
 
 
-def fit(run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], device: torch.device) -> State:
+def fit(
+    run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], device: torch.device, watch: Watch,
+    check_interval: int,
+) -> State:  # fmt: skip
     """The loop: an update, its figures, now and then a checkpoint."""
-    run.rewind(state.step)
-    skipped = len(report.read_metrics(run.folder / "skipped.jsonl", state.step))
-    with Progress(state.step, task.steps) as progress:
+    first, everyone = run.joined.first, run.joined.mesh
+    skipped = 0
+    if first:
+        run.rewind(state.step)
+        skipped = len(report.read_metrics(run.folder / "skipped.jsonl", state.step))
+    watch.begin(f"data {state.step + 1}")
+    with run.background, Progress(state.step, task.steps) as progress:
         for began, wait, step in timed(steps):
+            watch.begin(f"update {step.step}")
             state, m = train_step(state, [batch.to(device) for batch in step.batches], task)
             seconds = time.monotonic() - began
+            bad = [tuple(b) for text in texts(json.dumps(step.bad), everyone.dp, device) for b in json.loads(text)]
             row = dataclasses.asdict(m) | {"seconds": seconds, "wait": wait, "memory_gib": report.memory(device)}
-            run.log(state.step, row, step.bad)
-            skipped += len(step.bad)
+            if first:
+                run.log(state.step, row, bad)
+            skipped += len(bad)
             progress.show(
                 state.step,
                 f"loss {m.loss:.3f} {m.tokens / seconds:.0f} tokens/s {m.samples / seconds:.1f} samples/s "
                 f"wait {wait / seconds:.0%} {row['memory_gib']:.1f} GiB" + (f" skipped {skipped}" if skipped else ""),
             )
+            if run.zero.level == 0 and state.step % check_interval == 0:
+                agreement.check_params("the parameters", state.params, run.zero, device)
             if state.step % run.saving.save_interval == 0 or state.step == task.steps:
+                watch.begin(f"checkpoint {state.step}")
                 run.save(state)
+            watch.begin(f"data {state.step + 1}")
     return state
 
 
-def summary(begin: runs.Start, records: list[list[data.Record]], state: State, task: Task, path: Path | None) -> str:
+def summary(
+    begin: runs.Start, records: list[list[data.Record]], state: State, task: Task, path: Path | None, mesh: Mesh
+) -> str:
     """What is about to happen, for the log."""
-    sizes = [sum(leaf.numel() for leaf in tree.values(part)) / 1e6 for part in (begin.trainable, begin.frozen)]
+    shapes = [(path, math.prod(p.shape)) for path, p in spec.leaves(begin.zero.spec)]
+    trained = {path[0] for path in tree.paths(begin.trainable)}
+    sizes = [sum(n for path, n in shapes if (path[0] in trained) == yes) / 1e6 for yes in (True, False)]
+    shared = f"{mesh.all.size} processes (dp={mesh.dp.size}, tp={mesh.tp.size}, zero={begin.zero.level}); "
     return (
         f"{sum(map(len, records))} records, {task.steps} updates; {sizes[0]:.1f} M parameters trained, "
         f"{sizes[1]:.1f} M frozen; random at the start: {', '.join(begin.random) or 'none'}; "
+        + (shared if mesh.all.size > 1 else "")
         + (f"goes on from {path}" if path else "starts at update 1")
     )
 

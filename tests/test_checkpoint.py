@@ -17,6 +17,7 @@ import torch
 
 from llava_fn import checkpoint, llava, optim, runs, spec, tree
 from llava_fn.checkpoint import Base, Manifest
+from llava_fn.parallel.zero import Zero
 from llava_fn.train import State
 
 FILES = ["SHA256SUMS", "manifest.json", "optim.safetensors", "params.safetensors", "tokenizer.model"]
@@ -174,14 +175,15 @@ def test_leaves_that_do_not_fit_the_model_are_listed(saved, tmp_path):
 
 @pytest.fixture
 def begin(tiny, params, tokenizer):
-    return runs.Start(tiny, tokenizer, params, params.exclude("vision", "projector", "llama"), None, ())
+    none = params.exclude("vision", "projector", "llama")
+    return runs.Start(tiny, tokenizer, params, none, None, (), Zero(llava.spec(tiny)))
 
 
 def test_another_config_lists_each_field_with_both_values(saved, manifest, begin, tiny):
     now = replace(manifest, step=0, image_mode="pad", recipe={"optim": {"lr": 5e-4}, "loss": "token_mean"})
     now = replace(now, model=replace(tiny, llama=replace(tiny.llama, theta=5e5)))
     with pytest.raises(ValueError, match="000007 belongs to another config") as caught:
-        runs.resume(saved, now, begin, runs.Saving(), torch.device("cpu"))
+        runs.resume(saved, now, begin, runs.Saving())
     lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
     model = "model.llama.theta: 10000.0 -> 500000.0"
     assert lines == [model, "image_mode: square -> pad", "recipe.optim.lr: 0.001 -> 0.0005"]
@@ -192,7 +194,7 @@ def test_another_tokenizer_is_another_config(saved, tmp_path, manifest, begin):
     (folder / "tokenizer.model").write_bytes(b"other")
     (folder / "SHA256SUMS").write_text(checkpoint.sums(folder))
     with pytest.raises(ValueError, match="tokenizer: another sentencepiece model"):
-        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving(), torch.device("cpu"))
+        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving())
 
 
 def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifest, begin):
@@ -200,16 +202,16 @@ def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifes
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace("0.001", "0.002"))
     with pytest.raises(ValueError, match="000007 is damaged: .*manifest.json"):
-        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving(), torch.device("cpu"))
+        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving())
 
 
 def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, manifest, begin, params, moments):
-    now, cpu = replace(manifest, step=0), torch.device("cpu")
-    state = runs.resume(saved, now, begin, runs.Saving(), cpu)
+    now = replace(manifest, step=0)
+    state = runs.resume(saved, now, begin, runs.Saving())
     assert state.step == 7
     same(state.params, params)
     same(state.moments.second, moments[1])
-    fresh = runs.resume(saved, now, begin, runs.Saving(load_optim=False), cpu)
+    fresh = runs.resume(saved, now, begin, runs.Saving(load_optim=False))
     same(fresh.moments.first, optim.init(params).first)
 
 
@@ -218,8 +220,8 @@ def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, ma
 
 @pytest.fixture
 def a_run(tmp_path, manifest, tokenizer):
-    saving = runs.Saving(keep=2)
-    return runs.open_run(tmp_path / "run", saving, manifest, tokenizer.model, manifest, torch.device("cpu"))
+    zero, cpu = Zero(llava.spec(manifest.model)), torch.device("cpu")
+    return runs.open_run(tmp_path / "run", runs.Saving(keep=2), manifest, tokenizer.model, manifest, cpu, zero)
 
 
 def state(step, params, moments):
@@ -444,7 +446,7 @@ def test_a_base_that_is_gone_changed_or_damaged_is_refused(based, manifest, para
 
 # What a run starts with.
 
-CPU = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+CPU = {"device": torch.device("cpu"), "zero": Zero(dtype=torch.bfloat16)}
 
 
 def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, params, tiny):

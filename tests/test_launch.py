@@ -15,9 +15,9 @@ from llava_fn.errors import BadRecord
 from llava_fn.parallel.launch import (
     ASCEND_VARIABLES,
     check_environment,
+    check_processes,
     environment,
     pick_device,
-    refuse_several_processes,
 )
 
 LEGAL = {
@@ -174,12 +174,23 @@ def test_blocking_launches_exclude_a_task_queue():
     check_environment({"ASCEND_LAUNCH_BLOCKING": "0", "TASK_QUEUE_ENABLE": "2"})
 
 
-def test_several_processes_are_refused():
-    for environ in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}):
-        refuse_several_processes(environ)
-    for world in ("2", "8", "11", "two", ""):
-        with pytest.raises(ValueError, match=f"WORLD_SIZE={world}: .*one device.*torchrun"):
-            refuse_several_processes({"WORLD_SIZE": world})
+def test_processes_are_counted_and_wrong_numbers_refused():
+    for environ, tp, world in (({}, 1, 1), ({"WORLD_SIZE": "1", "RANK": "0"}, 1, 1), ({"WORLD_SIZE": "8"}, 4, 8)):
+        assert check_processes(tp, environ) == world
+    for world in ("two", "", "0", "-1"):
+        with pytest.raises(ValueError, match=f"WORLD_SIZE='{world}' is no number of processes"):
+            check_processes(1, {"WORLD_SIZE": world})
+    with pytest.raises(ValueError, match="tp=4 does not divide the 6 processes; tp can be one of 1, 2, 3, 6"):
+        check_processes(4, {"WORLD_SIZE": "6"})
+    with pytest.raises(ValueError, match="tp=4 would join processes of several machines, of 2 each; let tp divide 2"):
+        check_processes(4, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"})
+
+
+def test_restarts_need_the_setting_with_which_processes_find_each_other():
+    environ = {"WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(ValueError, match="--max-restarts 3: .*set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_processes(1, environ)
+    assert check_processes(1, environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}) == 2
 
 
 # The device

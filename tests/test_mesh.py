@@ -67,11 +67,8 @@ def share(p, model, mesh):
 
 def pieces(kept, how):
     """path -> (box, rows) of what this rank answers for."""
-    out = {}
-    for path, x, box in zip(tree.paths(kept), tree.values(kept), how.boxes(kept), strict=True):
-        if box is not None:
-            out["/".join(path)] = (box, x[: box[0][1] - box[0][0]].clone())
-    return out
+    rows = zip(tree.paths(kept), tree.values(kept), how.boxes(kept), how.answers(kept), strict=True)
+    return {"/".join(path): (box, x[: box[0][1] - box[0][0]].clone()) for path, x, box, mine in rows if mine}
 
 
 def learn(mesh, level=0, recompute=True, stage="all", layout="mixed", micro=1, model="whole", dtype="float64",

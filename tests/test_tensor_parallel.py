@@ -107,7 +107,8 @@ def worker(rank, folder, weights, picture_path, port):
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()})
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), launch.tensor_parallel(WORLD, torch.device("cpu")) as mesh:
+    with contextlib.redirect_stdout(shown), launch.processes(WORLD, torch.device("cpu"), alone=True) as joined:
+        mesh = joined.mesh
         print("an answer")
         out = everything(mesh, weights, picture_path)
         print("to show", file=sys.stderr)
@@ -231,8 +232,8 @@ def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
 
 
 def test_as_many_processes_as_tp(weights, monkeypatch):
-    launch.check_processes(1, {})
-    launch.check_processes(2, {"WORLD_SIZE": "2"})
+    launch.check_processes(1, {}, alone=True)
+    launch.check_processes(2, {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
         infer.main(infer.Infer(cli.Model((weights,), device="cpu"), tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})

@@ -16,15 +16,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llava_fn.parallel.mesh import Axis, Mesh
+from llava_fn.parallel.collectives import total
+from llava_fn.parallel.mesh import Mesh, check_world, make_mesh
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
 NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
+T = TypeVar("T")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
 PACKAGES = (
@@ -184,46 +188,91 @@ def _conflicts(environ: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def refuse_several_processes(environ: Mapping[str, str]) -> None:
-    """Raises ValueError if a launcher started more than one process (WORLD_SIZE > 1): each would train alone."""
-    world = environ.get("WORLD_SIZE", "1")
-    if not _is_integer(world, 1, 1):
-        raise ValueError(
-            f"WORLD_SIZE={world}: this recipe runs on one device; start it without torchrun (or unset WORLD_SIZE)"
-        )
+@dataclass(frozen=True)
+class Joined:
+    """This process among those that torchrun started. store: None for a process alone."""
+
+    mesh: Mesh = Mesh()
+    store: dist.Store | None = None
+    attempt: str = ""  # a word that all processes of this start share, and those of no other start
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes what stands once in a run, and shows it."""
+        return self.mesh.all.rank == 0
+
+    def in_turn(self, make: Callable[[], T], device: torch.device) -> T:
+        """make() by the first process, and then by the others, which may count on what it left on the disk."""
+        made = make() if self.first else None
+        total(torch.zeros(1, device=device), self.mesh.all)
+        return made if self.first else make()
 
 
-def check_processes(tp: int, environ: Mapping[str, str]) -> None:
-    """Raises ValueError unless as many processes were started as share the model."""
-    world = environ.get("WORLD_SIZE", "1")
-    if world != str(tp):
+def rank_of_several() -> str:
+    """" (rank 3)" for one of several processes, for messages; nothing for one alone."""
+    return f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+
+
+def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) -> int:
+    """How many processes there are. alone: whether exactly `tp` are wanted, not a multiple.
+
+    ValueError before any collective, and so on every process, if tp does not divide them, if it reaches across
+    machines, and if torchrun may start them again in a way in which they cannot find each other.
+    """
+    wrong = [name for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if not _is_integer(environ.get(name, "1"), 1)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}={environ[wrong[0]]!r} is no number of processes; torchrun sets it, or nobody")
+    world, local = (int(environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if alone and world != tp:
         how = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}" if tp > 1 else "without torchrun, or with --tp"
         raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
+    check_world(world, tp)
+    if world > 1 and "LOCAL_WORLD_SIZE" in environ and local % tp:
+        raise ValueError(f"tp={tp} would join processes of several machines, of {local} each; let tp divide {local}")
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts}: processes that it starts again would look for each other at the old "
+            "addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, with --rdzv-backend c10d"
+        )
+    return world
 
 
 @contextlib.contextmanager
-def tensor_parallel(tp: int, device: torch.device) -> Iterator[Mesh]:
-    """The mesh of `tp` processes that torchrun started, each with a device of its own; of one process without it.
+def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bool = False) -> Iterator[Joined]:
+    """The processes that torchrun started as a mesh of dp x `tp`, each with a device of its own; or one without it.
 
-    device: as `pick_device` gives it; afterwards it means this process's card. Ranks above 0 print nothing, except an
-    error that ends them. Raises ValueError if there are not `tp` processes, or fewer cards than processes on a machine.
-    After an error the group is not ended: another rank may wait in a collective, and it is the launcher that ends it.
+    device: as `pick_device` gives it; afterwards it means this process's card. What processes above 0 print goes to
+    logs/rank-00001.log, or nowhere if there is no such folder, except an error that ends them. alone and ValueError: as
+    of `check_processes`; also where a machine has fewer cards than processes. After an error the group is not ended:
+    another rank may wait in a collective, and it is the launcher that ends it.
     """
-    check_processes(tp, os.environ)
-    if tp == 1:
-        yield Mesh()
+    if check_processes(tp, os.environ, alone) == 1:
+        yield Joined()
         return
-    rank = int(os.environ["RANK"])
     if device.type != "cpu":
         _take_card(device, int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(BACKENDS[device.type], timeout=WAIT)
+    store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
+    own = dist.PrefixStore("llava_fn", store)
+    dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=WAIT)
+    mesh = make_mesh(tp)
+    for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
+        total(torch.zeros(1, device=device), axis)
     with contextlib.ExitStack() as stack:
         if rank:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield Mesh(tp=Axis("tp", tp, rank, dist.group.WORLD))
+            out = stack.enter_context(open(_log(logs, rank), "a", buffering=1))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(out))
+        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
+        yield Joined(mesh, own, attempt)
     dist.destroy_process_group()
+
+
+def _log(logs: Path | None, rank: int) -> Path:
+    if logs is None:
+        return Path(os.devnull)
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"rank-{rank:05d}.log"
 
 
 def _take_card(device: torch.device, local: int) -> None:

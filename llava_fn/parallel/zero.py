@@ -60,23 +60,29 @@ class Zero:
         kept = [_filled(x, a).chunk(a.size)[a.rank].clone() for x, a in zip(tree.values(blocks), axes, strict=True)]
         return tree.rebuild(blocks, kept)
 
-    def boxes(self, stored: TensorDict) -> list[Box | None]:
-        """Where the rows that are kept of each leaf stand in the global tensor; the rows of zeros are left out.
-
-        None where no rows are left, and where another rank answers for the same numbers.
-        """
+    def boxes(self, stored: TensorDict) -> list[Box]:
+        """Where the rows that are kept of each leaf stand in the global tensor; the rows of zeros are left out."""
         return [self._box(p) for p in self.params(stored)]
 
-    def _box(self, p: Param) -> Box | None:
+    def _box(self, p: Param) -> Box:
         axis, (first, *rest) = owner(p, self.mesh), shard(p, self.mesh)
         rows = first.stop - first.start
-        if self.level == 0 and axis.rank:
-            return None
         each = math.ceil(rows / axis.size) if self.level else rows
-        start, stop = min(axis.rank * each, rows), min((axis.rank + 1) * each, rows)
-        if start == stop:
-            return None
+        start = min(axis.rank * each, rows) if self.level else 0
+        stop = min(start + each, rows)
         return (first.start + start, first.start + stop), *((s.start, s.stop) for s in rest)
+
+    def answers(self, stored: TensorDict) -> list[bool]:
+        """Whether this rank answers for its box of each leaf. What is answered for makes up the global tensors."""
+        return [self.level > 0 or owner(p, self.mesh).rank == 0 for p in self.params(stored)]
+
+    def read(self, like: TensorDict, read: Callable[[tree.Path, Box], Tensor]) -> TensorDict:
+        """A tree that is kept as `like` is, with the numbers of global tensors. read: (path, box) -> the box, fp32."""
+        out = []
+        for path, x, box in zip(tree.paths(like), tree.values(like), self.boxes(like), strict=True):
+            rows = read(path, box)
+            out.append(torch.cat([rows, rows.new_zeros(len(x) - len(rows), *rows.shape[1:])]).to(x.device))
+        return tree.rebuild(like, out)
 
     def _now(self, like: TensorDict) -> list[int]:
         """The leaves that the model does not gather itself."""
