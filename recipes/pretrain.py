@@ -141,7 +141,8 @@ def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> St
     run = runs.open_run(c.run_dir, c.saving, manifest, begin.tokenizer.model, again, device, begin.zero, joined)
     how_run = llava.execution(c.recompute, c.compile, begin.zero, parts)
     task = Task(begin.frozen, begin.model, c.optim, plan.steps(), begin.zero, c.loss, how_run)
-    agreement.check("the run", {"run": manifest, "parallel": c.parallel, "step": state.step}, mesh.all, device)
+    same = {"run": plain(manifest), "parallel": plain(c.parallel), "step": state.step}
+    agreement.check("the run", same, mesh.all, device)
     agreement.check_params("the frozen parameters", begin.frozen, begin.zero, device)
     print(summary(begin, records, state, task, path, mesh), file=sys.stderr)
     share = data.Share(mesh.dp.rank, mesh.dp.size, mesh.tp.size)

@@ -157,7 +157,10 @@ def spawned(world, cases, mistakes):
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(world)]
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
+
+
+@pytest.fixture(scope="module", params=WORLDS)
 def ranks(request):
     return spawned(request.param, CASES, MUTATIONS)
 

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import tree
-from llava_fn.config import differences, plain
+from llava_fn.config import differences
 from llava_fn.parallel.collectives import texts
 from llava_fn.parallel.mesh import Axis
 from llava_fn.parallel.zero import Zero
@@ -21,7 +21,7 @@ def check(what: str, value: object, axis: Axis, device: torch.device) -> None:
 
     It names the ranks of the axis that differ from the first, and where.
     """
-    said = [json.loads(text) for text in texts(json.dumps(plain(value)), axis, device)]
+    said = [json.loads(text) for text in texts(json.dumps(value), axis, device)]
     lines = [f"rank {rank}: {line}" for rank, other in enumerate(said) for line in differences(said[0], other)]
     if lines:
         raise ValueError(f"the processes do not agree on {what} (that of rank 0 -> theirs):\n  " + "\n  ".join(lines))
