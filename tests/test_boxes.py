@@ -577,6 +577,17 @@ def test_a_checkpoint_is_written_in_the_background(tmp_path, manifest, trees, to
     same(checkpoint.load(folder, moments=True).moments[1], trees[2])
 
 
+def test_copied_pieces_do_not_change_with_training():
+    value = torch.arange(6.0).view(3, 2).requires_grad_()
+    whole = Piece(("a",), (3, 2), boxes.whole((3, 2)), value)
+    half = Piece(("a",), (3, 2), ((0, 2), (1, 2)), value[:2, 1:])
+    copies = shares.copied([whole, half])
+    value.detach().zero_()
+    assert copies[0].value.tolist() == [[0, 1], [2, 3], [4, 5]] and copies[1].value.tolist() == [[1], [3]]
+    assert [(p.path, p.shape, p.box) for p in copies] == [(p.path, p.shape, p.box) for p in (whole, half)]
+    assert not copies[0].value.requires_grad
+
+
 # Out to other layouts.
 
 
