@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from einops import rearrange
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import linear
@@ -87,12 +86,12 @@ def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor
 
 def _block(p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP) -> Tensor:
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
-    k, v = (rearrange(linear(h, p[w]), "t (m h) -> t m h", h=c.head) for w in ("wk", "wv"))
+    k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))  # t m h
     k = rotary(k, *turn)
     if rows is not None:
         x, h, turn = tp.select(x, rows), h[rows], (turn[0][rows], turn[1][rows])
-    q = rotary(rearrange(linear(h, p["wq"]), "t (n h) -> t n h", h=c.head), *turn)
-    h = rearrange(attend(q, k, v), "t n h -> t (n h)")
+    q = rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *turn)  # t n h
+    h = attend(q, k, v).flatten(1)
     x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
     return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
 
