@@ -220,6 +220,22 @@ def test_decode_step_is_one_graph_for_all_lengths(params):
     assert counter.frame_count == 1
 
 
+def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
+    c = dataclasses.replace(C.llama, blocks=2)
+    made, cache = [], Cache.empty(c, 2, 9, params["llama"]["embed"])
+
+    def look(graph, inputs):
+        made.append({x.untyped_storage().data_ptr(): x.storage_offset() for x in inputs if isinstance(x, torch.Tensor)})
+        return graph
+
+    _, after = llava.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
+    assert after.k is cache.k and after.v is cache.v and after.lengths.tolist() == [1, 1]
+    assert bool(cache.k[1, :, 0].any()) and not cache.k[:, :, 1:].any()
+    ((given),) = made
+    assert {cache.k.data_ptr(), cache.v.data_ptr()} <= set(given)
+    assert given[cache.k.data_ptr()] == cache.k[1].storage_offset()  # a tensor for each block: this is the last one's
+
+
 def test_compiled_decoding_gives_the_same_tokens(params):
     c, d = dataclasses.replace(C, llama=dataclasses.replace(C.llama, blocks=1)), Decoding(tokens=4)
     many, run = prompts(params), llava.execution(backend="eager")
