@@ -33,7 +33,7 @@ from llava_fn.spec import linear as weight
 LOGIT_ROWS = 2048
 Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
-Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `_block` reads them
+Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `block_with` reads them
 
 
 def spec(c: Llama) -> Spec:
@@ -81,10 +81,13 @@ def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor
     rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
     nothing else: x: t d -> r d. `segments.queries` then counts `rows`.
     """
-    return _block(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
+    return block_with(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
 
 
-def _block(p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP) -> Tensor:
+def block_with(
+    p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP
+) -> Tensor:  # fmt: skip
+    """`block` whose attention is `attend`. x: t d -> t d or r d, V on tp."""
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
     k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))  # t m h
     k = rotary(k, *turn)
@@ -131,7 +134,7 @@ def prefill(
                 k, v = cache.k[i][seen], cache.v[i][seen]
             return attention(q, k, v, segments, causal=True)
 
-        x = _block(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
+        x = block_with(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
@@ -155,7 +158,7 @@ def decode_step(
             _write(cache, i, rows, at, k, v)
             return decode_attention(q, cache.k[i], cache.v[i], lengths)
 
-        x = _block(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
+        x = block_with(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
 
 
