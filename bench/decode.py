@@ -3,8 +3,8 @@
     python bench/decode.py --model prop --rows 8
     python bench/decode.py --device cuda --model 7b --dtype bfloat16 --compile inductor
 
-The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention; with --compile it compiles
-too, as it does by itself where it can. It has no padding to do: all prompts are equally long, an image and 45 tokens of
+The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention; on a card and with
+--compile it compiles its step too. It has no padding to do: all prompts are equally long, an image and 45 tokens of
 text. Prefill is the time to the first token, image tower included; a step is the mean time of a token after it, on the
 host. A step is bound by memory: it reads every weight of the decoder's blocks and the head once, and the keys and
 values so far; the last column is the share of the device's copy bandwidth that this comes to. The tokens must agree in
