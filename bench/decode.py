@@ -1,12 +1,15 @@
-"""Time of generation with a cache: prefill and decoding steps, ours and Hugging Face transformers', in turns.
+"""Time of answers from pixels to tokens: ours and transformers' `generate`, same weights, same prompts, in turns.
 
-    python bench/decode.py --rows 1 --context 600 --new 32
+    python bench/decode.py --model prop --rows 8
+    python bench/decode.py --device cuda --model 7b --dtype bfloat16 --compile inductor
 
-Both have the same random weights, and every row is continued greedily by `new` tokens from its own `context` random
-ones; the tokens must agree in fp32. A step is bound by memory: it reads every weight of the blocks and the head once,
-and the keys and values so far. The last column is the share of the device's copy bandwidth that this comes to. Figures
-are medians over rounds with lower and upper quartile, in wall seconds; on a card, sizes are those of the 7B. Needs the
-test extra.
+The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention; on a card and with
+--compile it compiles its step too. It has no padding to do: all prompts are equally long, an image and 45 tokens of
+text. Prefill is the time to the first token, image tower included; a step is the mean time of a token after it, on the
+host. A step is bound by memory: it reads every weight of the decoder's blocks and the head once, and the keys and
+values so far; the last column is the share of the device's copy bandwidth that this comes to. The tokens must agree in
+fp32. On a CPU with one thread the figure is CPU seconds of the process (work done, whatever else the machine does),
+else wall seconds. Medians over rounds, and ratios. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -14,133 +17,174 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+import step
 import torch
 import tyro
-from operations import ceilings, find_device
+from operations import ceilings
+from step import HF_IMAGE, MODELS, peer_model
 from tensordict import TensorDict
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
-from llava_fn import config, llama, spec, tree
-from llava_fn.batch import Stream
+from llava_fn import config, generate, image, llava, tree
+from llava_fn.batch import Sample
 from llava_fn.cache import Cache
+from llava_fn.generate import Words
 from llava_fn.kernels import check
+from llava_fn.sampling import Decoding
+from llava_fn.text import IMAGE
+from llava_fn.weights.model import from_state_dict
 
-MODELS = {
-    "small": config.Llama(vocab=1024, width=512, blocks=8, heads=8, kv_heads=8, ffn=1376),
-    "7b": config.LLAVA_7B.llama,
-}
+TEXT = 45
+Clock = Callable[[], float]  # seconds, when all that was asked of the device is done
+Answer = Callable[[], tuple[list[list[int]], list[float]]]  # tokens of each step; clock: at first, one token, the end
 
 
 @dataclass(frozen=True)
 class Bench:
     """One comparison."""
 
-    model: Literal["small", "7b"] = "small"
+    model: Literal["brief", "prop", "7b"] = "prop"
     rows: int = 1
-    context: int = 600  # tokens of a row before the first new one
-    new: int = 32
+    new: int = 24
     rounds: int = 5
+    threads: int = 1
+    device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: str = ""  # backend for our decoding step, e.g. inductor
     json: bool = False
 
-
-def make_peer(c: config.Llama, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' Llama with random weights."""
-    torch.manual_seed(0)
-    about = LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.blocks,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.eps, max_position_embeddings=4096,
-        eos_token_id=None,
-    )  # fmt: skip
-    with device:
-        return LlamaForCausalLM(about).eval().to(dtype)
+    def __post_init__(self) -> None:
+        if self.new < 2:
+            raise ValueError(f"new={self.new}: must be at least 2, the first token and a step")
 
 
-def weights(peer: LlamaForCausalLM, c: config.Llama) -> TensorDict:
-    """The peer's tensors under our names; nothing is copied."""
-    names = {
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "wq": "self_attn.q_proj",
-        "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w_gate": "mlp.gate_proj",
-        "w_up": "mlp.up_proj", "w_down": "mlp.down_proj",
-    }  # fmt: skip
-    state = peer.state_dict()
-    outer = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-
-    def leaf(path: tuple[str, ...], _) -> torch.Tensor:
-        if path[0] == "blocks":
-            return state[f"model.layers.{path[1]}.{names[path[2]]}.weight"]
-        return state[outer[path[0]]]
-
-    return spec.build(llama.spec(c), leaf)
+def prompts(c: config.Llava, rows: int, device: str) -> list[Sample]:
+    """An image and text, of one length in every row."""
+    rng = torch.Generator().manual_seed(0)
+    out = []
+    for j in range(rows):
+        words = torch.randint(4, c.llama.vocab, (TEXT,), generator=rng).tolist()
+        ids = (1, *[IMAGE] * c.vision.patches, *words)
+        pixels = torch.randint(0, 256, (1, 3, c.vision.image, c.vision.image), generator=rng, dtype=torch.uint8)
+        out.append(Sample(str(j), ids, (False,) * len(ids), pixels.to(device)))
+    return out
 
 
-@torch.no_grad()
-def ours(p: TensorDict, ids: torch.Tensor, new: int, c: config.Llama) -> tuple[list[float], torch.Tensor]:
-    """(seconds of the prefill and of each step, new tokens: rows new)."""
-    b, n = ids.shape
-    stream = Stream.of([n] * b, [1] * b).to(ids.device)
-    marks = [now(ids.device)]
-    cache = Cache.empty(c, b, n + new, p["embed"])
-    x, cache = llama.prefill(p, p["embed"][ids.flatten()], stream, cache, c)
-    out = [llama.logits(p, x, c).argmax(-1)]
-    marks.append(now(ids.device))
-    for _ in range(new - 1):
-        x, cache = llama.decode_step(p, out[-1], cache, c)
-        out.append(llama.logits(p, x, c).argmax(-1))
-        marks.append(now(ids.device))
-    return [b - a for a, b in zip(marks, marks[1:], strict=False)], torch.stack(out, 1)
+def clock_of(c: Bench) -> Clock:
+    """CPU seconds of one thread, or wall seconds."""
+    if c.device == "cpu":
+        return time.process_time if c.threads == 1 else time.perf_counter
 
-
-@torch.no_grad()
-def theirs(peer: LlamaForCausalLM, ids: torch.Tensor, new: int) -> tuple[list[float], torch.Tensor]:
-    """The same by the peer's forward pass and its own cache, without the checks of `generate`."""
-    marks = [now(ids.device)]
-    said = peer(input_ids=ids, use_cache=True, logits_to_keep=1)
-    out = [said.logits[:, -1].argmax(-1)]
-    marks.append(now(ids.device))
-    for _ in range(new - 1):
-        said = peer(input_ids=out[-1][:, None], past_key_values=said.past_key_values, use_cache=True)
-        out.append(said.logits[:, -1].argmax(-1))
-        marks.append(now(ids.device))
-    return [b - a for a, b in zip(marks, marks[1:], strict=False)], torch.stack(out, 1)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type != "cpu":
+    def wait() -> float:
         torch.accelerator.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+
+    return wait
+
+
+def ours(p: TensorDict, samples: list[Sample], c: config.Llava, n: int, clock: Clock, run: llava.Execution) -> Answer:
+    """Greedy answers that nothing ends, as `generate.generate` makes them."""
+    words, d = Words(c.llama.vocab, (-1,), lambda _: ""), Decoding(tokens=n)
+
+    def answer() -> tuple[list[list[int]], list[float]]:
+        marks = [clock()]
+        asked = generate.prompts(p, samples, c, run)
+        cache = Cache.empty(c.llama, len(asked), generate.room(asked, d), p["llama"]["embed"])
+        state = generate.prefill(p, asked, cache, words, c, run=run)
+        steps = generate.steps(p, state, d, [0] * len(asked), c, run)
+        said = [next(steps).tolist()]
+        marks.append(clock())
+        said += generate.on_host(steps)
+        return [[token for (token,) in new] for new in said], [*marks, clock()]
+
+    return answer
+
+
+@dataclass(frozen=True)
+class Marks(BaseStreamer):
+    """What transformers hands its tokens to: the prompt, then one of each row a step."""
+
+    clock: Clock
+    said: list[list[int]] = field(default_factory=list)
+    marks: list[float] = field(default_factory=list)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the tokens, and the time of the first."""
+        self.said.append(value.tolist())
+        if len(self.said) == 2:
+            self.marks.append(self.clock())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def theirs(peer: torch.nn.Module, samples: list[Sample], n: int, clock: Clock) -> Answer:
+    """The same by transformers."""
+    ids, pixels = torch.tensor([s.ids for s in samples]), torch.cat([s.pixels for s in samples])
+    ids = torch.where(ids == IMAGE, HF_IMAGE, ids).to(pixels.device)
+    pixels, mask = image.normalise(pixels).to(peer.dtype), torch.ones_like(ids)
+
+    def answer() -> tuple[list[list[int]], list[float]]:
+        seen, began = Marks(clock), clock()
+        peer.generate(
+            input_ids=ids, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=n,
+            min_new_tokens=n, cache_implementation="static", pad_token_id=0, streamer=seen,
+        )  # fmt: skip
+        return seen.said[1:], [began, *seen.marks, clock()]
+
+    return answer
+
+
+def moved(p: TensorDict, samples: list[Sample], c: Bench) -> int:
+    """Bytes that a step reads: the decoder without the embedding table, and the keys and values halfway through."""
+    t = MODELS[c.model].llama
+    keys = 2 * t.blocks * c.rows * (len(samples[0].ids) + c.new // 2) * t.kv_heads * t.head
+    weights = sum(x.numel() for x in tree.values(p["llama"])) - p["llama"]["embed"].numel()
+    return (weights + keys) * getattr(torch, c.dtype).itemsize
+
+
+def measured(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[dict]:
+    """A row for each of the two, and their ratio. size: bytes of a step; copy: bytes a second."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
+    for _ in range(c.rounds):
+        for name, answer in pair.items():
+            a, b, end = answer()[1]
+            times[name].append((b - a, (end - b) / (c.new - 1)))
+    found = []
+    for name, rounds in times.items():
+        prefill, one = (statistics.median(x) for x in zip(*rounds, strict=True))
+        spread = [1e3 * f(x for _, x in rounds) for f in (min, max)]
+        found.append({
+            "who": name, "prefill ms": 1e3 * prefill, "step ms": 1e3 * one, "from": spread[0], "to": spread[1],
+            "tokens/s": c.rows / one, "GB/s": size / one / 1e9, "share of copy": size / one / copy,
+        })  # fmt: skip
+    ratio = {key: found[1][key] / found[0][key] for key in ("prefill ms", "step ms")}
+    return [*found, {"who": "ratio"} | ratio]
 
 
 def main(c: Bench) -> list[dict]:
-    """Print the table, or JSON; return its rows."""
-    device, dtype, model = find_device(), getattr(torch, c.dtype), MODELS[c.model]
-    peer = make_peer(model, device, dtype)
-    p = weights(peer, model)
-    ids = torch.randint(3, model.vocab, (c.rows, c.context), generator=torch.Generator().manual_seed(0)).to(device)
-    times: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
-    for turn in range(c.rounds + 1):
-        (a, mine), (b, other) = ours(p, ids, c.new, model), theirs(peer, ids, c.new)
-        if turn:  # the first warms up
-            times["ours"].append(a)
-            times["transformers"].append(b)
-    same = float((mine == other).float().mean())
-    keys = 2 * model.blocks * c.rows * (c.context + c.new // 2) * model.kv_heads * model.head
-    moved = (sum(x.numel() for x in tree.values(p)) - p["embed"].numel() + keys) * dtype.itemsize
-    copy, found = ceilings(device, dtype)[0], []
-    for name, rounds in times.items():
-        low, middle, high = statistics.quantiles([t for r in rounds for t in r[1:]], n=4)
-        found.append({
-            "who": name, "prefill ms": 1e3 * statistics.median(r[0] for r in rounds), "step ms": 1e3 * middle,
-            "step spread": f"{1e3 * low:.3g} to {1e3 * high:.3g}", "tokens/s": c.rows / middle,
-            "GB/s": moved / middle / 1e9, "share of copy": moved / middle / copy,
-        })  # fmt: skip
-    about = check.machine(device) | {"threads": torch.get_num_threads(), "same tokens": same} | vars(c)
-    print(json.dumps({"about": about, "rows": found}) if c.json else f"{about}\n\n{check.show(found)}")
-    return found
+    """Print a table, or JSON; return its rows."""
+    torch.set_num_threads(c.threads)
+    model, device, dtype = MODELS[c.model], torch.device(c.device), getattr(torch, c.dtype)
+    peer = peer_model(model, step.Bench(device=c.device)).eval().to(dtype)
+    peer.generation_config.eos_token_id = None
+    peer.generation_config.disable_compile = not c.compile
+    p, samples, clock = from_state_dict(peer.state_dict(), model), prompts(model, c.rows, c.device), clock_of(c)
+    pair = {
+        "ours": ours(p, samples, model, c.new, clock, llava.execution(backend=c.compile)),
+        "transformers": theirs(peer, samples, c.new, clock),
+    }
+    (mine, _), (other, _) = (answer() for answer in pair.values())
+    same = statistics.mean(a == b for x, y in zip(mine, other, strict=True) for a, b in zip(x, y, strict=True))
+    rows = measured(pair, c, moved(p, samples, c), ceilings(device, dtype)[0])
+    clocks = "CPU seconds" if clock is time.process_time else "wall seconds"
+    about = check.machine(device) | asdict(replace(c, json=False)) | {"same tokens": same, "figure": clocks}
+    print(json.dumps({"about": about, "rows": rows}) if c.json else f"{about}\n\n{check.show(rows)}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from llava_fn.config import Llama
-from llava_fn.kernels import lengths_device
+from llava_fn.kernels import empty_cache, lengths_device
 
 
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of b rows of text. It is an argument and a result, and its tensors are written in place."""
 
-    k: Tensor  # l b s m h: of each block, s tokens a row at most
+    k: Tensor  # l b s m h: of each block, s tokens a row at most; `kernels.empty_cache` says in what order in memory
     v: Tensor  # l b s m h
     lengths: Tensor  # int64[b]: tokens that each row holds, where `kernels.lengths_device` wants them
 
@@ -25,7 +25,7 @@ class Cache:
 
         tp: ranks that share the heads; each holds its own.
         """
-        k, v = (like.new_zeros(c.blocks, rows, size, c.kv_heads // tp, c.head) for _ in range(2))
+        k, v = (empty_cache(like, c.blocks, rows, size, c.kv_heads // tp, c.head) for _ in range(2))
         return Cache(k, v, torch.zeros(rows, dtype=torch.long, device=lengths_device(like.device)))
 
     @property
@@ -35,15 +35,20 @@ class Cache:
 
     def repeat(self, n: int) -> Cache:
         """n copies of each row, one after another."""
-        return Cache(*(x.repeat_interleave(n, 1) for x in (self.k, self.v)), self.lengths.repeat_interleave(n))
+        if n == 1:
+            return self
+        k, v = (_like(x, x.shape[1] * n, self.size) for x in (self.k, self.v))
+        for new, x in ((k, self.k), (v, self.v)):
+            new.unflatten(1, (-1, n)).copy_(x[:, :, None])
+        return Cache(k, v, self.lengths.repeat_interleave(n))
 
     def grown(self, size: int) -> Cache:
         """The same rows with room for `size` tokens, or as it is if there is room already."""
-        more = size - self.size
-        if more <= 0:
+        if size <= self.size:
             return self
-        pad = (0, 0, 0, 0, 0, more)
-        return replace(self, k=torch.nn.functional.pad(self.k, pad), v=torch.nn.functional.pad(self.v, pad))
+        k, v = (_like(x, x.shape[1], size) for x in (self.k, self.v))
+        k[:, :, : self.size], v[:, :, : self.size] = self.k, self.v
+        return replace(self, k=k, v=v)
 
     def reorder(self, rows: Tensor, start: int) -> Cache:
         """Row j becomes row rows[j], int64[b], from token `start` on; the rows are equal before it. Written in place.
@@ -53,3 +58,8 @@ class Cache:
         for x in (self.k, self.v):
             x[:, :, start:] = x[:, rows, start:]
         return replace(self, lengths=self.lengths[rows.to(self.lengths.device)])
+
+
+def _like(x: Tensor, rows: int, size: int) -> Tensor:
+    """An empty cache of the blocks and heads of x: l b s m h, with other rows and room."""
+    return empty_cache(x, x.shape[0], rows, size, *x.shape[3:])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from einops import rearrange
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import linear
@@ -34,7 +33,7 @@ from llava_fn.spec import linear as weight
 LOGIT_ROWS = 2048
 Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
-Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `_block` reads them
+Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `block_with` reads them
 
 
 def spec(c: Llama) -> Spec:
@@ -82,17 +81,20 @@ def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor
     rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
     nothing else: x: t d -> r d. `segments.queries` then counts `rows`.
     """
-    return _block(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
+    return block_with(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
 
 
-def _block(p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP) -> Tensor:
+def block_with(
+    p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP
+) -> Tensor:  # fmt: skip
+    """`block` whose attention is `attend`. x: t d -> t d or r d, V on tp."""
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
-    k, v = (rearrange(linear(h, p[w]), "t (m h) -> t m h", h=c.head) for w in ("wk", "wv"))
+    k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))  # t m h
     k = rotary(k, *turn)
     if rows is not None:
         x, h, turn = tp.select(x, rows), h[rows], (turn[0][rows], turn[1][rows])
-    q = rotary(rearrange(linear(h, p["wq"]), "t (n h) -> t n h", h=c.head), *turn)
-    h = rearrange(attend(q, k, v), "t n h -> t (n h)")
+    q = rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *turn)  # t n h
+    h = attend(q, k, v).flatten(1)
     x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
     return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
 
@@ -132,7 +134,7 @@ def prefill(
                 k, v = cache.k[i][seen], cache.v[i][seen]
             return attention(q, k, v, segments, causal=True)
 
-        x = _block(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
+        x = block_with(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
@@ -156,7 +158,7 @@ def decode_step(
             _write(cache, i, rows, at, k, v)
             return decode_attention(q, cache.k[i], cache.v[i], lengths)
 
-        x = _block(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
+        x = block_with(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
 
 

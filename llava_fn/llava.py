@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_fn import image, llama, projector, vit
 from llava_fn.batch import Batch
+from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
@@ -41,7 +42,7 @@ def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), t
     blocks, step = [vit.block, llama.block], llama.decode_step
     if backend:
         blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]
-        step = torch.compile(step, backend=backend)
+        step = compiled_step(backend)
     if zero.level == 3 and not recompute:
         raise ValueError("zero=3 gathers a block's weights again in the backward pass; it needs recompute")
     late = [zero.level == 3 and part in train for part in ("vision", "llama")]
@@ -50,6 +51,20 @@ def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), t
         for b, part, held in zip(blocks, ("vision", "llama"), late, strict=True)
     ]
     return Execution(*run, tp=TP(zero.mesh.tp), images=zero.mesh.tp.size if late[0] else 0, decode_step=step)
+
+
+def compiled_step(backend: str) -> Callable:
+    """`llama.decode_step`, compiled. It is given a tensor for each block of the cache.
+
+    A write into a slice of an argument would be compiled into a copy of that slice, a write into the argument is not.
+    """
+    compiled = torch.compile(llama.decode_step, backend=backend)
+
+    def step(p: TensorDict, ids: Tensor, cache: Cache, *rest: object) -> tuple[Tensor, Cache]:
+        x, after = compiled(p, ids, replace(cache, k=cache.k.unbind(), v=cache.v.unbind()), *rest)
+        return x, replace(cache, lengths=after.lengths)
+
+    return step
 
 
 def spec(c: Llava) -> Spec:

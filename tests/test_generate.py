@@ -197,6 +197,14 @@ def test_a_cache_that_grew_holds_what_it_held(params):
     torch.testing.assert_close(a.hidden, b.hidden)
 
 
+def test_a_cache_keeps_its_order_in_memory():
+    first = Cache.empty(C.llama, 2, 8, torch.empty(0))
+    caches = [first, first.grown(20), first.repeat(3), first.repeat(1), first.reorder(torch.tensor([1, 0]), 2)]
+    assert [c.k.shape[1:3] for c in caches] == [(2, 8), (2, 20), (6, 8), (2, 8), (2, 8)]
+    for c in caches:
+        assert c.k.transpose(2, 3).is_contiguous() and c.v.transpose(2, 3).is_contiguous()
+
+
 def test_decode_step_is_one_graph_for_all_lengths(params):
     from torch._dynamo.testing import CompileCounter
 
@@ -210,6 +218,22 @@ def test_decode_step_is_one_graph_for_all_lengths(params):
         torch.testing.assert_close(x, want)
         torch.testing.assert_close(cache.k, same.k)
     assert counter.frame_count == 1
+
+
+def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
+    c = dataclasses.replace(C.llama, blocks=2)
+    made, cache = [], Cache.empty(c, 2, 9, params["llama"]["embed"])
+
+    def look(graph, inputs):
+        made.append({x.untyped_storage().data_ptr(): x.storage_offset() for x in inputs if isinstance(x, torch.Tensor)})
+        return graph
+
+    _, after = llava.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
+    assert after.k is cache.k and after.v is cache.v and after.lengths.tolist() == [1, 1]
+    assert bool(cache.k[1, :, 0].any()) and not cache.k[:, :, 1:].any()
+    ((given),) = made
+    assert {cache.k.data_ptr(), cache.v.data_ptr()} <= set(given)
+    assert given[cache.k.data_ptr()] == cache.k[1].storage_offset()  # a tensor for each block: this is the last one's
 
 
 def test_compiled_decoding_gives_the_same_tokens(params):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from llava_fn import kernels
-from llava_fn.kernels import Segments
+from llava_fn.kernels import Segments, decode
 from llava_fn.kernels.swiglu import gated
 
 
@@ -94,6 +94,32 @@ def test_decode_attention_ignores_the_rest_of_the_cache():
     for x, fill in ((k, 1e4), (v, 7.0)):
         x.data[0, 2:] = fill
     assert torch.equal(kernels.decode_attention(q, k, v, lengths), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[5, 5], [2, 4], [1, 7]])
+def test_decode_attention_in_any_order_in_memory_equals_the_reference(lengths, dtype):
+    q, lengths = rand(2, 4, 8).to(dtype), torch.tensor(lengths)
+    k, v = (kernels.empty_cache(q, 1, 2, 7, 2, 8)[0].copy_(rand(2, 7, 2, 8, seed=s)) for s in (1, 2))
+    assert k.transpose(1, 2).is_contiguous()
+    want = decode.reference(q, k.contiguous(), v.contiguous(), lengths)
+    torch.testing.assert_close(kernels.decode_attention(q, k, v, lengths), want)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+def test_forms_without_a_gradient_equal_those_with_one_and_leave_their_inputs(dtypes):
+    x, y, gain = (rand(3, 8, seed=s).detach().to(dtypes[0]) for s in range(3))
+    gain, weights = gain[0].to(dtypes[1]), [rand(6, 8, seed=s).detach().to(dtypes[0]) for s in (4, 5)]
+    before = [z.clone() for z in (x, y, gain, *weights)]
+
+    def run():
+        return [kernels.rms_norm(x, gain, 1e-5), *kernels.add_rms_norm(x, y, gain, 1e-5), kernels.swiglu(x, *weights)]
+
+    want = run()
+    with torch.no_grad():
+        for mine, other in zip(run(), want, strict=True):
+            torch.testing.assert_close(mine, other)
+    assert all(map(torch.equal, before, (x, y, gain, *weights)))
 
 
 def test_decode_attention_is_one_graph_for_all_lengths():

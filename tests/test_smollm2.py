@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from llava_fn import llama, spec
+from llava_fn import config, generate, llama, spec
 from llava_fn.batch import Stream
+from llava_fn.generate import Prompt, Words
+from llava_fn.sampling import Decoding
 from llava_fn.weights import model
 from llava_fn.weights.source import open_source
 
@@ -40,17 +42,22 @@ def gguf():
     return (CACHE / FILE).parent
 
 
-def test_greedy_text_equals_transformers(gguf, tmp_path):
-    name = Path(FILE).name
+@pytest.fixture(scope="module")
+def both(gguf, tmp_path_factory):
+    """(transformers' model and tokenizer, our config and parameters of the folder that it saves)"""
+    name, folder = Path(FILE).name, tmp_path_factory.mktemp("smollm2")
     peer = AutoModelForCausalLM.from_pretrained(
         gguf, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     ).eval()
     peer.hf_quantizer = None  # else save_pretrained refuses
-    peer.save_pretrained(tmp_path / "smollm2")
-    source = model.merge([open_source(tmp_path / "smollm2")])
-    c, p = source.llama, model.load(source)["llama"]
+    peer.save_pretrained(folder)
+    source = model.merge([open_source(folder)])
+    return peer, AutoTokenizer.from_pretrained(gguf, gguf_file=name), source.llama, model.load(source)
+
+
+def test_greedy_text_equals_transformers(both):
+    peer, tokenizer, c, p = both[0], both[1], both[2], both[3]["llama"]
     assert (c.kv_heads, c.tied, spec.count(llama.spec(c))) == (3, True, 134_515_008)
-    tokenizer = AutoTokenizer.from_pretrained(gguf, gguf_file=name)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     rows = [list(ids) for ids in prompts]
     with torch.no_grad():
@@ -64,3 +71,18 @@ def test_greedy_text_equals_transformers(gguf, tmp_path):
             want = peer.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **how)[0].tolist()
             assert row == want
     assert "Paris" in tokenizer.decode(rows[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_text_equals_transformers_token_for_token(both, beams):
+    peer, tokenizer, c, p = both
+    whole, texts = config.Llava(config.LLAVA_EMOJI.vision, c), [tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
+    words, d = Words(c.vocab, (tokenizer.eos_token_id,), str), Decoding(tokens=32, beams=beams)
+    prompts = [Prompt(tuple(ids), p["llama", "embed"][:0]) for ids in texts]
+    answers = generate.generate(p, prompts, d, words, whole)  # of all prompts, whose lengths differ, in one batch
+    for ids, (answer, *_) in zip(texts, answers, strict=True):
+        how = {"max_new_tokens": 32, "do_sample": False, "num_beams": beams, "pad_token_id": tokenizer.eos_token_id}
+        want = peer.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **how)[0].tolist()
+        ended = (tokenizer.eos_token_id,) * answer.ended
+        assert (*answer.ids, *ended) == tuple(want[len(ids) :])
+        assert len(answer.ids) > 5

@@ -11,19 +11,26 @@ from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require
 from llava_fn.kernels.rms_norm import check
+from llava_fn.kernels.rms_norm import cpu as cpu_norm
 from llava_fn.kernels.rms_norm import cuda as cuda_norm
 from llava_fn.kernels.rms_norm import reference as reference_norm
 
 
 def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, y: ... d, gain: d -> (x + y, its norm); see the module's contract."""
-    return choose(x, reference, npu=npu, cuda=cuda)(x, y, gain, eps)
+    return choose(x, reference, npu=npu, cuda=cuda, cpu=cpu)(x, y, gain, eps)
 
 
 def reference(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """One after the other."""
     total = x + y
     return total, reference_norm(total, gain, eps)
+
+
+def cpu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """One after the other, with the norm's form for the CPU."""
+    total = x + y
+    return total, cpu_norm(total, gain, eps)
 
 
 def cuda(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:

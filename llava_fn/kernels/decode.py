@@ -6,6 +6,7 @@ stands; what the cache holds beyond is never read into the result, whatever it i
 lengths: int64[b], each from 1 to s, on q's device or on the host. No shape depends on a length, and nothing waits for
 the device, so that one graph serves all steps. On an NPU lengths must stand on the host, because the fused op reads
 host integers (`lengths_device` says where); its limits are raised as ValueError.
+In what order a cache stands in memory is the device's choice too, and `empty_cache` makes it: its shape is b s m h.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
@@ -30,7 +30,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, lengths {tuple(lengths.shape)} do not fit: "
             "need b n h, b s m h twice, and b, with n a multiple of m"
         )
-    return choose(q, reference, npu=npu)(q, k, v, lengths)
+    return choose(q, reference, npu=npu, cpu=cpu)(q, k, v, lengths)
 
 
 def lengths_device(device: torch.device) -> torch.device:
@@ -38,13 +38,38 @@ def lengths_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "npu" else device
 
 
+def empty_cache(like: Tensor, blocks: int, rows: int, size: int, heads: int, head: int) -> Tensor:
+    """Zeros in the dtype and on the device of `like`: l b s m h, in memory l b m s h.
+
+    So the keys of a head stand together. On an NPU in memory too l b s m h, which the fused op reads in place.
+    """
+    if like.device.type == "npu":
+        return like.new_zeros(blocks, rows, size, heads, head)
+    return like.new_zeros(blocks, rows, heads, size, head).transpose(2, 3)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """The query heads of one KV head are the rows of one dense attention: no key is repeated."""
     seen = torch.arange(k.shape[1], device=q.device) < lengths.to(q.device)[:, None]  # b s
-    q = rearrange(q, "b (m g) h -> b m g h", m=k.shape[2])
-    k, v = (rearrange(x, "b s m h -> b m s h") for x in (k, v))
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-    return rearrange(x, "b m g h -> b (m g) h")
+    q, k, v = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # b m g h, b m s h
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
+
+
+def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Two batched products over as many keys as the longest row holds: the lengths cost no wait here.
+
+    In half precision, whose products would round the scores, and in a graph, where no shape depends on a length, it is
+    the reference.
+    """
+    if q.dtype.itemsize < 4 or torch.compiler.is_compiling():
+        return reference(q, k, v, lengths)
+    seen = lengths.tolist()
+    s, (m, h) = max(seen), k.shape[2:]
+    q, k, v = q.unflatten(1, (m, -1)), k[:, :s].transpose(1, 2), v[:, :s].transpose(1, 2)  # b m g h, b m s h
+    scores = (k @ (q * h**-0.5).mT).mT  # b m g s; a matrix times a vector where there are no groups
+    if min(seen) < s:
+        scores = scores.masked_fill(torch.arange(s) >= lengths[:, None, None, None], -torch.inf)
+    return (scores.softmax(-1) @ v).flatten(1, 2)
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:

@@ -17,12 +17,19 @@ from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """x: ... d, w_gate and w_up: f d -> ... f; see the module's contract."""
-    return choose(x, reference, npu=npu)(x, w_gate, w_up)
+    return choose(x, reference, npu=npu, cpu=cpu)(x, w_gate, w_up)
 
 
 def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """Two products, then `gated`."""
     return gated(linear(x, w_gate), linear(x, w_up))
+
+
+def cpu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """The reference; where no gradient is wanted, in the memory of the products, which spares fresh pages."""
+    if torch.is_grad_enabled():
+        return reference(x, w_gate, w_up)
+    return F.silu(linear(x, w_gate), inplace=True).mul_(linear(x, w_up))
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
