@@ -14,13 +14,14 @@ Differs: where the official parser draws a letter at random, the answer is undec
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
 from llava_fn.evaluate.choice import UNDECIDED, Found
 
 OTHER = "Other Answers"
 _ENDS = (",", ".", "!", "?", ";", ":", "'")
+_FORMS = (("in brackets", "({})", "({})"), ("before a blank", "{} ", " {} "), ("before a point", "{}.", " {} "))
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
@@ -41,23 +42,22 @@ def reformulate(options: Mapping[str, str], answer: str) -> tuple[dict[str, str]
 def letter(text: str, options: Mapping[str, str]) -> Found:
     """The letter that an answer means by the official parser; of several the one that stands last.
 
-    Options' texts count in answers of more than five words. Source: parse_multi_choice_response.
+    Options' texts count in answers of more than five words. Source: parse_multi_choice_response, as it is: of letters
+    before blanks or points the last one between blanks, and the first of all if none is.
     """
     for char in _ENDS:
         text = text.strip(char)
     text = f" {text} "
+    for how, form, place in _FORMS:
+        there = [x for x in options if form.format(x) in text]
+        if there:
+            last = max((text.rfind(place.format(x)), -ord(x), x) for x in there)[2]
+            return Found(last, f"the last option letter {how} is {last}")
     lowered = text.lower()
-    forms: list[tuple[str, Callable[[str], int]]] = [
-        ("in brackets", lambda x: text.rfind(f"({x})")),
-        ("before a blank", lambda x: text.rfind(f"{x} ")),
-        ("before a point", lambda x: text.rfind(f"{x}.")),
-    ]
-    if len(text.split()) > 5:
-        forms.append(("by its text", lambda x: lowered.rfind(options[x].lower())))
-    for how, place in forms:
-        last = max(options, key=place, default=UNDECIDED)
-        if options and place(last) >= 0:
-            return Found(last, f"the last option {how} is {last}")
+    there = [x for x in options if options[x].lower() in lowered] if len(text.split()) > 5 else []
+    if there:
+        last = max(there, key=lambda x: lowered.rfind(options[x].lower()))
+        return Found(last, f"the last option whose text it holds is {last}")
     return Found(UNDECIDED, "no option letter, and no option's text in more than five words")
 
 

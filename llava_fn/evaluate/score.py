@@ -88,7 +88,7 @@ def _choice(question: Question, text: str, rules: str) -> Score:
 
 
 def _mmmu(question: Question, text: str, rules: str) -> Score:
-    options, answer = question.options, question.cells["answer"]
+    options, answer, text = question.options, question.cells["answer"], text.strip()
     if rules == "mindspeed":
         return _choice(question, text, rules)
     if rules == "official":
@@ -98,7 +98,7 @@ def _mmmu(question: Question, text: str, rules: str) -> Score:
     two, right = mmmu.reformulate(options, answer)
     scored = _of_letter(choice.find(text, two, rules), right)
     # An open answer need not name a letter: it is wrong, and was understood.
-    return scored if "A" in options else replace(scored, parsed=bool(text.strip()))
+    return scored if "A" in options else replace(scored, parsed=bool(text))
 
 
 def _chartqa(question: Question, text: str, rules: str) -> Score:
