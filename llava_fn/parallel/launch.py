@@ -27,6 +27,7 @@ from llava_fn.parallel.mesh import Axis, Mesh
 NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
+LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies, torchrun ends the others
 PACKAGES = (
     "llava_fn torch torch_npu tensordict torchdata numpy pillow einops safetensors sentencepiece tyro transformers"
 ).split()
@@ -213,17 +214,45 @@ def tensor_parallel(tp: int, device: torch.device) -> Iterator[Mesh]:
     if tp == 1:
         yield Mesh()
         return
+    with _joined(device, BACKENDS[device.type], WAIT) as rank:
+        yield Mesh(tp=Axis("tp", tp, rank, dist.group.WORLD))
+
+
+@contextlib.contextmanager
+def replicas(device: torch.device) -> Iterator[Axis]:
+    """The processes that torchrun started, on any number of machines, each with a model and a device of its own.
+
+    One process without it. They meet where `meet` is called and nowhere else, so the group is of the hosts' and its
+    wait is long. Ranks above 0 print nothing, except an error that ends them. ValueError as of `tensor_parallel`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Axis("dp")
+        return
+    with _joined(device, "gloo", LONG_WAIT) as rank:
+        yield Axis("dp", size, rank, dist.group.WORLD)
+
+
+@contextlib.contextmanager
+def _joined(device: torch.device, backend: str, wait: timedelta) -> Iterator[int]:
+    """The rank of this process, which has its card and is in the group of all, and is silent above rank 0."""
     rank = int(os.environ["RANK"])
     if device.type != "cpu":
         _take_card(device, int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(BACKENDS[device.type], timeout=WAIT)
+    dist.init_process_group(backend, timeout=wait)
     with contextlib.ExitStack() as stack:
         if rank:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield Mesh(tp=Axis("tp", tp, rank, dist.group.WORLD))
+        yield rank
     dist.destroy_process_group()
+
+
+def meet(axis: Axis) -> None:
+    """Wait until every rank is here."""
+    if axis.size > 1:
+        dist.barrier(axis.group)
 
 
 def _take_card(device: torch.device, local: int) -> None:
