@@ -34,6 +34,7 @@ from llava_fn.text import Tokenizer
 from llava_fn.weights import model
 
 POLL = 0.5  # seconds between two looks at what the other processes have done
+RESULTS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
 DRY_ROWS = 3  # whose prompts a dry run shows
 
 
@@ -124,7 +125,7 @@ def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     versions = {"python": environment["python"]} | {k: v for k, v in environment["packages"].items() if v}
     for table in tables:
         at = c.place(table)
-        if c.fresh and (aside := folder.move_aside(at, list(c.out.glob(f"{at.name}[._]*")))):
+        if c.fresh and (aside := folder.move_aside(at, [c.out / (at.name + end) for end in RESULTS])):
             print(f"note: the earlier run is now {aside}", file=sys.stderr)
         d = table.dataset
         data = {"name": d.name, "sha256": table.sha256, "rows": len(table.pictures)}
@@ -228,7 +229,8 @@ def finish(c: Evaluate, table: Table) -> list[str]:
     rules = c.rules.of(table.dataset.kind)
     summary = results.write(c.out, c.label, table, found, rules, about, partial)
     print(summary)
-    return [f"{table.dataset.name} index {i}: {p.error}" for i, p in found.items() if p.error]
+    said = [found[q.index] for q in table.questions if q.index in found]
+    return [f"{table.dataset.name} index {p.index}: {p.error}" for p in said if p.error]
 
 
 def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
@@ -251,11 +253,11 @@ def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
 
 def main(c: Evaluate) -> None:
     """Answer, score, write. ValueError at the end if rows have no answer."""
-    tables = read(c)
     if c.dry_run:
-        dry_run(c, tables)
+        dry_run(c, read(c))
         return
     with launch.replicas(c.model.place) as axis:
+        tables = read(c)
         if not c.score_only:
             predict(c, tables, axis)
         failed = [line for table in tables for line in finish(c, table)] if axis.rank == 0 else []

@@ -104,7 +104,7 @@ def whole(weights, files, tmp_path_factory):
 
 def test_answers_are_those_of_each_question_alone(whole, weights, files):
     a = cli.open_assistant(cli.Model(whole.model.weights, device="cpu", template="llava_v1", image_mode="pad"))
-    said, different = {}, set()
+    different = set()
     for kind, path in files.items():
         table = tsv.open_table(path)
         for q, line in zip(table.questions, sorted(lines(whole, kind), key=lambda x: int(x["i"])), strict=True):
@@ -118,7 +118,7 @@ def test_answers_are_those_of_each_question_alone(whole, weights, files):
             assert (line["i"], line["p"], line["n"]) == (q.index, want.text.strip(), len(want.ids))
             assert line["st"] == "ok" and line["err"] == "" and line["t"] > 0
             different.add(line["p"])
-    assert len(different) > 10 and not said
+    assert len(different) > 10
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -259,7 +259,7 @@ def test_a_row_that_fails_is_recorded_and_tried_again(config, files, tmp_path):
         with pytest.raises(ValueError, match=said):
             evaluate.main(c)
         errors = [x for x in lines(c) if x["st"] == "error"]
-        assert [x["i"] for x in errors] == ["100", "101"] * n and errors[0]["p"] == "" and final(c)
+        assert sorted(x["i"] for x in errors) == sorted(["100", "101"] * n) and errors[0]["p"] == "" and final(c)
         assert len(lines(c)) == 7 + 2 * (n - 1)
     with pytest.raises(ValueError, match=said):
         evaluate.main(replace(c, score_only=True))
@@ -287,7 +287,7 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
         evaluate.main(c)
     said = {x["i"]: x for x in lines(c, "mmmu")}
     left = sizes[1] - sizes[3]
-    assert 0 < left < 20 and sizes[2] + 20 > sizes[1] > sizes[0] + 0
+    assert 0 < left < 20 and sizes[0] < sizes[2] <= sizes[1] - 20
     for i in "023":
         if said[i]["st"] == "ok":
             assert said[i]["p"] == roomy[i]
@@ -309,8 +309,9 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
             images = [x.question.images for b in cut for x in b]
             assert sum(x != y for x, y in zip(images, images[1:], strict=False)) == len(set(images)) - 1
     tight = replace(s, context=sorted(x.size for x in asked)[3] + 5)
-    cut = run.batches(asked, tight, 3, 1)
-    assert sorted(map(len, cut)) == [1, 1, 1, 1, 3] and max(x.size for x in cut[0]) + 5 <= tight.context
+    cut, n = run.batches(asked, tight, 3, 1), sum(x.size + 5 > tight.context for x in asked)
+    assert 2 <= n <= 3 and all(len(b) == 1 and b[0].size + 5 > tight.context for b in cut[-n:])
+    assert sum(map(len, cut[:-n])) == 7 - n and all(x.size + 5 <= tight.context for b in cut[:-n] for x in b)
 
 
 def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
@@ -324,13 +325,12 @@ def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
 def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_them(config, whole, capsys):
     c = only(config, "choice")
     evaluate.main(replace(c, limit=2))
-    assert [x["i"] for x in lines(c)] == ["0", "1"]
+    assert sorted(x["i"] for x in lines(c)) == ["0", "1"]
     evaluate.main(replace(c, indices=("300", "1")))
-    assert [x["i"] for x in lines(c)] == ["0", "1", "300"]
+    assert sorted(x["i"] for x in lines(c)) == ["0", "1", "300"] and len(final(c)) == 2
     assert not final(c).items() & final(whole).items()
     evaluate.main(c)
-    assert len(lines(c)) == 7 and {k: v for k, v in final(c).items() if k in final(whole)}.items() <= final(whole).items()
-    assert {"m_AI2D_TEST" + end for end in FINAL} <= final(c).keys()
+    assert len(lines(c)) == 7 and final(c).items() <= final(whole).items() and len(final(c)) == 3
     with pytest.raises(ValueError, match="has no index nope"):
         evaluate.main(replace(c, indices=("nope",)))
 
@@ -417,8 +417,9 @@ def test_an_answer_stands_before_an_error_and_else_the_last_line_counts(tmp_path
 
 def test_keys_change_with_prompt_images_and_settings(whole):
     s = settings(whole)
-    other = [replace(s, dtype="bfloat16"), replace(s, weights="x"), replace(s, decoding=Decoding(6)),
-             replace(s, style=prompts.style("llava", s.style.form)), replace(s, context=1), replace(s, quantise="int8")]  # fmt: skip
+    style = prompts.style("llava", s.style.form)
+    changes = ({"dtype": "bfloat16"}, {"weights": "x"}, {"context": 1}, {"quantise": "int8"}, {"style": style})
+    other = [replace(s, decoding=Decoding(6)), *(replace(s, **change) for change in changes)]
     keys = {folder.key(s, "p", "i"), folder.key(s, "q", "i"), folder.key(s, "p", "j")}
     assert len(keys | {folder.key(o, "p", "i") for o in other}) == 3 + len(other)
     assert folder.structure(Settings, json.loads(json.dumps(folder.plain(s)))) == s
