@@ -3,7 +3,7 @@
     out/MODEL_DATASET.xlsx           a row a question: the TSV's columns but image, and what became of it; accuracies
     out/MODEL_DATASET_acc.csv        the peers' table of accuracies: their columns and units, always commas, all quoted
     out/MODEL_DATASET_summary.json   percent with 95 % intervals and counts of all that is odd
-    out/MODEL_DATASET.html           the report, see `page`
+    out/MODEL_DATASET.html           the report, see `page`; MODEL_DATASET_vs_OTHER.html for two runs
 
 All but the report are the same to the byte for the same answers: they hold no times. A result of some rows only has
 _acc_partial.csv in place of _acc.csv, and says "partial" in the others, so that no script takes it for the score.
@@ -27,7 +27,9 @@ from pathlib import Path
 
 import xlsxwriter
 
-from llava_fn.evaluate import tally
+from llava_fn.evaluate import compare as comparing
+from llava_fn.evaluate import page, tally
+from llava_fn.evaluate.compare import Comparison
 from llava_fn.evaluate.records import Prediction
 from llava_fn.evaluate.tally import Row, Summary
 from llava_fn.evaluate.tsv import Table
@@ -60,7 +62,23 @@ def write(
     s = tally.summarise(model, table.dataset, rows, rules, about, partial)
     stem = f"{model}_{table.dataset.name}"
     _write_tables(out, stem, s)
+    _write_text(out / f"{stem}.html", page.report(s, table))
     return s
+
+
+def compare(out: Path, one: Summary, other: Summary, table: Table) -> Comparison:
+    """Write the page of two runs, out/MODEL_DATASET_vs_OTHER.html, and return what it says. table: of both.
+
+    ValueError if they are not to be compared, see `compare.compare`; OSError if the file cannot be written.
+    """
+    c = comparing.compare(one, other)
+    _write_text(out / f"{one.model}_{one.dataset.name}_vs_{other.model}.html", page.comparison(c, table))
+    return c
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _write_tables(out: Path, stem: str, s: Summary) -> None:
@@ -75,8 +93,7 @@ def _write_tables(out: Path, stem: str, s: Summary) -> None:
     }
     for name, text in texts.items():
         if text:
-            with replacing(out / name) as part:
-                part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+            _write_text(out / name, text)
     for name in [f"{stem}{stale}", *(name for name, text in texts.items() if not text)]:
         (out / name).unlink(missing_ok=True)  # of an earlier result, which these files replace
 

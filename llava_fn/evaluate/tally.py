@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,7 +137,7 @@ def summarise(
     parts = {name: [row for row in rows if row.group("split") == name] for name in names}
     splits = _tallies(data, parts)
     groups = {
-        column: {name: _tallies(data, _by(part, lambda row, c=column: row.group(c))) for name, part in parts.items()}
+        column: {name: by_group(data, part, column) for name, part in parts.items()}
         for column in GROUPS if column in data.columns
     }  # fmt: skip
     published = [t for t in splits if data.kind == "mmmu" and t.name == "validation"]
@@ -145,8 +145,10 @@ def summarise(
     return Summary(model, data, rules, about, partial, rows, headline, whole, splits, groups)
 
 
-def _by(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    return {name: [row for row in rows if key(row) == name] for name in sorted({key(row) for row in rows})}
+def by_group(data: Dataset, rows: Sequence[Row], column: str) -> list[Tally]:
+    """Figures by the values of a column, sorted."""
+    names = sorted({row.group(column) for row in rows})
+    return _tallies(data, {name: [row for row in rows if row.group(column) == name] for name in names})
 
 
 def _tallies(data: Dataset, parts: Mapping[str, Sequence[Row]]) -> list[Tally]:
