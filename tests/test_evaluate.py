@@ -146,22 +146,22 @@ def killed(ranks, c, world, log, after):
 
 def test_a_killed_run_goes_on_with_other_processes_and_ends_with_the_same_files(config, ranks, tmp_path):
     log = tmp_path / "log"
-    long = replace(config, data=(tsvs.ai2d(tmp_path, 23),), tokens=40, batch=2)
+    long = replace(config, data=(tsvs.ai2d(tmp_path, 13),), tokens=15, batch=1)
     other = replace(long, out=tmp_path / "whole")
     evaluate.main(other)
     at = long.out / f"m_{NAMES['choice']}"
-    killed(ranks, long, 3, log, 3)
+    killed(ranks, long, 3, log, 2)
     first = {x["i"]: x for x in lines(long) if x["st"] == "ok"}
-    assert 3 <= len(first) < 23 and not final(long)
+    assert 2 <= len(first) < 13 and not final(long)
     torn = next(p for p in sorted((at / "predictions").iterdir()) if p.stat().st_size)
     torn.write_bytes(torn.read_bytes() + b'{"i": "0", "h": "x')
-    killed(ranks, long, 1, log, len(first) + 3)
+    killed(ranks, long, 1, log, len(first) + 2)
     had = folder.count(at)
-    assert len(first) + 3 <= had < 23
+    assert len(first) + 2 <= had < 13
     ranks.start(long, 2, log)
     assert ranks.wait() == [0, 0], log.read_text()
     assert final(long) == final(other) and len(final(long)) == 3
-    assert folder.count(at) == 23  # nothing was answered twice
+    assert folder.count(at) == 13  # nothing was answered twice
     assert torn.read_bytes().endswith(b'{"i": "0", "h": "x')
 
 
@@ -442,3 +442,16 @@ def test_fingerprint_is_the_checkpoints_own_or_of_every_byte(weights, tmp_path, 
         assert folder.fingerprint((tmp_path / "hf",)) != first, name
         path.write_bytes(content)
     assert folder.fingerprint((tmp_path / "hf",)) == first
+
+
+def test_two_runs_are_compared(config, weights, capsys):
+    c = only(config, "choice")
+    evaluate.main(c)
+    second = replace(c, template="llava", name="second", compare="m")
+    evaluate.main(second)
+    said = capsys.readouterr().out
+    assert "AI2D_TEST: second less m is" in said and (c.out / "second_AI2D_TEST_vs_m.html").exists()
+    evaluate.main(replace(second, out=c.out, compare=str(c.out / "m"), score_only=True))
+    assert "second less m is" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="third_AI2D_TEST/run.json: no such file"):
+        evaluate.main(replace(c, compare="third"))
