@@ -21,10 +21,11 @@ import tyro
 
 from llava_fn import assistant, cli
 from llava_fn.assistant import Assistant, Form
-from llava_fn.evaluate import folder, prompts, results, run, score, tsv
+from llava_fn.evaluate import folder, prompts, results, run, score, tally, tsv
 from llava_fn.evaluate.folder import Manifest, Settings
 from llava_fn.evaluate.records import Kind
 from llava_fn.evaluate.run import Asked
+from llava_fn.evaluate.tally import Summary
 from llava_fn.evaluate.tsv import Table
 from llava_fn.parallel import launch
 from llava_fn.parallel.mesh import Axis
@@ -34,6 +35,7 @@ from llava_fn.text import Tokenizer
 from llava_fn.weights import model
 
 POLL = 0.5  # seconds between two looks at what the other processes have done
+RESULTS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
 DRY_ROWS = 3  # whose prompts a dry run shows
 
 
@@ -71,6 +73,7 @@ class Evaluate:
     limit: int | None = None  # only the first rows; the results are marked as partial
     indices: tuple[str, ...] = ()  # only these rows; the results are marked as partial
     score_only: bool = False  # score the answers that are there; the weights are not opened
+    compare: str = ""  # with another run in --out: its --name, or a path to it that ends in its name
     allow_partial: bool = False  # write results, marked as partial, though rows have no answer yet
     fresh: bool = False  # move an earlier run of this name aside and begin anew
     dry_run: bool = False  # show prompts and numbers of tokens, and answer nothing
@@ -124,7 +127,7 @@ def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     versions = {"python": environment["python"]} | {k: v for k, v in environment["packages"].items() if v}
     for table in tables:
         at = c.place(table)
-        if c.fresh and (aside := folder.move_aside(at, list(c.out.glob(f"{at.name}[._]*")))):
+        if c.fresh and (aside := folder.move_aside(at, [c.out / (at.name + end) for end in RESULTS])):
             print(f"note: the earlier run is now {aside}", file=sys.stderr)
         d = table.dataset
         data = {"name": d.name, "sha256": table.sha256, "rows": len(table.pictures)}
@@ -209,8 +212,7 @@ def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> None:
 def finish(c: Evaluate, table: Table) -> list[str]:
     """Write the results of a file. Returns a line for each question that has no answer. ValueError if it may not."""
     manifest = folder.read_manifest(c.place(table))
-    s = manifest.settings
-    found = folder.read(c.place(table), run.keys(table, s))
+    found = folder.read(c.place(table), run.keys(table, manifest.settings))
     missing = [q.index for q in table.questions if q.index not in found]
     if missing and not c.allow_partial:
         raise ValueError(
@@ -218,17 +220,39 @@ def finish(c: Evaluate, table: Table) -> list[str]:
             f"{', '.join(missing[:10])}{', ...' if missing[10:] else ''}); the same command without --score-only "
             "answers them, or --allow-partial leaves them out"
         )
-    about = {
+    partial = bool(missing or c.indices or c.limit)
+    rules, about = c.rules.of(table.dataset.kind), _about(manifest, table)
+    summary = results.write(c.out, c.label, table, found, rules, about, partial)
+    print(summary)
+    if c.compare:
+        print(results.compare(c.out, summary, other(c, table), table))
+    said = [found[q.index] for q in table.questions if q.index in found]
+    return [f"{table.dataset.name} index {p.index}: {p.error}" for p in said if p.error]
+
+
+def other(c: Evaluate, table: Table) -> Summary:
+    """The run to compare with, scored anew by the same rules."""
+    at = _other(c, table)
+    manifest, rules = folder.read_manifest(at), c.rules.of(table.dataset.kind)
+    found = folder.read(at, run.keys(table, manifest.settings))
+    rows = tally.score_rows(table.dataset, table.questions, found, rules)
+    partial = len(found) < len(table.pictures)
+    return tally.summarise(Path(c.compare).name, table.dataset, rows, rules, _about(manifest, table), partial)
+
+
+def _other(c: Evaluate, table: Table) -> Path:
+    return c.out / f"{c.compare}_{table.dataset.name}"
+
+
+def _about(manifest: Manifest, table: Table) -> dict[str, str]:
+    """What reports say of how the answers were made; nothing in it depends on how many processes there were."""
+    s = manifest.settings
+    return {
         "weights": s.weights, "template": s.style.name, "decoding": f"greedy, at most {s.decoding.tokens} tokens",
         "context": str(s.context), "dtype": s.dtype + (f", {s.quantise}" if s.quantise else ""),
         "data": table.sha256, "notes": "; ".join(table.notes),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }  # fmt: skip
-    partial = bool(missing or c.indices or c.limit)
-    rules = c.rules.of(table.dataset.kind)
-    summary = results.write(c.out, c.label, table, found, rules, about, partial)
-    print(summary)
-    return [f"{table.dataset.name} index {i}: {p.error}" for i, p in found.items() if p.error]
 
 
 def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
@@ -251,11 +275,13 @@ def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
 
 def main(c: Evaluate) -> None:
     """Answer, score, write. ValueError at the end if rows have no answer."""
-    tables = read(c)
     if c.dry_run:
-        dry_run(c, tables)
+        dry_run(c, read(c))
         return
     with launch.replicas(c.model.place) as axis:
+        tables = read(c)
+        for table in tables if c.compare else ():
+            folder.read_manifest(_other(c, table))  # a mistake is told before the work, not after it
         if not c.score_only:
             predict(c, tables, axis)
         failed = [line for table in tables for line in finish(c, table)] if axis.rank == 0 else []

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TextIO
 
 from llava_fn import checkpoint
-from llava_fn.checkpoint import appearing
 from llava_fn.config import differences, plain, structure
 from llava_fn.evaluate.prompts import Style
 from llava_fn.evaluate.records import Prediction
+from llava_fn.evaluate.results import replacing
 from llava_fn.progress import Bytes
 from llava_fn.sampling import Decoding
 from llava_fn.weights.source import open_source
@@ -107,7 +107,7 @@ def begin(folder: Path, now: Manifest) -> list[str]:
         now = Manifest(then.settings, now.data, then.versions)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run.json; --fresh moves it aside, or name another --out")
-    with appearing(folder / "run.json") as part:
+    with replacing(folder / "run.json") as part:
         part.write_text(json.dumps(plain(now), indent=1) + "\n")
     (folder / "predictions").mkdir(exist_ok=True)
     return notes
