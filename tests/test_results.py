@@ -2,54 +2,24 @@
 
 import csv
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import openpyxl
 import pandas
 import pytest
 import tsvs
+from tables import said, table
 
 from llava_fn.evaluate import results, score, tally, tsv
 from llava_fn.evaluate.intervals import wilson
-from llava_fn.evaluate.records import Dataset, Prediction, Question
+from llava_fn.evaluate.records import Dataset, Prediction
 
 HOSTILE = [
     "=1+1", "+1", "-1", "@SUM(A1)", '=HYPERLINK("http://x.y","z")', "{=1}", "http://x.y", "mailto:a@b.c", "internal:A1",
     "_x000B_", "\\x0b", "007", "1e5", "True", "None", "NA", "", " lead ", "a\tb\nc",
     "'quoted\"", "<script>alert(1)</script>", "caf\u00e9 \u65e5\u672c \U0001f389",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the results want of a table, without a file."""
-
-    dataset: Dataset
-    questions: list
-    notes: tuple = ()
-
-    def images(self, question):
-        return [tsvs.png(int(question.row))]
-
-
-def table(kind, rows, name="FILE"):
-    """rows: cells of each; a cell "images" stands for the pictures."""
-    columns = tuple(dict.fromkeys(("index", "question", *(c for row in rows for c in row if c != "images"))))
-    questions = [
-        Question(j, str(j), {"index": str(j), "question": f"q{j}"} | {c: row.get(c, "") for c in columns[2:]},
-                 str(row.get("images", j)))
-        for j, row in enumerate(rows)
-    ]  # fmt: skip
-    return Table(Dataset(name, kind, Path("file.tsv"), columns), questions)
-
-
-def said(*texts):
-    """Predictions of consecutive rows; None leaves a row out, and an exception fails it."""
-    return {
-        str(j): Prediction(str(j), "", 0, 1.0, str(x)) if isinstance(x, Exception) else Prediction(str(j), x, 3, 0.5)
-        for j, x in enumerate(texts) if x is not None
-    }  # fmt: skip
 
 
 def write(out, t, texts, partial=False, model="m", rules=None, **about):

@@ -36,7 +36,7 @@ def relaxed(target: str, prediction: str) -> tuple[bool, str]:
     value, aim = number(prediction), number(target)
     if value is not None and aim:
         off = abs(value - aim) / abs(aim)
-        return off <= TOLERANCE, f"off by {off:.3g} of {target}"
+        return off <= TOLERANCE, f"off by {100 * off:.3g} % of {target}"
     same = prediction.lower() == target.lower()
     return same, f"{'the same text as' if same else 'not the text'} {target}"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_fn.evaluate import intervals
+from llava_fn.evaluate import intervals, tally
 from llava_fn.evaluate.intervals import Interval
 from llava_fn.evaluate.records import Question
-from llava_fn.evaluate.tally import Row, Summary
+from llava_fn.evaluate.tally import Row, Summary, Tally
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the questions that both were asked. difference: mean score of one less that of the other."""
+    """Two runs on the questions that both were asked.
+
+    difference: the mean score of one less that of the other, of the rows that the headlines count: of is their split's
+    name, or "Overall". tallies: of one and of the other, on these rows.
+    """
 
     one: Summary
     other: Summary
     pairs: Sequence[Pair]
+    of: str
+    tallies: tuple[Tally, Tally]
     difference: float
     interval: Interval
 
@@ -42,14 +48,28 @@ class Comparison:
         n = Counter(pair.change for pair in self.pairs)
         low, high = 100 * self.interval.low, 100 * self.interval.high
         return (
-            f"{self.one.dataset.name}: {self.one.model} less {self.other.model} is {100 * self.difference:+.2f} points "
-            f"(95 % interval {low:+.2f} to {high:+.2f}); {n['better']} questions better, {n['worse']} worse, of "
-            f"{len(self.pairs)}"
+            f"{self.one.dataset.name} ({self.of}): {self.one.model} less {self.other.model} is "
+            f"{100 * self.difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}); {n['better']} questions "
+            f"better, {n['worse']} worse, of {len(self.pairs)}"
         )
 
 
 def compare(one: Summary, other: Summary) -> Comparison:
     """Two runs, question by question, by index. ValueError if their file, rules or questions are not the same."""
+    pairs, of = _pairs(one, other), one.headline.name
+    counted = [p for p in pairs if one.headline is one.overall or p.one.group("split") == of]
+    mine, theirs = [p.one for p in counted], [p.other for p in counted]
+    tallies = tally.tally(one.dataset, one.model, mine), tally.tally(other.dataset, other.model, theirs)
+    if None in tallies:
+        raise ValueError(
+            f"{one.model} and {other.model} share no question of the split {of}; there is nothing to compare"
+        )
+    scores = [np.array([row.score.score for row in rows]) for rows in (mine, theirs)]
+    interval = intervals.of_difference(*scores, np.array([row.question.images for row in mine]))
+    return Comparison(one, other, pairs, of, tallies, tallies[0].mean - tallies[1].mean, interval)
+
+
+def _pairs(one: Summary, other: Summary) -> list[Pair]:
     for what, a, b in (("dataset", one.dataset.name, other.dataset.name), ("rules", one.rules, other.rules)):
         if a != b:
             raise ValueError(f"{what} {a!r} of {one.model} is not {b!r} of {other.model}; compare like with like")
@@ -59,10 +79,7 @@ def compare(one: Summary, other: Summary) -> Comparison:
     if changed or not pairs:
         why = f"index {changed[0]} and {len(changed) - 1} more differ" if changed else "no index has answers in both"
         raise ValueError(f"{one.model} and {other.model} were asked different questions of {one.dataset.name}: {why}")
-    mine = np.array([p.one.score.score for p in pairs])
-    others = np.array([p.other.score.score for p in pairs])
-    interval = intervals.of_difference(mine, others, np.array([p.one.question.images for p in pairs]))
-    return Comparison(one, other, pairs, float((mine - others).mean()), interval)
+    return pairs
 
 
 def _content(q: Question) -> tuple:

@@ -32,6 +32,7 @@ SIDE = 320  # pixels of a picture's longer side
 EACH = 3  # pictures of one question
 TEXT = 500  # characters of a text
 BINS = 24
+LONG = 16  # bars above which a table takes the whole width
 GROUPS = ("category", "l2-category")  # columns: few bars first
 VERDICTS = ("right", "wrong", "unparsed", "failed", "missing")
 CHANGES = ("better", "worse", "same")
@@ -60,10 +61,11 @@ def _render(s: Summary, data: Mapping, c: Comparison | None, shown: Sequence[Que
         changes=Counter(p.change for p in c.pairs) if c else {}, agreement=_agreement(c) if c else {},
         sections=_sections(s), against=_against(c) if c else {}, histograms=_histograms(s), confusion=_confusion(s),
         odd=tally.odd_counts, method=_METHODS[s.headline.interval.method], pictures=len(data["pictures"]),
-        wanted=len({q.images for q in shown}), cap=PICTURES, text=TEXT,
+        metric=_METRICS[s.dataset.kind], long=LONG, wanted=len({q.images for q in shown}), cap=PICTURES, text=TEXT,
     )  # fmt: skip
 
 
+_METRICS = {"choice": "accuracy", "mmmu": "accuracy", "chartqa": "relaxed accuracy", "docvqa": "ANLS"}
 _METHODS = {
     "wilson": "Wilson's interval, each picture one trial",
     "bootstrap": "bootstrap over pictures, since questions about one picture succeed and fail together",
@@ -127,11 +129,11 @@ def _verdicts(s: Summary) -> list[tuple[str, int]]:
 
 
 def _sections(s: Summary) -> list[tuple[str, list[Tally]]]:
-    """Column -> its bars: the splits, and categories and subjects of the rows that the headline is of."""
+    """Column -> its bars, if there are two: splits, and categories and subjects of the rows that the headline is of."""
     rows = [row for row in s.rows if s.headline is s.overall or row.group("split") == s.headline.name]
     groups = [name for name in GROUPS if name in s.dataset.columns]
-    sections = [(name, tally.by_group(s.dataset, rows, name)) for name in groups]
-    return [("split", list(s.splits)), *sections] if "split" in s.dataset.columns else sections
+    sections = [("split", list(s.splits)), *((name, tally.by_group(s.dataset, rows, name)) for name in groups)]
+    return [(name, bars) for name, bars in sections if len(bars) > 1]
 
 
 def _histograms(s: Summary) -> list[dict]:
