@@ -215,18 +215,25 @@ def prompt(a: Assistant, chat: Chat, d: Decoding) -> tuple[Prompt, tuple[int | s
     if chat.system is not None:
         template = template.with_system(chat.system)
     ids = text.prompt(chat.turns, template, a.tokenizer, a.form.compat)
-    if ids.count(IMAGE) != len(chat.pictures):
-        raise BadRecord(f"the prompt has {ids.count(IMAGE)} {MARK} but {len(chat.pictures)} images; make them agree")
-    patches, pictures = a.model.vision.patches, iter(chat.pictures)
-    keys = [key for i in ids for key in ([next(pictures).key] * patches if i == IMAGE else [i])]
+    return laid_out(a, ids, chat.pictures, chat.feats, d)
+
+
+def laid_out(
+    a: Assistant, ids: Sequence[int], pictures: Sequence[Picture], feats: Mapping[str, Tensor], d: Decoding
+) -> tuple[Prompt, tuple[int | str, ...]]:
+    """`prompt` of the tokens of text, with IMAGE once for each picture. feats: of each picture."""
+    if ids.count(IMAGE) != len(pictures):
+        raise BadRecord(f"the prompt has {ids.count(IMAGE)} {MARK} but {len(pictures)} images; make them agree")
+    patches, left = a.model.vision.patches, iter(pictures)
+    keys = [key for i in ids for key in ([next(left).key] * patches if i == IMAGE else [i])]
     if len(keys) + d.tokens > a.context:
         raise BadRecord(
-            f"the prompt has {len(keys)} tokens, {patches * len(chat.pictures)} of them for {len(chat.pictures)} "
+            f"the prompt has {len(keys)} tokens, {patches * len(pictures)} of them for {len(pictures)} "
             f"images; with tokens={d.tokens} for the answer that is over the context of {a.context}; "
             "shorten it, ask for fewer tokens, or begin a new conversation"
         )
     none = a.params["llama"]["embed"][:0]
-    feats = torch.cat([none, *(chat.feats[s.key] for s in chat.pictures)])
+    feats = torch.cat([none, *(feats[s.key] for s in pictures)])
     return Prompt(tuple(IMAGE if isinstance(key, str) else key for key in keys), feats), tuple(keys)
 
 
@@ -314,8 +321,14 @@ class Text:
 
 def answers(a: Assistant, chats: Sequence[Chat], d: Decoding, seeds: Sequence[int] | None = None) -> list[list[Text]]:
     """`d.samples` answers to the last question of each conversation, in one batch."""
+    return answers_to(a, [prompt(a, chat, d)[0] for chat in chats], d, seeds)
+
+
+def answers_to(
+    a: Assistant, prompts: Sequence[Prompt], d: Decoding, seeds: Sequence[int] | None = None
+) -> list[list[Text]]:
+    """`answers` to prompts that are laid out already."""
     d = stops(a, d)
-    prompts = [prompt(a, chat, d)[0] for chat in chats]
     rows = generate.generate(a.params, prompts, d, words(a), a.model, seeds, a.run)
     return [[_text(a, r, d) for r in row] for row in rows]
 

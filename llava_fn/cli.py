@@ -22,6 +22,7 @@ from llava_fn.config import structure
 from llava_fn.parallel import launch
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.train import NonFinite
+from llava_fn.weights.source import Source
 
 C = TypeVar("C")
 
@@ -66,24 +67,42 @@ def read(kind: type[C], path: Path) -> C:
 
 
 @dataclass(frozen=True)
-class Model:
-    """Which model answers, how questions reach it, and where it runs."""
+class Weights:
+    """Which model answers, and where it runs."""
 
     weights: tuple[Path, ...]  # a checkpoint or a run's folder, or files and folders of any layout that make a model
-    preset: Literal["original", "hf"] | None = None  # prompt and pictures as LLaVA or as transformers has them
-    template: str | None = None  # of the prompt; what the weights say, unless given
-    image_mode: Literal["pad", "square"] | None = None  # what the weights say, unless given
     context: int = 4096  # tokens of a conversation at most, image positions included
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
     quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
 
+    @property
+    def precision(self) -> str:
+        """The dtype's name, chosen by the device if need be."""
+        return self.dtype if self.dtype != "auto" else "float32" if self.place.type == "cpu" else "bfloat16"
+
+    @property
+    def place(self) -> torch.device:
+        """The device, which must be there."""
+        return launch.pick_device(self.device)
+
+
+@dataclass(frozen=True)
+class Model(Weights):
+    """Which model answers, where it runs, and how questions reach it."""
+
+    preset: Literal["original", "hf"] | None = None  # prompt and pictures as LLaVA or as transformers has them
+    template: str | None = None  # of the prompt; what the weights say, unless given
+    image_mode: Literal["pad", "square"] | None = None  # what the weights say, unless given
+
 
 def open_assistant(m: Model, mesh: Mesh = Mesh()) -> assistant.Assistant:
     """The model in memory, or this rank's share of it."""
-    device = launch.pick_device(m.device)
-    name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     source = assistant.opened(m.weights)
-    form = assistant.form_of(source, m.preset, m.template, m.image_mode)
-    to = assistant.Place(device, getattr(torch, name), mesh, m.quantise == "int8")
+    return place(m, source, assistant.form_of(source, m.preset, m.template, m.image_mode), mesh)
+
+
+def place(m: Weights, source: Source, form: assistant.Form, mesh: Mesh = Mesh()) -> assistant.Assistant:
+    """The model of a source in memory, or this rank's share of it."""
+    to = assistant.Place(m.place, getattr(torch, m.precision), mesh, m.quantise == "int8")
     return assistant.place(source, form, to, m.context)

@@ -339,6 +339,19 @@ def prompt(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str |
     return _tokenize(_parts(turns, template), tokenizer, compat).ids
 
 
+def pieces(parts: Sequence[str | None], tokenizer: Tokenizer, compat: str | None = None) -> list[int]:
+    """The tokens of a prompt that is cut at its images already; None stands for an image.
+
+    A text is spelled as it is, "<image>" and "</s>" in it too; an empty one counts for nothing.
+    Source: LLaVA mm_utils.py tokenizer_image_token, which cuts at every "<image>".
+    """
+    ids, after = [tokenizer.bos], "start"
+    for part in parts:
+        ids += [IMAGE] if part is None else _encode_after(after, part, tokenizer, compat) if part else []
+        after = "image" if part is None else "text" if part else after
+    return ids
+
+
 def _check_turns(turns: Turns) -> None:
     if not turns:
         raise BadRecord("the conversation is empty")

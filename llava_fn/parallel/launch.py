@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from llava_fn.parallel.collectives import total
-from llava_fn.parallel.mesh import Mesh, check_world, make_mesh
+from llava_fn.parallel.mesh import Axis, Mesh, check_world, make_mesh
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
@@ -31,6 +31,7 @@ NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 T = TypeVar("T")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
+LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies, torchrun ends the others
 PACKAGES = (
     "llava_fn torch torch_npu tensordict torchdata numpy pillow einops safetensors sentencepiece tyro transformers"
 ).split()
@@ -253,21 +254,42 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
     if check_processes(tp, os.environ, alone) == 1:
         yield Joined()
         return
+    with _joined(device, BACKENDS[device.type], WAIT, logs) as store:
+        mesh = make_mesh(tp)
+        for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
+            total(torch.zeros(1, device=device), axis)
+        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
+        yield Joined(mesh, store, attempt)
+
+
+@contextlib.contextmanager
+def replicas(device: torch.device) -> Iterator[Axis]:
+    """The processes that torchrun started, on any number of machines, each with a model and a device of its own.
+
+    One process without it. They meet where `meet` is called and nowhere else, so the group is of the hosts' and its
+    wait is long. Ranks above 0 print nothing, except an error that ends them. ValueError as of `processes`.
+    """
+    if check_processes(1, os.environ) == 1:
+        yield Axis("dp")
+        return
+    with _joined(device, "gloo", LONG_WAIT, None):
+        yield Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+
+
+@contextlib.contextmanager
+def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | None) -> Iterator[dist.Store]:
+    """This process in the group of all, with its card, and silent above rank 0. Gives a store that all share."""
     if device.type != "cpu":
         _take_card(device, int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
     own = dist.PrefixStore("llava_fn", store)
-    dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=WAIT)
-    mesh = make_mesh(tp)
-    for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
-        total(torch.zeros(1, device=device), axis)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with contextlib.ExitStack() as stack:
         if rank:
             out = stack.enter_context(open(_log(logs, rank), "a", buffering=1))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(out))
-        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
-        yield Joined(mesh, own, attempt)
+        yield own
     dist.destroy_process_group()
 
 
@@ -276,6 +298,12 @@ def _log(logs: Path | None, rank: int) -> Path:
         return Path(os.devnull)
     logs.mkdir(parents=True, exist_ok=True)
     return logs / f"rank-{rank:05d}.log"
+
+
+def meet(axis: Axis) -> None:
+    """Wait until every rank is here."""
+    if axis.size > 1:
+        dist.barrier(axis.group)
 
 
 def _take_card(device: torch.device, local: int) -> None:

@@ -1,0 +1,169 @@
+"""An evaluation's own costs: reading a large TSV, scoring DocVQA, and how long the device waits for images.
+
+    python bench/evaluate.py
+
+The TSV is of pages of random bytes in base64, as large as asked for, in a temporary folder; it is read in a process of
+its own, whose peak memory is told. The device of the last figure answers with random weights of the size of `prop` in
+step.py, and the pages are noise, drawn as large as scans. The figure is what an evaluation's loop waited, of its time
+from its second batch on.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from step import MODELS
+
+from llava_fn import emoji, llava, spec, text, tree
+from llava_fn.assistant import Assistant, Form
+from llava_fn.evaluate import prompts, run, tally, tsv
+from llava_fn.evaluate.folder import Settings
+from llava_fn.evaluate.records import Dataset, Prediction, Question
+from llava_fn.parallel import launch
+from llava_fn.sampling import Decoding
+
+ROOT = Path(__file__).parents[1]
+READ = """
+import sys, time
+from pathlib import Path
+from llava_fn.evaluate import tsv
+began = time.perf_counter()
+rows = len(tsv.open_table(Path(sys.argv[1])).questions)
+seconds = time.perf_counter() - began
+peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(rows, seconds, peak)
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and how large it is."""
+
+    gigabytes: float = 1.0  # of the TSV that is read
+    rows: int = 5349  # that are scored; DocVQA's validation set has so many
+    questions: int = 48  # that are answered
+    batch: int = 8
+    workers: int = 2
+    tokens: int = 16  # of an answer
+    width: int = 1700  # pixels of a page; DocVQA's are about so large
+    height: int = 2200
+    model: Literal["brief", "prop", "7b"] = "prop"
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def write(path: Path, images: Iterable[bytes]) -> Path:
+    """A TSV in DocVQA's columns."""
+    with path.open("w", encoding="utf-8", newline="") as f:
+        out = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        out.writerow(["index", "question", "answer", "split", "image"])
+        for j, content in enumerate(images):
+            out.writerow([j, f'What is "{j}"?', "['x', 'y']", "val", base64.b64encode(content).decode()])
+    return path
+
+
+def reading(folder: Path, c: Bench) -> str:
+    """Rate and peak memory of reading a file."""
+    draw = random.Random(0)
+    size = 300_000
+    path = write(folder / "large.tsv", (draw.randbytes(size) for _ in range(int(c.gigabytes * 1e9 * 0.75 / size))))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", READ, path], env=env, check=True, capture_output=True, text=True)
+    rows, seconds, peak = map(float, done.stdout.split())
+    megabytes = path.stat().st_size / 1e6
+    path.unlink()
+    return f"read: {megabytes:.0f} MB, {rows:.0f} rows: {megabytes / seconds:.0f} MB/s, peak {peak / 1024:.0f} MiB"
+
+
+def scoring(c: Bench) -> str:
+    """Seconds to score answers of some words, each against three golds, and to make intervals of the scores."""
+    draw = random.Random(0)
+    word = "".join(draw.choices("abcdefghij ", k=40))
+    data = Dataset("DocVQA_VAL", "docvqa", Path("x"), ("index", "question", "answer", "split"))
+    questions, said = [], {}
+    for j in range(c.rows):
+        golds = [word[j % 20 : j % 20 + 15 + k] for k in range(3)]
+        cells = {"index": str(j), "question": "q", "answer": str(golds), "split": "val"}
+        questions.append(Question(j, str(j), cells, str(j // 4)))
+        said[str(j)] = Prediction(str(j), "".join(draw.choices("abcdefghij ", k=20)), 9, 0.1)
+    began = time.perf_counter()
+    rows = tally.score_rows(data, questions, said, "anls")
+    scored = time.perf_counter()
+    tally.summarise("m", data, rows, "anls", {}, False)
+    ended = time.perf_counter()
+    return f"score: {c.rows} rows in {scored - began:.2f} s, figures and intervals in {ended - scored:.2f} s more"
+
+
+def pages(c: Bench) -> Iterator[bytes]:
+    """JPEGs of smooth noise, one for each question."""
+    rng = np.random.default_rng(0)
+    for _ in range(c.questions):
+        coarse = Image.fromarray(rng.integers(0, 256, (c.height // 8, c.width // 8, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        coarse.resize((c.width, c.height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=85)
+        yield out.getvalue()
+
+
+def assistant(folder: Path, c: Bench) -> Assistant:
+    """Random weights."""
+    model, device = MODELS[c.model], launch.pick_device(c.device)
+    words = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
+    params = spec.init(llava.spec(model), 0)
+    params = tree.rebuild(params, [x.to(device, getattr(torch, c.dtype)) for x in tree.values(params)])
+    return Assistant(params, model, words, Form("llava_v1", "pad"), "llava_v1")
+
+
+def waiting(folder: Path, c: Bench) -> str:
+    """The share of its time that the loop of an evaluation waits for images."""
+    a, table = assistant(folder, c), tsv.open_table(write(folder / "pages.tsv", pages(c)), "docvqa")
+    s = Settings("", prompts.style("vlmevalkit", a.form), Decoding(c.tokens), a.context, c.dtype, None)
+    asked = run.ask(table, s, a.tokenizer, a.model.vision.patches)
+    waits: list[float] = []
+
+    def timed(batches: Iterable[run.Ready]) -> Iterator[run.Ready]:
+        source = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(source, None)
+            waits.append(time.perf_counter() - began)
+            if batch is None:
+                return
+            yield batch
+
+    mine, answered = run.batches(asked, s, c.batch, 1), 0
+    ends = []
+    for said in run.answer(a, timed(run.ahead(table, a, mine, c.workers)), s.decoding):
+        ends.append(time.perf_counter())
+        answered += len(said)
+    seconds, share = ends[-1] - ends[0], sum(waits[1:-1]) / (ends[-1] - ends[0])
+    rate = (answered - len(mine[0])) / seconds
+    first = f"the first batch came after {waits[0]:.2f} s"
+    return f"wait: {100 * share:.2f} % of {seconds:.1f} s ({c.model}, {rate:.2f} answers/s); {first}"
+
+
+def main(c: Bench) -> None:
+    """Print the figures."""
+    with tempfile.TemporaryDirectory() as name:
+        print(reading(Path(name), c), flush=True)
+        print(scoring(c), flush=True)
+        print(waiting(Path(name), c), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

@@ -1,0 +1,96 @@
+"""Multiple choice without a judge: which letter an answer means.
+
+Source: VLMEvalKit utils/matching_util.py (can_infer) and dataset/utils/multiple_choice.py; MindSpeed-MM
+tasks/evaluation/utils/string_utils.py. They have had three generations of rules, which agree on "B", "B." and "(B)",
+all that LLaVA-1.5 is trained to say:
+
+- "vlmevalkit-2024", until August 2025, behind the published numbers of LLaVA-1.5: the one option letter among the
+  words; else the one option whose text stands in the answer. It has no notion of words there: of the options "cat" and
+  "dog", "concatenated" means "cat". MindSpeed-MM has the same rules ("mindspeed").
+- "vlmevalkit-2025": the letter must first stand among the last four words, and an answer over twice as long as all
+  options together is not searched for their texts. "B is the one that I would choose here" no longer means B.
+- "vlmevalkit-2026", since June 2026: after the words, "answer is" and a letter of A to D in either case. No word has to
+  end there: "The answer is blue." means B, whatever B is, and "answer is a green thing" means A.
+
+Differs: VLMEvalKit leaves "A" undecided in long answers when the environment variable VERBOSE is set. Nothing of the
+environment changes a score here; nor does a judge, or chance.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+UNDECIDED = "Z"
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+FAILED = "Failed to obtain answer via API"
+_BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A generation of rules. late: a letter counts only among the last four words. said: "answer is B" counts too."""
+
+    late: bool
+    said: bool
+
+
+GENERATIONS: Mapping[str, Rules] = {
+    "vlmevalkit-2024": Rules(late=False, said=False),
+    "vlmevalkit-2025": Rules(late=True, said=False),
+    "vlmevalkit-2026": Rules(late=True, said=True),
+    "mindspeed": Rules(late=False, said=False),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A letter of the options, or UNDECIDED, and by which rule."""
+
+    letter: str
+    why: str
+
+
+def find(text: str, options: Mapping[str, str], rules: str) -> Found:
+    """The letter that an answer means. options: letter -> text. rules: a name of GENERATIONS.
+
+    Letters count in upper case only, the texts of options in either. Source: VLMEvalKit utils/matching_util.py.
+    """
+    r = GENERATIONS[rules]
+    return _letter(text, options, r) or _text(text, options, r)
+
+
+def _letter(text: str, options: Mapping[str, str], r: Rules) -> Found | None:
+    """By a letter that stands alone; None leaves it to the options' texts."""
+    if FAILED in text:
+        return None
+    if refusal := next((known for known in REFUSALS if known in text), None):
+        return Found(UNDECIDED, f"a refusal: {refusal!r}")
+    words = text.translate(_BLANKS).split()
+    there = [letter for letter in options if letter in words]
+    if len(there) == 1 and not (r.late and words.index(there[0]) < len(words) - 4):
+        return Found(there[0], f"the only option letter is {there[0]}")
+    if not there and UNDECIDED in words:
+        return Found(UNDECIDED, "it says Z")
+    said = _ANSWER_IS.search(text) if r.said else None
+    if said and said[1].upper() in options:
+        return Found(said[1].upper(), f"it says {said[0]!r}")
+    return None
+
+
+def _text(text: str, options: Mapping[str, str], r: Rules) -> Found:
+    """By the one option whose text stands in the answer."""
+    if r.late and len(text) > 2 * sum(map(len, options.values())):
+        return Found(UNDECIDED, "no single option letter, and too long to search for the options' texts")
+    lowered = text.lower()
+    there = [letter for letter, option in options.items() if option.lower() in lowered]
+    if len(there) == 1:
+        return Found(there[0], f"the only option whose text it holds is {there[0]}")
+    if there:
+        return Found(UNDECIDED, f"no single option letter, and it holds the texts of {', '.join(there)}")
+    return Found(UNDECIDED, "no single option letter, and no option's text")

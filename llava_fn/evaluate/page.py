@@ -1,0 +1,197 @@
+"""The report: one HTML file that needs nothing else, of one run or of two on the same questions.
+
+It shows the score with its interval, bars by split, category and subject, how long answers are and take, which letter
+was taken for which, and every question with what became of it, to be filtered in the browser. Pictures are small, and
+there are PICTURES of them at most: those of the first questions that are not right (or that changed, of two runs).
+Texts are cut where they are longer than TEXT characters, with a mark; so 5,349 questions make a file of some 6 MB.
+Whatever stands in a cell stays text: the template escapes it, and the script makes text nodes of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+
+from llava_fn.evaluate import score, tally
+from llava_fn.evaluate.compare import Comparison, Pair
+from llava_fn.evaluate.records import Question
+from llava_fn.evaluate.tally import Row, Summary, Tally
+from llava_fn.evaluate.tsv import Table
+
+PICTURES = 120
+SIDE = 320  # pixels of a picture's longer side
+EACH = 3  # pictures of one question
+TEXT = 500  # characters of a text
+BINS = 24
+LONG = 16  # bars above which a table takes the whole width
+GROUPS = ("category", "l2-category")  # columns: few bars first
+VERDICTS = ("right", "wrong", "unparsed", "failed", "missing")
+CHANGES = ("better", "worse", "same")
+
+
+def report(s: Summary, table: Table) -> str:
+    """The page of one run. OSError or ValueError if the TSV is no longer there as it was."""
+    shown = [row.question for row in s.rows if row.verdict not in ("right", "missing")]
+    data = {"rows": [_row(row) for row in s.rows], "pictures": _pictures(table, shown)}
+    return _render(s, data, None, shown)
+
+
+def comparison(c: Comparison, table: Table) -> str:
+    """The page of two runs. OSError or ValueError if the TSV is no longer there as it was."""
+    shown = [p.one.question for p in c.pairs if p.change != "same"]
+    rows = [_row(p.one) | {"change": p.change, "other": _said(p.other)} for p in c.pairs]
+    return _render(c.one, {"rows": rows, "pictures": _pictures(table, shown)}, c, shown)
+
+
+def _render(s: Summary, data: Mapping, c: Comparison | None, shown: Sequence[Question]) -> str:
+    source = resources.files("llava_fn.evaluate").joinpath("page.html").read_text(encoding="utf-8")
+    undefined = jinja2.StrictUndefined
+    env = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
+    return env.from_string(source).render(
+        s=s, c=c, data=_script(data | {"columns": [name for name, _ in _sections(s)]}), verdicts=_verdicts(s),
+        changes=Counter(p.change for p in c.pairs) if c else {}, agreement=_agreement(c) if c else {},
+        sections=_sections(s), against=_against(c) if c else {}, histograms=_histograms(s), confusion=_confusion(s),
+        odd=tally.odd_counts, method=_METHODS[s.headline.interval.method], pictures=len(data["pictures"]),
+        metric=_METRICS[s.dataset.kind], long=LONG, wanted=len({q.images for q in shown}), cap=PICTURES, text=TEXT,
+    )  # fmt: skip
+
+
+_METRICS = {"choice": "accuracy", "mmmu": "accuracy", "chartqa": "relaxed accuracy", "docvqa": "ANLS"}
+_METHODS = {
+    "wilson": "Wilson's interval, each picture one trial",
+    "bootstrap": "bootstrap over pictures, since questions about one picture succeed and fail together",
+}
+
+
+def _script(data: Mapping) -> Markup:
+    """JSON that no text in it can end: nothing of HTML is left in it. Halves of surrogate pairs are written as such."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _short(text: str, most: int = TEXT) -> str:
+    return text if len(text) <= most else f"{text[:most]} [{len(text) - most} more characters]"
+
+
+def _row(row: Row) -> dict:
+    q = row.question
+    options = {letter: _short(text, 120) for letter, text in q.options.items()}
+    where = {name: row.group(name) for name in ("split", *GROUPS) if name in q.cells}
+    return {
+        "index": q.index, "question": _short(q.cells["question"]), "options": options, "where": where,
+        "gold": _short(q.cells["answer"]), "picture": q.images,
+    } | _said(row)  # fmt: skip
+
+
+def _said(row: Row) -> dict:
+    said, x = row.said, row.score
+    return {
+        "verdict": row.verdict, "score": round(x.score, 4), "said": _short(said.text) if said else "",
+        "extracted": _short(x.extracted, 120), "why": _short(x.why, 240), "tokens": said.tokens if said else 0,
+        "seconds": round(said.seconds, 3) if said else 0,
+    }  # fmt: skip
+
+
+def _pictures(table: Table, questions: Sequence[Question]) -> dict[str, list[str]]:
+    """JPEGs of the first PICTURES different sets of pictures, as data URLs. "" where one cannot be opened."""
+    first = list({q.images: q for q in reversed(questions)}.values())[::-1][:PICTURES]
+    return {q.images: [_small(content) for content in table.images(q)[:EACH]] for q in first}
+
+
+def _small(content: bytes) -> str:
+    out = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG need not be decoded in full
+            image.thumbnail((SIDE, SIDE))
+            paper = Image.new("RGBA", image.size, "white")
+            paper.alpha_composite(image.convert("RGBA"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError):
+        return ""  # the page says so in its place
+    paper.convert("RGB").save(out, "JPEG", quality=72, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _verdicts(s: Summary) -> list[tuple[str, int]]:
+    found = Counter(row.verdict for row in s.rows)
+    return [(name, found[name]) for name in VERDICTS if found[name]]
+
+
+def _sections(s: Summary) -> list[tuple[str, list[Tally]]]:
+    """Column -> its bars, if there are two: splits, and categories and subjects of the rows that the headline is of."""
+    rows = [row for row in s.rows if s.headline is s.overall or row.group("split") == s.headline.name]
+    groups = [name for name in GROUPS if name in s.dataset.columns]
+    sections = [("split", list(s.splits)), *((name, tally.by_group(s.dataset, rows, name)) for name in groups)]
+    return [(name, bars) for name, bars in sections if len(bars) > 1]
+
+
+def _histograms(s: Summary) -> list[dict]:
+    said = [row.said for row in s.rows if row.status == "ok"]
+    if not said:
+        return []
+    tokens = _histogram("Length of answers", "tokens", [p.tokens for p in said])
+    return [tokens, _histogram("Time of answers", "seconds", [p.seconds for p in said])]
+
+
+def _histogram(title: str, unit: str, values: Sequence[float]) -> dict:
+    """Bars of equal width up to the 99th percentile; the last holds all that is longer, too."""
+    x = np.array(values, dtype=float)
+    whole = unit == "tokens"
+    top = float(np.quantile(x, 0.99))
+    width = max(1.0, np.ceil((top + 1) / BINS)) if whole else max(top / BINS, 1e-9)
+    bins = int(min(BINS, top // width + 1))
+    counts = np.bincount(np.minimum(x // width, bins - 1).astype(int), minlength=bins)
+    ends = [(j * width, (j + 1) * width - (1 if whole else 0)) for j in range(bins)]
+    names = [f"{a:.3g} to {b:.3g}" if a != b else f"{a:.3g}" for a, b in ends]
+    names[-1] = f"{ends[-1][0]:.3g} or more"
+    median, high = (float(np.quantile(x, q)) for q in (0.5, 0.9))
+    return {
+        "title": title, "unit": unit, "median": f"{median:.3g}", "high": f"{high:.3g}", "longest": f"{x.max():.3g}",
+        "bars": list(zip(names, counts.tolist(), (100 * counts / counts.max()).round(2).tolist(), strict=True)),
+        "ticks": ["0", f"{bins * width / 2:.3g}", f"{bins * width:.3g}"],
+    }  # fmt: skip
+
+
+def _confusion(s: Summary) -> dict | None:
+    """Right letter -> letter that was found -> count, of answered questions with options; None without such."""
+    if s.dataset.kind not in tally.LETTERED:
+        return None
+    asked = [row for row in s.rows if row.status == "ok" and "A" in row.question.options]
+    counts = Counter((score.key(s.dataset.kind, row.question), row.score.extracted) for row in asked)
+    right, found = (sorted({pair[j] for pair in counts}) for j in (0, 1))
+    sums = Counter(score.key(s.dataset.kind, row.question) for row in asked)
+    return {"right": right, "found": found, "counts": counts, "sums": sums} if counts else None
+
+
+def _agreement(c: Comparison) -> dict[str, int]:
+    """How many questions each run, both or neither has right."""
+    found = Counter((p.one.score.hit, p.other.score.hit) for p in c.pairs)
+    names = {"both": (True, True), "one": (True, False), "other": (False, True), "neither": (False, False)}
+    return {name: found[pair] for name, pair in names.items()}
+
+
+def _against(c: Comparison) -> dict[str, list[tuple[str, int, float, float, float]]]:
+    """Column -> value, questions, the means of both runs in percent and their difference."""
+    columns = [name for name in ("split", *GROUPS) if name in c.one.dataset.columns]
+    values = {column: sorted({p.one.group(column) for p in c.pairs}) for column in columns}
+    return {
+        column: [_gain(value, [p for p in c.pairs if p.one.group(column) == value]) for value in values[column]]
+        for column in columns
+    }
+
+
+def _gain(value: str, pairs: Sequence[Pair]) -> tuple[str, int, float, float, float]:
+    one = 100 * float(np.mean([p.one.score.score for p in pairs]))
+    other = 100 * float(np.mean([p.other.score.score for p in pairs]))
+    return value, len(pairs), one, other, one - other
