@@ -25,6 +25,7 @@ from llava_fn.batch import Stream
 from llava_fn.config import Llama
 from llava_fn.errors import BadRecord
 from llava_fn.generate import Prompt
+from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention
 from llava_fn.sampling import Decoding
 from llava_fn.text import IMAGE, Tokenizer
@@ -50,7 +51,7 @@ def attention_maps(
 
         return llama.block_with(weights(p), x, turn, rows, attend, *rest)
 
-    hidden = llama.decode(p, x, Stream.of([len(x)], [read]).to(x.device), c, block=block)
+    hidden = llama.decode(p, x, Stream.of([len(x)], [read]).to(x.device), c, blocks=scan(block))
     return hidden, torch.stack(maps)
 
 
