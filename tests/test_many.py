@@ -1,6 +1,5 @@
 """Runs of several processes as a person starts them: figures, resuming on another mesh, kills, hangs, wrong input."""
 
-import json
 import os
 import re
 import signal
@@ -9,13 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import ROOT, SCRIPT, Zygote, figures, rows, same, write
+from test_pretrain import ROOT, SCRIPT, Zygote, figures, rows, run_of, same, write
 
-from llava_fn import checkpoint, config, data
+from llava_fn import checkpoint, config
 from llava_fn.parallel import agreement, watchdog
 from llava_fn.parallel.mesh import Mesh, Parallel
 
@@ -42,27 +40,10 @@ def zygote():
 
 @pytest.fixture(scope="module")
 def small(emojis, tmp_path_factory):
-    """12 updates on 13 records, one of them bad, with checkpoints of every second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import pretrain
-    records = json.loads((emojis / "train.json").read_text())
-    bad = {"id": "bad", "image": "images/none.png", "conversations": records[0]["conversations"]}
-    path = tmp_path_factory.mktemp("data") / "some.json"
-    path.write_text(json.dumps([*records, bad]))
-    return replace(
-        pretrain.EMOJI,
-        run_dir=Path("run"),
-        data=data.Data(
-            (data.Source(path, emojis),), samples=7, epochs=6.0, workers=0, max_tokens=64, on_bad_record="skip"
-        ),
-        model=MODEL,
-        tokenizer=emojis / "tokenizer.model",
-        unpack=None,
-        heldout=data.Source(emojis / "heldout.json", emojis),
-        saving=replace(pretrain.EMOJI.saving, save_interval=2, keep=0),
-        optim=replace(pretrain.EMOJI.optim, eps=1e-3),  # else Adam blows up rounding where a gradient is nearly zero
-    )
+    """12 updates, whose checkpoints all stay."""
+    c = run_of(emojis, tmp_path_factory.mktemp("data"), MODEL, samples=7)
+    calm = replace(c.optim, eps=1e-3)  # else Adam blows up rounding where a gradient is nearly zero
+    return replace(c, saving=replace(c.saving, keep=0), optim=calm)
 
 
 def port():

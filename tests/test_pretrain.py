@@ -89,25 +89,32 @@ def pretrain():
         yield pretrain
 
 
-@pytest.fixture(scope="module")
-def small(pretrain, tiny, emojis, tmp_path_factory):
-    """A config of 18 updates on 13 records, one of them bad."""
+def run_of(emojis: Path, folder: Path, model, **fields):
+    """A config of a run on 13 records, one of them bad, with a checkpoint of every second update."""
     records = json.loads((emojis / "train.json").read_text())
     bad = {"id": "bad", "image": "images/none.png", "conversations": records[0]["conversations"]}
-    path = tmp_path_factory.mktemp("data") / "some.json"
+    path = folder / "some.json"
     path.write_text(json.dumps([*records, bad]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes"))
+        import pretrain
+    how = {"epochs": 6.0, "workers": 0, "max_tokens": 64, "on_bad_record": "skip"} | fields
     return replace(
         pretrain.EMOJI,
         run_dir=Path("run"),
-        data=data.Data(
-            (data.Source(path, emojis),), samples=5, epochs=6.0, workers=0, max_tokens=64, on_bad_record="skip"
-        ),
-        model=tiny,
+        data=data.Data((data.Source(path, emojis),), **how),
+        model=model,
         tokenizer=emojis / "tokenizer.model",
         unpack=None,
         heldout=data.Source(emojis / "heldout.json", emojis),
         saving=replace(pretrain.EMOJI.saving, save_interval=2),
     )
+
+
+@pytest.fixture(scope="module")
+def small(tiny, emojis, tmp_path_factory):
+    """18 updates."""
+    return run_of(emojis, tmp_path_factory.mktemp("data"), tiny, samples=5)
 
 
 def write(folder: Path, c) -> Path:
