@@ -11,6 +11,7 @@ import torch
 from llava_fn import checkpoint, config, data, emoji, llava, spec, tree
 from llava_fn.text import Tokenizer
 
+torch.set_num_threads(1)  # two workers run the tests, on the two cores of a small machine
 CONTENT = resources.files("llava_fn").joinpath("emoji.zip").read_bytes()
 
 
