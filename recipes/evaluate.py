@@ -199,6 +199,7 @@ def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> None:
     launch.meet(axis)
     s = folder.read_manifest(c.place(tables[0])).settings
     a = cli.place(c.model, source, s.style.form)
+    print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     work = [left(c, table, s, a) for table in tables]
     launch.meet(axis)  # nobody writes before everybody has read
     for w in work:

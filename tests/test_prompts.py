@@ -108,6 +108,11 @@ def test_tokens_of_own_templates_are_those_of_a_conversation(tmp_path, tokenizer
             assert text.pieces(prompt(table, j, "own", form), tokenizer, form.compat) == want
 
 
+def test_only_what_follows_an_image_or_nothing_gets_a_space_in_front(tokenizer):
+    want = [tokenizer.bos, *tokenizer.encode(" a b"), *tokenizer.encode("c"), IMAGE, *tokenizer.encode(" d")]
+    assert text.pieces(("", "a b", "", "c", None, "", "d"), tokenizer) == want
+
+
 @pytest.mark.parametrize("name", ["vlmevalkit", "llava", "own"])
 def test_image_in_a_question_is_text_and_no_place_for_an_image(name, tmp_path, tokenizer):
     table = tsv.open_table(tsvs.ai2d(tmp_path))

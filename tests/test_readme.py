@@ -12,6 +12,7 @@ from pathlib import Path
 
 import layouts
 import pytest
+import tsvs
 from layouts import HFLlava
 from PIL import Image
 from test_convert import mindspeed_json
@@ -52,6 +53,8 @@ def clone(tmp_path_factory):
     checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
     emoji.unpack(folder / "runs/emoji-data")
     Image.new("RGB", (60, 40), (200, 120, 30)).save(folder / "cat.jpg")
+    for make in tsvs.ALL.values():
+        make(folder, 3)
     lines = ({"prompt": f"What is {j}?", "image": "cat.jpg"} for j in range(5))
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -76,13 +79,15 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP + SERVE]
-    assert len(shown) == 18
+    assert len(shown) == 22
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
         if "infer" in command and "llava" not in command:
             assert "stage 1" in done.stderr and done.stdout.strip()
+        if "evaluate" in command:
+            assert "dry-run" in command or "95 % interval" in done.stdout
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout
     assert len((clone / "answers.jsonl").read_text().splitlines()) == 5
@@ -91,6 +96,9 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     assert (clone / "runs/emoji-short/samples.html").exists()
     assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
     assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
+    for end in (".html", "_acc.csv", "_summary.json", ".xlsx"):
+        assert (clone / f"results/llava-1.5-7b-hf_AI2D_TEST{end}").exists()
+    assert (clone / "results/llava-prompt_AI2D_TEST_vs_llava-1.5-7b-hf.html").exists()
     assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
 
 

@@ -11,8 +11,6 @@ import os
 import runpy
 import sys
 
-import torch  # noqa: F401
-
 ENTRY = sys.argv[1]
 
 

@@ -8,11 +8,12 @@ alone what it has to do, and never waits for another.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
 
 from llava_fn import assistant, text
 from llava_fn.assistant import Assistant, Picture
@@ -122,9 +123,19 @@ def _check_room(one: Asked, a: Assistant) -> None:
         )
 
 
-def ahead(table: Table, a: Assistant, mine: Sequence[Sequence[Asked]], workers: int) -> Iterable[Ready]:
-    """Batches in order, some of them made ready before they are wanted."""
-    return Loader(ParallelMapper(IterableWrapper(mine), Prepare(table, a), workers, method="thread"))
+def ahead(table: Table, a: Assistant, mine: Sequence[Sequence[Asked]], workers: int) -> Iterator[Ready]:
+    """Batches in order, up to twice as many as there are workers made ready before they are wanted.
+
+    The threads have ended when it ends: a thread that still runs at the end of Python can abort it.
+    """
+    prepare, waiting = Prepare(table, a), deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in mine:
+            waiting.append(pool.submit(prepare, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def answer(a: Assistant, ready: Iterable[Ready], d: Decoding) -> Iterator[list[Prediction]]:
