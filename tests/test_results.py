@@ -112,6 +112,13 @@ def test_without_splits_others_have_overall_and_sorted_categories(tmp_path):
     assert s.overall.interval.method == "wilson" and s.overall.lenient is None
 
 
+def test_categories_are_sorted_whatever_the_order_of_rows():
+    names = [chr(ord("z") - j) for j in range(20)]
+    t = table("choice", [{"A": "x", "B": "y", "answer": "A", "category": c} for c in names])
+    rows = tally.score_rows(t.dataset, t.questions, said(*["A"] * 20), "vlmevalkit-2024")
+    assert [x.name for x in tally.by_group(t.dataset, rows, "category")] == sorted(names)
+
+
 def test_without_splits_choices_have_the_one_called_none(tmp_path):
     rows = [{"A": "x", "B": "y", "answer": "A", "category": c} for c in ("b", "a", "")]
     write(tmp_path, table("choice", rows), ["A", "B", "A"])
@@ -180,6 +187,8 @@ def test_equal_answers_give_equal_bytes_however_long_they_took(tmp_path):
         answers = {k: replace(p, seconds=seconds) for k, p in reversed(said(*texts).items())}
         results.write(tmp_path / name, "m", t, answers, "anls", {}, False)
     names = {"m_FILE.xlsx", "m_FILE_acc.csv", "m_FILE_summary.json"}
+    told = openpyxl.load_workbook(tmp_path / "a" / "m_FILE.xlsx").properties
+    assert {told.created, told.modified} == {results.CREATED}  # and not the time of writing
     assert names <= {p.name for p in (tmp_path / "a").iterdir()}
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -46,6 +46,7 @@ def test_short_answers_of_a_choice_mean_the_same_in_every_generation_of_rules(te
 
 GENERATIONS = [
     ("B is the one that I choose", "BZZ"),  # the letter stands before the last four words
+    ("B is what I choose", "BZZ"),  # just before them
     ("So B is my choice", "BBB"),  # and here it is the first of the last four
     ("It is green, as green as anything in this picture can possibly ever be", "BZZ"),  # over twice all options
     ("The answer is blue.", "ZZB"),  # no word has to end behind the letter
@@ -257,6 +258,7 @@ def test_an_open_question_is_a_choice_of_two_for_vlmevalkit_and_parsed_by_the_of
 
 def test_an_open_question_whose_gold_is_a_letter_has_that_key():
     assert mmmu.reformulate({}, "C") == ({"A": "C", "B": "Other Answers"}, "C")
+    assert mmmu.reformulate({"B": "y"}, "12") == ({"A": "12", "B": "Other Answers"}, "A")
     assert mmmu.reformulate({"A": "x", "B": "y"}, "B") == ({"A": "x", "B": "y"}, "B")
     assert score.key("mmmu", question("12")) == "A" and score.key("choice", question("D", **OPTIONS)) == "D"
     assert score.key("chartqa", question("D")) == ""
@@ -272,7 +274,8 @@ OFFICIAL = [
     ("(B)", "B"), ("B", "B"), ("B.", "B"), ("(A) or (B)", "B"), ("B is wrong and A is right", "A"), ("A. or B.", "B"),
     ("(A) not B", "A"),
     ("green", "Z"), ("I think that the colour is green", "B"), ("green or rather red, all in all", "A"),
-    ("DNA is", "A"), ("", "Z"), ("b", "Z"),
+    ("colour is green, I think", "Z"), ("I think the colour is green", "B"),
+    ("A. B. both", "A"), ("A or HUB is", "A"), ("DNA is", "A"), ("", "Z"), ("b", "Z"),
 ]  # fmt: skip
 
 
