@@ -15,7 +15,7 @@ from test_pretrain import ROOT, SCRIPT, Zygote, figures, rows, run_of, same, wri
 
 from llava_fn import checkpoint, config
 from llava_fn.parallel import agreement, watchdog
-from llava_fn.parallel.mesh import Mesh, Parallel
+from llava_fn.parallel.mesh import Parallel
 
 MODEL = config.Llava(
     config.Vision(image=16, patch=8, width=16, blocks=3, heads=2, ffn=32),
@@ -51,14 +51,17 @@ def port():
         return str(free.getsockname()[1])
 
 
-def start(zygote, folder, c, world, *more, **env):
-    """The process ids of a run of `world` processes, with the environment that torchrun gives them."""
+def start(zygote, folder, c, world, *more, own=((),), **env):
+    """The process ids of a run of `world` processes, with the environment that torchrun gives them.
+
+    own: arguments of each process besides those of all.
+    """
     path = write(folder, c)
     shared = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "OMP_NUM_THREADS": "1"}
     return [
-        zygote.start(folder, "--config", path, *more, output=folder / f"log{r}", RANK=str(r), LOCAL_RANK=str(r),
-                     **shared, **env)
+        zygote.start(folder, "--config", path, *more, *own[r % len(own)], output=folder / f"log{r}",
+                     RANK=str(r), LOCAL_RANK=str(r), **shared, **env)
         for r in range(world)
     ]  # fmt: skip
 
@@ -231,8 +234,12 @@ def test_an_update_of_too_few_samples_is_refused(zygote, small, tmp_path):
     assert statuses == [1, 1] and "data.samples=3 of an update cannot be shared out to 4 micro-batches" in logs[1]
 
 
-def test_what_one_process_alone_says_agrees_with_itself():
-    agreement.check("nothing", {"a": 1}, Mesh().all, torch.device("cpu"))
+def test_processes_that_were_told_different_things_end_before_the_first_update(zygote, small, tmp_path):
+    statuses, logs = run(zygote, tmp_path, small, 2, own=((), ("--optim.lr", "0.1")))
+    assert statuses == [1, 1] and not (tmp_path / "run" / "metrics.jsonl").exists()
+    for rank, log in enumerate(logs):
+        assert f"error (rank {rank}): the processes do not agree on the run (that of rank 0 -> theirs):" in log
+        assert "rank 1: run.recipe.optim.lr: 0.003 -> 0.1" in log
 
 
 def test_a_number_changes_with_any_bit():

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_fn import config, llava, spec, tree
+from llava_fn.parallel import agreement
 from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Param
@@ -53,11 +54,23 @@ def order(ahead, mesh):
     return log.seen, grads
 
 
+def drifted(rank, mesh, by):
+    """What is said of copies, of which rank 1 has one number that is off by so much."""
+    params = spec.init(SPEC, 0)
+    params["part", "blocks", "1", "w"][2, 3] += by * rank
+    try:
+        return agreement.check_params("the parameters", params, Zero(SPEC, mesh), torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = make_mesh(1)
-    torch.save({ahead: order(ahead, mesh) for ahead in (True, False)}, Path(folder) / f"{rank}.pt")
+    out = {ahead: order(ahead, mesh) for ahead in (True, False)}
+    out["drift"] = [drifted(rank, mesh, by) for by in (0.0, 1e-7)]
+    torch.save(out, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -82,6 +95,13 @@ def test_without_it_each_is_gathered_when_it_runs_and_no_number_changes(ranks):
         first = r[False][0][: r[False][0].index("backward")]
         assert first == ["gather", "wait", "block 0", "gather", "wait", "block 1", "gather", "wait", "block 2"]
         assert all(torch.equal(a, b) for a, b in zip(r[True][1], r[False][1], strict=True))
+
+
+def test_copies_that_have_drifted_apart_are_named_on_every_rank(ranks):
+    for same, other in (r["drift"] for r in ranks):
+        assert same is None and "do not agree on the parameters" in other
+        (line,) = other.splitlines()[1:]
+        assert "rank 1: part/blocks/1/w: " in line
 
 
 def test_level_3_needs_recompute():
