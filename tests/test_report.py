@@ -179,6 +179,12 @@ def test_a_comparison_takes_the_questions_that_both_were_asked_and_failures_as_w
     assert [p.change for p in c.pairs] == ["same", "better", "worse"] and c.difference == pytest.approx(-0.5 / 3)
 
 
+def test_a_comparison_has_the_pictures_of_what_changed():
+    t = table("docvqa", [{"answer": "abcd"}] * 4)
+    c = comparing.compare(summary(t, ["abcd", "x", "abcd", "x"]), summary(t, ["abcd", "abcd", "x", "x"]))
+    assert list(embedded(page.comparison(c, t))["pictures"]) == ["1", "2"]
+
+
 def test_runs_that_cannot_be_compared_are_refused():
     t = table("docvqa", [{"answer": "a"}])
     one = summary(t, ["a"])
