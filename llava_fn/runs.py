@@ -77,7 +77,7 @@ def start(
         words = Tokenizer.load(tokenizer)
     else:
         if not (base / checkpoint.SUMS).is_file():
-            raise ValueError(f"{base} is not a checkpoint; recipes/convert.py makes one of files of any layout")
+            raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
         brought = open_source(base)
         model, words = checkpoint.read_manifest(base).model, Tokenizer.from_bytes(brought.tokenizer)
         origin = Base(str(base.resolve()), checkpoint.fingerprint(base))

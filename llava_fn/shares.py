@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -61,7 +61,7 @@ def write_share(
     into = _collected(folder, attempt)
     if (into / _sidecar(rank)).exists():
         raise ValueError(f"rank {rank} has already written its share of {folder}; let that be committed first")
-    kinds = {"params": params, **({} if moments is None else dict(zip(("first", "second"), moments, strict=True)))}
+    kinds = dict(zip(boxes.KINDS, (params, *(moments or ())), strict=False))
     files: dict[str, dict[str, Leaf]] = {}
     rows = []
     for kind, pieces in kinds.items():
@@ -141,10 +141,15 @@ def _index(folder: Path, manifest: checkpoint.Manifest, shares: Sequence[_Share]
     return index
 
 
+def copied(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same boxes with values of their own on the CPU, for a job that runs while training changes the others."""
+    return [replace(p, value=p.value.detach().to("cpu", copy=True)) for p in pieces]
+
+
 class Background:
     """Runs one job at a time in a thread, such as the writing of a checkpoint; a context that ends with the last job.
 
-    The job's tensors must be its own: copies that training does not change.
+    The job's tensors must be its own, see `copied`.
     """
 
     def __init__(self) -> None:

@@ -84,10 +84,12 @@ PUBLISHED = Pretrain(
 )
 
 
-def recipe(c: Pretrain) -> dict:
-    """The part of the config that the numbers of a run depend on."""
-    free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer", "parallel")
-    return plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
+def recipe(c: Pretrain, dp: int) -> dict:
+    """The part of the config that the numbers of a run depend on, by more than rounding. dp: size of the data axis."""
+    free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer", "parallel", "recompute")
+    values = plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
+    values["data"]["accumulate"] *= dp if c.loss == "rank_mean" else 0  # there each part has a mean of its own
+    return values
 
 
 def check(c: Pretrain, world: int) -> None:
@@ -127,7 +129,7 @@ def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> St
     how = data.preparation(begin.tokenizer, vision.image, vision.patches, c.data)
     manifest = Manifest(
         begin.model, parts, c.data.image_mode, c.data.template, c.data.compat,
-        base=begin.base, recipe=recipe(c), data=data.fingerprint(c.data.sources),
+        base=begin.base, recipe=recipe(c, mesh.dp.size), data=data.fingerprint(c.data.sources),
     )  # fmt: skip
     plan = data.plan(records, c.data, how)
     heldout = [data.sample(record, how) for record in data.read(c.heldout)] if c.heldout else []

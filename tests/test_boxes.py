@@ -475,7 +475,8 @@ def test_a_second_share_waits_for_the_first_commit(tmp_path, manifest, trees, to
 def test_a_rank_may_hold_nothing(tmp_path, manifest, trees, tokenizer):
     folder = tmp_path / "000007"
     save(folder, manifest, trees[0], trees[1:], tokenizer.model, (2, 1), commit=False)
-    shares.write_share(folder, 2, [], None)
+    empty = Piece(("llama", "norm"), (16,), ((16, 16),), torch.zeros(0))
+    shares.write_share(folder, 2, [empty], None)
     shares.commit(folder, 3, manifest, tokenizer.model, 0.1)
     same(checkpoint.load(folder, moments=True).params, trees[0])
     assert not (folder / "params-00002.safetensors").exists()
@@ -575,6 +576,17 @@ def test_a_checkpoint_is_written_in_the_background(tmp_path, manifest, trees, to
     with Background() as saver:
         saver.start("step 7", lambda: save(folder, manifest, trees[0], trees[1:], tokenizer.model, (2, 1)))
     same(checkpoint.load(folder, moments=True).moments[1], trees[2])
+
+
+def test_copied_pieces_do_not_change_with_training():
+    value = torch.arange(6.0).view(3, 2).requires_grad_()
+    whole = Piece(("a",), (3, 2), boxes.whole((3, 2)), value)
+    half = Piece(("a",), (3, 2), ((0, 2), (1, 2)), value[:2, 1:])
+    copies = shares.copied([whole, half])
+    value.detach().zero_()
+    assert copies[0].value.tolist() == [[0, 1], [2, 3], [4, 5]] and copies[1].value.tolist() == [[1], [3]]
+    assert [(p.path, p.shape, p.box) for p in copies] == [(p.path, p.shape, p.box) for p in (whole, half)]
+    assert not copies[0].value.requires_grad
 
 
 # Out to other layouts.

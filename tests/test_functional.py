@@ -215,8 +215,8 @@ ALLOWED = {  # what each module may import of this package; a package stands for
     "image": {"errors"},
     "data": {"batch", "errors", "image", "text"},
     "weights": {
-        "checkpoint", "config", "data", "image", "llama", "llava", "parallel", "projector", "spec", "text", "vit",
-        "weights",
+        "boxes", "checkpoint", "config", "data", "image", "llama", "llava", "parallel", "projector", "spec", "text",
+        "vit", "weights",
     },  # fmt: skip
 }
 

@@ -175,7 +175,8 @@ def test_blocking_launches_exclude_a_task_queue():
 
 
 def test_processes_are_counted_and_wrong_numbers_refused():
-    for environ, tp, world in (({}, 1, 1), ({"WORLD_SIZE": "1", "RANK": "0"}, 1, 1), ({"WORLD_SIZE": "8"}, 4, 8)):
+    started = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
+    for environ, tp, world in (({}, 1, 1), ({"WORLD_SIZE": "1"}, 1, 1), ({"WORLD_SIZE": "8", **started}, 4, 8)):
         assert check_processes(tp, environ) == world
     for world in ("two", "", "0", "-1"):
         with pytest.raises(ValueError, match=f"WORLD_SIZE='{world}' is no number of processes"):
@@ -183,11 +184,14 @@ def test_processes_are_counted_and_wrong_numbers_refused():
     with pytest.raises(ValueError, match="tp=4 does not divide the 6 processes; tp can be one of 1, 2, 3, 6"):
         check_processes(4, {"WORLD_SIZE": "6"})
     with pytest.raises(ValueError, match="tp=4 would join processes of several machines, of 2 each; let tp divide 2"):
-        check_processes(4, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"})
+        check_processes(4, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", **started})
+    with pytest.raises(ValueError, match="WORLD_SIZE=8 but RANK, MASTER_PORT is not set; torchrun sets them"):
+        check_processes(1, {"WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "here"})
 
 
 def test_restarts_need_the_setting_with_which_processes_find_each_other():
-    environ = {"WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    environ = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
+    environ |= {"WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
     with pytest.raises(ValueError, match="--max-restarts 3: .*set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         check_processes(1, environ)
     assert check_processes(1, environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}) == 2

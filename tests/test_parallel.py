@@ -1,4 +1,4 @@
-"""The collectives and the model on two and three processes (gloo) against one: the loss and every gradient."""
+"""The collectives, and the decoder without a sharded sequence, on two to four processes (gloo) against one."""
 
 import tempfile
 from pathlib import Path
@@ -15,10 +15,10 @@ from llava_fn.parallel import collectives, vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
 
-C = config.Llama(vocab=24, width=12, blocks=3, heads=6, kv_heads=6, ffn=18)
-LENGTHS, TAILS = (5, 7, 6), (2, 3, 1)  # 18 tokens, 6 rows read: both divide over 2 and 3
-IDS = torch.randint(0, C.vocab, (18,), generator=torch.Generator().manual_seed(1))
-TARGETS = torch.randint(0, C.vocab, (6,), generator=torch.Generator().manual_seed(2))
+C = config.Llama(vocab=24, width=24, blocks=3, heads=12, kv_heads=12, ffn=24)
+LENGTHS, TAILS = (7, 9, 8), (4, 6, 2)  # 24 tokens, 12 rows read: both divide over 2, 3 and 4
+IDS = torch.randint(0, C.vocab, (24,), generator=torch.Generator().manual_seed(1))
+TARGETS = torch.randint(0, C.vocab, (12,), generator=torch.Generator().manual_seed(2))
 KINDS = {  # name -> type of its input and of its output
     "enter": "IR", "leave": "PI", "gather": "VR", "scatter": "PV", "split": "IV", "join": "VI",
 }  # fmt: skip
@@ -35,11 +35,25 @@ def replicated(path: tuple[str, ...]) -> bool:
 
 
 def linear_inputs(kind: str, rank: int, world: int) -> list[torch.Tensor]:
-    """This rank's x, weight and gradient of y. Whole: x 12 6, weight 18 6, y 12 18."""
-    x, w, g = (torch.randn(s, generator=torch.Generator().manual_seed(7)) for s in ((12, 6), (18, 6), (12, 18)))
+    """This rank's x, weight and gradient of y. Whole: x 12 12, weight 24 12, y 12 24."""
+    x, w, g = (torch.randn(s, generator=torch.Generator().manual_seed(7)) for s in ((12, 12), (24, 12), (12, 24)))
     if kind == "column":  # tokens, rows of the weight, columns of y
         return [z.chunk(world, dim)[rank].contiguous() for z, dim in ((x, 0), (w, 0), (g, 1))]
     return [z.chunk(world, dim)[rank].contiguous() for z, dim in ((x, 1), (w, 1), (g, 0))]
+
+
+def mapped(op, x: torch.Tensor, g: torch.Tensor, axis: Axis) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(all at once, one by one) of values and of gradients, for a collective along the first and along the last dim."""
+    xs, gs, out = torch.stack([x, 2 * x + 1, x * x]).requires_grad_(), torch.stack([g, g + 1, g * g]), []
+    for dim in (0, -1):
+
+        def run(t: torch.Tensor, dim: int = dim) -> torch.Tensor:
+            return op(t, axis, 0) if dim == 0 else op(t.mT, axis, -1).mT
+
+        once, each = torch.func.vmap(run)(xs), torch.stack([run(t) for t in xs])
+        out.append((once.detach(), each.detach()))
+        out.append(tuple(torch.autograd.grad(y, xs, gs)[0] for y in (once, each)))
+    return out
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -49,12 +63,13 @@ def worker(rank: int, world: int, folder: str) -> None:
     out = {"adjoint": {}}
     for name, (before, after) in KINDS.items():
         rng = torch.Generator().manual_seed(10 * rank)
-        shape = (6 // world if before == "V" else 6,)
+        shape = (12 // world if before == "V" else 12, 3)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(3) if before == "I" else rng).requires_grad_()
         y = getattr(collectives, name)(x, axis, 0)
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4) if after == "I" else rng)
         (back,) = torch.autograd.grad(y, x, g)
         out["adjoint"][name] = (x.detach(), y.detach(), g, back)
+        out["vmap", name] = mapped(getattr(collectives, name), x.detach(), g, axis)
     for kind, op in (("column", kernels.column_linear), ("row", kernels.row_linear)):
         x, w, g = linear_inputs(kind, rank, world)
         y = op(x.requires_grad_(), w.requires_grad_(), dist.group.WORLD)
@@ -73,7 +88,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (request.param, folder), request.param)
@@ -125,3 +140,10 @@ def test_collectives_on_an_axis_of_one_are_the_input_itself():
 def test_split_refuses_tokens_that_do_not_divide():
     with pytest.raises(ValueError, match=r"dim 0 of \(5,\) does not divide over tp=2"):
         collectives.split(torch.ones(5), Axis("tp", 2), 0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_collective_under_vmap_is_the_collective_of_each(ranks, name):
+    for got in ranks:
+        for once, each in got["vmap", name]:
+            torch.testing.assert_close(once, each)

@@ -383,7 +383,7 @@ WRONG = [
     ({"saving.resume": "4"}, [], {}, r"error: resume=4: there is no run/checkpoints/000004; run has the steps \[\]"),
     ({"compile": "nothing"}, [], {}, "error: compile=nothing is no backend of torch.compile; there are: .*inductor"),
     ({}, ["--run-dir", "my.json"], {}, "error: .*my.json"),
-    ({}, [], {"WORLD_SIZE": "2"}, "error: WORLD_SIZE=2: this recipe runs on one device"),
+    ({}, [], {"WORLD_SIZE": "2"}, "error: WORLD_SIZE=2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
     ({}, [], {"HCCL_BUFFSIZE": "0"}, "HCCL_BUFFSIZE='0'"),
     ({}, ["--config", "nothing"], {}, "nothing: no such preset and no such file"),
     ({}, ["--config"], {}, r"--config \{emoji,published\}\|FILE(.|\n)*expected one argument"),

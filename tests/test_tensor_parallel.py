@@ -232,8 +232,9 @@ def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
 
 
 def test_as_many_processes_as_tp(weights, monkeypatch):
+    started = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
     launch.check_processes(1, {}, alone=True)
-    launch.check_processes(2, {"WORLD_SIZE": "2"}, alone=True)
+    launch.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
         infer.main(infer.Infer(cli.Model((weights,), device="cpu"), tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 PERIOD = 1.0  # seconds between two looks
 STATUS = 124  # of a process that was ended, as of timeout(1)
+Heard = tuple[int, str, int]  # of a rank: phases begun, the last one's name, looks that its thread has taken
 
 
 @dataclass
@@ -54,30 +55,41 @@ def watching(store: dist.Store | None, rank: int, world: int, limit: float) -> I
 
 
 def _look(watch: Watch, store: dist.Store, rank: int, world: int, limit: float, over: threading.Event) -> None:
-    told = -1
-    while not over.wait(min(PERIOD, limit / 4)):
-        if told != watch.number:
-            told = watch.number
-            store.set(f"phase/{rank}", json.dumps([told, watch.phase]))
+    pulse, period = 0, min(PERIOD, limit / 4)
+    while not over.wait(period):
+        pulse += 1
+        store.set(f"rank/{rank}", json.dumps([watch.number, watch.phase, pulse]))
         if time.monotonic() - watch.since > limit:
-            _end(store, rank, world, limit)
+            before = _heard(store, world)
+            time.sleep(3 * period)
+            _end(before, _heard(store, world), rank, limit)
 
 
-def _end(store: dist.Store, rank: int, world: int, limit: float) -> None:
-    keys = [f"phase/{r}" for r in range(world)]
-    phases = [json.loads(store.get(key)) if store.check([key]) else [0, "start"] for key in keys]
-    print(report(phases, rank, limit), file=sys.stderr, flush=True)
+def _heard(store: dist.Store, world: int) -> list[Heard]:
+    keys = [f"rank/{r}" for r in range(world)]
+    return [tuple(json.loads(store.get(key))) if store.check([key]) else (0, "start", 0) for key in keys]
+
+
+def _end(before: list[Heard], now: list[Heard], rank: int, limit: float) -> None:
+    print(report(before, now, rank, limit), file=sys.stderr, flush=True)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(STATUS)
 
 
-def report(phases: list[tuple[int, str]], rank: int, limit: float) -> str:
-    """phases: (number, name) of what each rank began last. The others wait for those that have begun the fewest."""
-    least = min(number for number, _ in phases)
-    behind = [f"rank {r} in {name!r}" for r, (number, name) in enumerate(phases) if number == least]
-    others = {name for number, name in phases if number > least}
-    waiting = f"; the others are in {', '.join(map(repr, sorted(others)))} and wait" if others else ""
+def report(before: list[Heard], now: list[Heard], rank: int, limit: float) -> str:
+    """Who keeps the others waiting, from what was heard of each rank a moment ago and now.
+
+    That is a process whose thread says nothing any more, if there is one: it was stopped, or its machine is gone. Else
+    it is one that has begun the fewest phases. This rank itself has just been heard.
+    """
+    silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a[2] == b[2] and r != rank]
+    least = min(number for number, _, _ in now)
+    held = silent or [r for r, (number, _, _) in enumerate(now) if number == least]
+    gone = ", and it is not heard of any more" if silent else ""
+    said = ", ".join(f"rank {r} in {now[r][1]!r}{gone}" for r in held)
+    others = sorted({name for r, (_, name, _) in enumerate(now) if r not in held})
+    waiting = f"; the others are in {', '.join(map(repr, others))}" if others else ""
     return (
-        f"watchdog of rank {rank}: nothing has moved for {limit:g} s; {', '.join(behind)}{waiting}. This process ends; "
-        "its stacks follow. A phase that may take longer needs a larger --parallel.silence"
+        f"watchdog of rank {rank}: nothing has moved for {limit:g} s: {said}{waiting}. This process ends, its stacks "
+        "follow. Where a phase may take that long, raise --parallel.silence"
     )
