@@ -265,6 +265,7 @@ def test_ranks_wait_for_each_other_until_all_of_an_axis_bring_the_same(name):
 
 
 WRONG = {
+    "no processes": ({"world": 0}, "world=0 processes on machines of 8; both must be at least 1"),
     "tp of no divisor": ({"world": 6, "parallel": Parallel(tp=4)}, "tp=4 does not divide the 6 processes"),
     "tp across machines": ({"machine": 2, "parallel": Parallel(tp=4)}, "tp=4 would join processes of several machines"),
     "tp of no divisor of heads": ({"world": 8, "parallel": Parallel(tp=8)}, "tp=8 does not divide the decoder's heads"),

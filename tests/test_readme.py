@@ -77,13 +77,15 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP + SERVE]
-    assert len(shown) == 20
+    assert len(shown) == 21
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
         if "infer" in command and "llava" not in command:
             assert "stage 1" in done.stderr and done.stdout.strip()
+        if "parallel.plan" in command:
+            assert "fits: " in done.stdout and "the same on all roles" in done.stdout
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout
     assert len((clone / "answers.jsonl").read_text().splitlines()) == 5

@@ -20,9 +20,9 @@ import torch
 from llava_fn import cli, config, data, llama, llava, train
 from llava_fn.batch import Batch, Sample, collate
 from llava_fn.config import Llava, plain
-from llava_fn.parallel import estimate, launch, trace
+from llava_fn.parallel import estimate, trace
 from llava_fn.parallel.estimate import DEVICES, GIB, Assumed, Traffic
-from llava_fn.parallel.mesh import Parallel
+from llava_fn.parallel.mesh import Parallel, check_world
 from llava_fn.parallel.trace import KINDS, REST, Call, Job, Traced, Work
 from llava_fn.parallel.zero import Zero
 from llava_fn.text import IMAGE
@@ -134,8 +134,9 @@ def plan(c: Plan, model: Llava | None = None, say: Say = lambda line: None) -> R
 
 def check(c: Plan, model: Llava) -> None:
     """ValueError for sizes that the run itself would refuse whatever its data, and for samples that cannot be."""
-    machine = str(min(c.machine, c.world))
-    launch.check_processes(c.parallel.tp, {"WORLD_SIZE": str(c.world), "LOCAL_WORLD_SIZE": machine})
+    if min(c.world, c.machine) < 1:
+        raise ValueError(f"world={c.world} processes on machines of {c.machine}; both must be at least 1")
+    check_world(c.world, c.parallel.tp, min(c.world, c.machine))
     llama.check_tp(model.llama, c.parallel.tp)
     whole = llava.spec(model)
     parts = [name for name in whole if train.STAGES[c.train]((name,))]
