@@ -19,7 +19,7 @@ from llava_fn.parallel.zero import Zero
 
 C = config.Llava(
     config.Vision(image=8, patch=4, width=12, blocks=2, heads=2, ffn=20),
-    config.Llama(vocab=48, width=24, blocks=2, heads=4, kv_heads=4, ffn=36),
+    config.Llama(vocab=48, width=24, blocks=1, heads=4, kv_heads=4, ffn=36),
 )
 SMALL = Plan(world=4, train="projector+llama", data=Sizes(samples=8, length=20, images=1, labelled=8), recompute=False)
 
@@ -81,8 +81,9 @@ def test_zero_0_sums_fp32_gradients_on_every_rank():
 @pytest.mark.parametrize("micro, ahead", [(1, True), (2, False), (5, True)])
 def test_zero_3_gathers_blocks_forward_and_backward_in_every_micro_batch(micro, ahead):
     data = replace(SMALL.data, samples=20, accumulate=micro)
-    report, _ = seen(**parallel(4, zero=3, ahead=ahead), data=data, recompute=True, train="all")
-    blocks, rest = (filled(leaves(C, "all", kind), 4) for kind in (True, False))
+    model = deeper(C)
+    report, _ = seen(model=model, **parallel(4, zero=3, ahead=ahead), data=data, recompute=True, train="all")
+    blocks, rest = (filled(leaves(model, "all", kind), 4) for kind in (True, False))
     assert sent(report, "dp") == {
         "all_gather": pytest.approx(3 / 4 * 2 * (micro * 2 * blocks + rest)),
         "reduce_scatter": pytest.approx(3 / 4 * 4 * (micro * blocks + rest)),
@@ -132,21 +133,22 @@ def test_what_is_kept_between_updates_follows_from_the_spec(level, tp):
     frozen = sum(math.prod(p.shape) for path, p in spec.leaves(llava.spec(C)) if path[0] == "vision")
     kept = {MASTERS: 4 * numbers, MOMENTS: 8 * numbers, FROZEN: 2 * frozen}
     assert report.kept == kept | {WEIGHTS: 0, GRADIENTS: 0, REST: 0}
-    assert report.peak | kept == report.peak
+    assert report.peak | kept == report.peak and report.highs | kept == report.highs
 
 
 def test_weights_and_gradients_are_whole_at_the_peak_of_zero_1():
     report, _ = seen(**parallel(4, zero=1), data=Sizes(samples=4, length=8, labelled=3))
     numbers = filled(leaves(C, "projector+llama"), 4)
     assert report.peak[WEIGHTS] == 2 * numbers
+    assert all(report.highs[kind] >= report.peak[kind] for kind in report.peak) and report.highs[REST] > 1000
     arriving, summed = 2 * numbers, 4 * numbers
     assert report.peak[GRADIENTS] == pytest.approx(arriving + summed, rel=0.03)
 
 
 def test_recomputation_keeps_less_and_computes_the_blocks_again():
-    five = replace(C, llama=replace(C.llama, blocks=5))
-    (without, _), (with_it, _) = (seen(model=five, world=1, recompute=yes) for yes in (False, True))
-    assert with_it.peak[REST] < 0.6 * without.peak[REST]
+    four = replace(C, llama=replace(C.llama, blocks=4))
+    (without, _), (with_it, _) = (seen(model=four, world=1, recompute=yes) for yes in (False, True))
+    assert with_it.peak[REST] < 0.6 * without.peak[REST] and with_it.highs[REST] < 0.6 * without.highs[REST]
     assert with_it.flops[trace.MATRICES] > 1.2 * without.flops[trace.MATRICES]
 
 
@@ -162,8 +164,7 @@ def test_operations_of_a_block_are_those_of_its_weights_and_of_causal_attention(
 
 
 def test_attention_of_the_last_block_counts_the_rows_that_are_read():
-    model = replace(C, llama=replace(C.llama, blocks=1))
-    report, _ = seen(model=model, world=1, train="projector")
+    report, _ = seen(world=1, train="projector")
     read = 8 + 1  # a row predicts the token after it
     hidden = read * (read - 1) // 2
     tower = 2 * 2 * 12 * 8 * 5 * 5 * C.vision.used
@@ -306,7 +307,7 @@ def test_a_plan_that_does_not_fit_names_the_first_that_does(monkeypatch):
     found = plan.plan(c, wide)
     assert not found.fits and found.verdict.startswith("does not fit: ") and found.better.fits
     assert (found.better.plan.parallel.zero, found.better.plan.recompute) == (3, True)
-    small_device(monkeypatch, 0.1)
+    small_device(monkeypatch, 0.01)
     nothing = plan.plan(replace(c, recompute=True), C)
     assert nothing.better is None and "take more devices" in plan.text(nothing)
 

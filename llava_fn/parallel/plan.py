@@ -83,7 +83,7 @@ class Report:
     """What was found. Bytes and operations are those of rank 0, which has the most samples.
 
     verdict: whether it runs, and why not. order: what came of comparing the collectives of all roles, "" if they were
-    not compared. better: where this one does not fit, the first plan found that does. peak, kept: bytes by kind.
+    not compared. better: where this one does not fit, the first plan found that does. peak, highs, kept: bytes by kind.
     """
 
     plan: Plan
@@ -91,6 +91,7 @@ class Report:
     verdict: str
     samples: int = 0  # in the largest micro-batch
     peak: Mapping[str, int] = field(default_factory=dict)  # when most is alive
+    highs: Mapping[str, int] = field(default_factory=dict)  # of each when most of it is
     kept: Mapping[str, int] = field(default_factory=dict)  # between updates
     traffic: tuple[Traffic, ...] = ()
     flops: Mapping[str, int] = field(default_factory=dict)
@@ -185,7 +186,7 @@ def alone(c: Plan, model: Llava, say: Say = lambda line: None) -> tuple[Report, 
     figures = f"{need:.1f} GiB at the peak, {have:.1f} GiB to be had"
     return Report(
         c, need <= have, ("fits: " if need <= have else "does not fit: ") + figures,
-        max(len(b.records) for b in mine), seen.peak, seen.kept,
+        max(len(b.records) for b in mine), seen.peak, seen.highs, seen.kept,
         estimate.traffic(_calls(events), c.parallel.tp, c.machine, device, c.assumed), flops,
         estimate.computing(sum(flops.values()), c.dtype, device, c.assumed), traced=time.monotonic() - began,
     ), seen  # fmt: skip
@@ -279,15 +280,15 @@ def text(r: Report) -> str:
 
 
 def _figures(r: Report) -> list[str]:
-    memory = [(kind, _short(r.peak[kind] / GIB), _short(r.kept[kind] / GIB)) for kind in KINDS]
-    memory += [("all", *(_short(sum(x.values()) / GIB) for x in (r.peak, r.kept)))]
+    memory = [(kind, *(_short(x[kind] / GIB) for x in (r.peak, r.highs, r.kept))) for kind in KINDS]
+    memory += [("all", *(_short(sum(x.values()) / GIB) for x in (r.peak, r.peak, r.kept)))]
     sent = [
         (f"{t.op} over {t.axis}", str(t.size), str(t.calls), _short(t.sent / GIB), _short(t.seconds)) for t in r.traffic
     ]
     work = [(kind, _short(n / 1e12)) for kind, n in r.flops.items()]
     fast, slow = r.seconds
     return [
-        table(("memory of rank 0, GiB", "at the peak", "between updates"), memory), "",
+        table(("memory of rank 0, GiB", "at the peak", "at its own", "between updates"), memory), "",
         table(("sent by rank 0", "ranks", "calls", "GiB", "s"), sent), "",
         table(("computed by rank 0", "TFLOP"), [*work, ("all", _short(sum(r.flops.values()) / 1e12))]), "",
         f"{_short(fast)} to {_short(slow)} s an update, {_short(r.computing)} s of it computing: if all that is sent "

@@ -84,7 +84,7 @@ class Work:
 class Traced:
     """What a rank does in an update. second and third: where in `events` these micro-batches begin.
 
-    kept and peak: bytes by kind, before the update and when most is alive.
+    kept, peak, highs: bytes by kind, before the update, when most is alive, and of each kind when most of it is.
     """
 
     events: tuple[Call | Work, ...]
@@ -93,6 +93,7 @@ class Traced:
     third: int
     kept: Mapping[str, int]
     peak: Mapping[str, int]
+    highs: Mapping[str, int]
 
     def of(self, micro: int) -> tuple[Call | Work, ...]:
         """The events of an update of so many micro-batches: those after the second do what the second does."""
@@ -199,11 +200,13 @@ class Recorder(TorchDispatchMode):
             out[self.kinds.get(i, REST)] += self.bytes[i]
         return dict(out)
 
-    def highest(self) -> int:
-        """After how many changes most is alive."""
+    def highest(self, kind: str = "") -> int:
+        """After how many changes most is alive, of this kind or of all."""
         now = most = best = 0
         for j, change in enumerate(self.changes):
-            now += self.bytes[change] if change >= 0 else -self.bytes[~change]
+            i = max(change, ~change)
+            if not kind or self.kinds.get(i, REST) == kind:
+                now += self.bytes[i] if change >= 0 else -self.bytes[i]
             if now > most:
                 most, best = now, j + 1
         return best
@@ -260,8 +263,8 @@ def update(job: Job, batches: Sequence[Batch]) -> Traced:
             train.train_step(state, told, task)
     # they were begun twice: to be counted, and to be computed
     second, third = [*recorder.begun[len(batches) :], 0, 0][1:3]
-    peak = recorder.alive(recorder.highest())
-    return Traced(tuple(recorder.events), len(batches), second, third, recorder.alive(kept), peak)
+    peak, highs = recorder.alive(recorder.highest()), {k: recorder.alive(recorder.highest(k))[k] for k in KINDS}
+    return Traced(tuple(recorder.events), len(batches), second, third, recorder.alive(kept), peak, highs)
 
 
 def _start(job: Job, mesh: Mesh) -> tuple[train.State, train.Task]:
