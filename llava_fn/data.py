@@ -69,6 +69,16 @@ class Data:
             raise ValueError(f"data.epochs={self.epochs}; it must be above 0")
 
 
+def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
+    """ValueError if an update of so many samples leaves a micro-batch of `world` processes without one."""
+    parts = world // tp * accumulate
+    if parts > 1 and samples < parts:
+        raise ValueError(
+            f"data.samples={samples} of an update cannot be shared out to {parts} micro-batches "
+            f"({world} processes / tp={tp} x accumulate={accumulate}); raise it, or lower accumulate"
+        )
+
+
 @dataclass(frozen=True)
 class Record:
     """One record and where it came from."""

@@ -15,7 +15,8 @@ Path = tuple[str, ...]
 
 def paths(tree: TensorDict) -> list[Path]:
     """The path of every leaf, in order."""
-    return [(k,) if isinstance(k, str) else k for k in tree.keys(True, True)]
+    # not keys(True, True): a locked tree caches that in a cycle, which keeps its tensors until Python looks for cycles
+    return [(k,) if isinstance(k, str) else k for k, _ in tree.items(True, True)]
 
 
 def values(tree: TensorDict) -> list[Tensor]:

@@ -96,12 +96,8 @@ def check(c: Pretrain, world: int) -> None:
     """ValueError for a config that `world` processes cannot run; on each of them, before one waits for another."""
     if c.compile and c.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(f"compile={c.compile} is no backend of torch.compile; there are: {', '.join(backends)}")
-    parts = world // c.parallel.tp * c.data.accumulate
-    if parts > 1 and not c.data.tokens and c.data.samples < parts:
-        raise ValueError(
-            f"data.samples={c.data.samples} of an update cannot be shared out to {parts} micro-batches "
-            f"({world} processes / tp={c.parallel.tp} x accumulate={c.data.accumulate}); raise it, or lower accumulate"
-        )
+    if not c.data.tokens:
+        data.check_share(c.data.samples, c.data.accumulate, world, c.parallel.tp)
 
 
 def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:

@@ -1,6 +1,8 @@
 """The transforms: value_and_grad, remat, torch.func, compile; and freezing by splitting trees."""
 
 import ast
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,17 @@ def test_functions_fit_on_a_screen():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_walking_a_locked_tree_does_not_keep_it_alive():
+    """A cycle would hold gradients until Python looks for cycles, which knows nothing of gigabytes."""
+    p = spec.init(llava.spec(C), 0)
+    last = weakref.ref(p["llama", "embed"])
+    gc.disable()
+    try:
+        tree.merge(*tree.split(p, lambda path: path[0] == "llama"))
+        tree.rebuild(tree.cast(p, torch.bfloat16), tree.values(p))
+        del p
+        assert last() is None
+    finally:
+        gc.enable()

@@ -80,7 +80,7 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     shown = [line for line in COMMANDS if line not in SETUP + SERVE]
-    assert len(shown) == 25
+    assert len(shown) == 26
     for command in shown:
         done = run(command, clone)
         if "validate" in command:
@@ -89,6 +89,8 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
             assert "stage 1" in done.stderr and done.stdout.strip()
         if "evaluate" in command:
             assert "dry-run" in command or "95 % interval" in done.stdout
+        if "parallel.plan" in command:
+            assert "fits: " in done.stdout and "the same on all roles" in done.stdout
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout
     assert len((clone / "answers.jsonl").read_text().splitlines()) == 5

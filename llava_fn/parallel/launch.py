@@ -227,12 +227,10 @@ def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) ->
     if alone and world != tp:
         how = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}" if tp > 1 else "without torchrun, or with --tp"
         raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
-    check_world(world, tp)
+    check_world(world, tp, local if "LOCAL_WORLD_SIZE" in environ else world)
     lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if world > 1 and lost:
         raise ValueError(f"WORLD_SIZE={world} but {', '.join(lost)} is not set; torchrun sets them, start it with that")
-    if world > 1 and "LOCAL_WORLD_SIZE" in environ and local % tp:
-        raise ValueError(f"tp={tp} would join processes of several machines, of {local} each; let tp divide {local}")
     restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise ValueError(

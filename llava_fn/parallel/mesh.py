@@ -64,8 +64,12 @@ def _axis(name: str, groups: list[range], rank: int) -> Axis:
     return Axis(name, len(mine), mine.index(rank), made[groups.index(mine)])
 
 
-def check_world(world: int, tp: int) -> None:
-    """ValueError if `world` processes cannot be a mesh of dp x `tp`."""
+def check_world(world: int, tp: int, machine: int | None = None) -> None:
+    """ValueError if `world` processes, of which `machine` run on each machine, cannot be a mesh of dp x `tp`."""
     if tp < 1 or world % tp:
         fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ValueError(f"tp={tp} does not divide the {world} processes; tp can be one of {fits}")
+    if world > 1 and machine is not None and machine % tp:
+        raise ValueError(
+            f"tp={tp} would join processes of several machines, of {machine} each; let tp divide {machine}"
+        )

@@ -57,8 +57,7 @@ class Zero:
         if self.level == 0:
             return blocks
         axes = [owner(p, self.mesh) for p in self.params(blocks)]
-        kept = [_filled(x, a).chunk(a.size)[a.rank].clone() for x, a in zip(tree.values(blocks), axes, strict=True)]
-        return tree.rebuild(blocks, kept)
+        return tree.rebuild(blocks, [_rows(x, a) for x, a in zip(tree.values(blocks), axes, strict=True)])
 
     def boxes(self, stored: TensorDict) -> list[Box]:
         """Where the rows that are kept of each leaf stand in the global tensor; the rows of zeros are left out."""
@@ -141,6 +140,13 @@ def _filled(x: Tensor, axis: Axis) -> Tensor:
     """With rows of zeros, so that dim 0 divides over the axis."""
     rows = -len(x) % axis.size
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows)) if rows else x
+
+
+def _rows(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's shard, in memory of its own."""
+    x = _filled(x, axis)
+    each = len(x) // axis.size
+    return x[axis.rank * each : (axis.rank + 1) * each].clone()
 
 
 def _together(begin: Callable, xs: Sequence[Tensor], axes: Sequence[Axis]) -> Wait:
