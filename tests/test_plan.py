@@ -353,4 +353,4 @@ def test_a_plan_needs_a_process_of_its_own():
 def test_7b_on_512_devices():
     report = plan.plan(Plan(world=512, parallel=Parallel(tp=4)), say=lambda line: print(line, file=sys.stderr))
     assert report.fits and report.order == "the same on all roles"
-    assert report.traced < 60
+    assert 13 < sum(report.peak.values()) / GIB < 14
