@@ -13,6 +13,11 @@ from llava_fn.text import Tokenizer
 
 torch.set_num_threads(1)  # two workers run the tests, on the two cores of a small machine
 CONTENT = resources.files("llava_fn").joinpath("emoji.zip").read_bytes()
+LONGEST = ("test_readme.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
