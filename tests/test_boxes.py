@@ -20,6 +20,7 @@ from llava_fn import boxes, checkpoint, llava, runs, shares, spec, tree
 from llava_fn.boxes import Piece
 from llava_fn.checkpoint import Manifest
 from llava_fn.parallel.mesh import Axis, Mesh
+from llava_fn.parallel.zero import Zero
 from llava_fn.shares import Background
 from llava_fn.weights import export
 from llava_fn.weights.source import open_source
@@ -240,8 +241,9 @@ def test_a_sharded_part_is_put_together_with_its_base(one, tmp_path, manifest, t
 
 
 def test_a_run_resumes_from_shares(saved, manifest, trees, tiny, tokenizer):
-    begin = runs.Start(tiny, tokenizer, trees[0], trees[0].exclude("vision", "projector", "llama"), None, ())
-    state = runs.resume(saved, replace(manifest, step=0), begin, runs.Saving(), torch.device("cpu"))
+    none = trees[0].exclude("vision", "projector", "llama")
+    begin = runs.Start(tiny, tokenizer, trees[0], none, None, (), Zero(llava.spec(tiny)))
+    state = runs.resume(saved, replace(manifest, step=0), begin, runs.Saving())
     assert state.step == 7
     same(state.params, trees[0])
     same(state.moments.second, trees[2])
