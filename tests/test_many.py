@@ -179,7 +179,7 @@ def test_saving_in_the_background_leaves_the_same_checkpoints(zygote, small, run
 
 def test_the_watchdog_names_the_process_that_hangs_and_ends_the_others(zygote, small, tmp_path):
     c, world = many(small, "dp2 zero1")
-    c = replace(c, parallel=replace(c.parallel, silence=4.0), data=replace(c.data, epochs=500.0))
+    c = replace(c, parallel=replace(c.parallel, silence=15.0), data=replace(c.data, epochs=500.0))
     children = start(zygote, tmp_path, c, world)
     until = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("000002")) and time.monotonic() < until:
@@ -189,7 +189,7 @@ def test_the_watchdog_names_the_process_that_hangs_and_ends_the_others(zygote, s
     os.kill(children[1], signal.SIGKILL)
     zygote.ask(wait=children[1])
     said = (tmp_path / "log0").read_text()
-    assert re.search(r"watchdog of rank 0: nothing has moved for 4 s: rank 1 in '\w+ \d+', and it is not heard", said)
+    assert re.search(r"watchdog of rank 0: nothing has moved for 15 s: rank 1 in '\w+ \d+', and it is not heard", said)
     assert "pretrain.py" in said and "--parallel.silence" in said
 
 

@@ -105,6 +105,7 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
     assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
 
 
+@pytest.mark.slow
 def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
     (script,) = [block for kind, block in BLOCKS if kind == "sh"]
     for name, does in (("srun", '"$@"'), ("scontrol", "echo 127.0.0.1")):
