@@ -275,18 +275,23 @@ def test_a_run_killed_again_and_again_has_the_figures_of_one_that_was_not(zygote
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_and_it_goes_on(small, runs, tmp_path):
+def test_torchrun_starts_a_killed_run_again_and_it_goes_on(zygote, small, tmp_path):
     c, world = many(small, "dp2 zero1")
+    c = replace(c, data=replace(c.data, epochs=60.0))  # so many updates that it does not end before it is killed
+    (tmp_path / "whole").mkdir()
+    assert run(zygote, tmp_path / "whole", c, world)[0] == [0] * world
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world),
                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
                str(SCRIPT), "--config", str(write(tmp_path, c))]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT)
-        for step in ("000002", "000006"):
-            while not (tmp_path / "run" / "checkpoints" / step).is_dir() and process.poll() is None:
+        for step in ("000002", "000020"):
+            found = []
+            while process.poll() is None and not (found and (tmp_path / "run" / "checkpoints" / step).is_dir()):
                 time.sleep(0.01)
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+                found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(found[-1]), signal.SIGKILL)
+            time.sleep(1)  # torchrun takes a moment to see it
         assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()
-    assert figures(tmp_path) == figures(runs("dp2 zero1")[0])
+    assert figures(tmp_path) == figures(tmp_path / "whole")
