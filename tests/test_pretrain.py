@@ -55,7 +55,8 @@ for line in sys.stdin:
 class Zygote:
     def __init__(self):
         command = [sys.executable, "-c", ZYGOTE, str(ROOT), str(SCRIPT)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}  # as of torchrun's processes: sums of two threads round otherwise
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, **job):
         print(json.dumps(job), file=self.process.stdin, flush=True)
