@@ -95,12 +95,13 @@ def main(c: Bench) -> None:
         if mesh.all.size > 1:
             seconds = rounds({"one process": alone, "all": stepper(c, mesh, c.zero)}, mesh, c.rounds, c.device)
             one, all_of_them = seconds.values()
-            print(
-                f"{c}\none process {c.samples / one:.2f} samples/s, {mesh.all.size} processes (dp={mesh.dp.size}, "
-                f"tp={mesh.tp.size}) {mesh.dp.size * c.samples / all_of_them:.2f}; "
-                f"ratio {mesh.dp.size * one / all_of_them if first else 0:.2f}",
-                flush=True,
-            )
+            if first:
+                print(
+                    f"{c}\none process {c.samples / one:.2f} samples/s, {mesh.all.size} processes (dp={mesh.dp.size}, "
+                    f"tp={mesh.tp.size}) {mesh.dp.size * c.samples / all_of_them:.2f}; "
+                    f"ratio {mesh.dp.size * one / all_of_them:.2f}",
+                    flush=True,
+                )
         sharded = stepper(c, Mesh(), 1) if first else None
         seconds = rounds({"plain": alone, "ZeRO-1": sharded}, mesh, c.rounds, c.device)
         if first:
