@@ -38,6 +38,7 @@ def check_params(what: str, params: TensorDict, zero: Zero, device: torch.device
     mesh = zero.mesh
     if mesh.all.size == 1 or not tree.values(params):
         return
-    for axis in {owner(p, mesh) for p in zero.params(params)}:
-        rows = zip(tree.paths(params), tree.values(params), zero.params(params), strict=True)
-        check(what, {"/".join(path): bits(x) for path, x, p in rows if owner(p, mesh) == axis}, axis, device)
+    owners = [owner(p, mesh) for p in zero.params(params)]
+    for axis in dict.fromkeys(owners):  # all ranks take the axes in one order; that of a set is each process's own
+        rows = zip(tree.paths(params), tree.values(params), owners, strict=True)
+        check(what, {"/".join(path): bits(x) for path, x, mine in rows if mine == axis}, axis, device)
