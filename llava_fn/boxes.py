@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from llava_fn import tree
+from llava_fn.spec import Box
 from llava_fn.weights.archive import Archive, open_archive
 
 INDEX = "boxes.json"
 KINDS = ("params", "first", "second")  # the parameters, and AdamW's running means
-Box = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
 
 @dataclass(frozen=True)

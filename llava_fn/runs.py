@@ -128,10 +128,10 @@ class Run:
         trees = [state.params, *([state.moments.first, state.moments.second] if self.saving.save_optim else [])]
         pieces = [self._pieces(kept) for kept in trees]
         if self.saving.background:
-            pieces = [shares.copied(kind) for kind in pieces]
-        self.background.start(f"checkpoint of step {state.step}", partial(self._write, state.step, pieces))
-        if not self.saving.background:
-            self.background.join()
+            job = partial(self._write, state.step, [shares.copied(kind) for kind in pieces])
+            self.background.start(f"checkpoint of step {state.step}", job)
+        else:
+            self._write(state.step, pieces)
 
     def _pieces(self, kept: TensorDict) -> list[Piece]:
         rows = zip(

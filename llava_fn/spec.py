@@ -26,6 +26,7 @@ class Param:
 
 
 Spec = Mapping[str, Union[Param, "Spec"]]
+Box = tuple[tuple[int, int], ...]  # (start, stop) of each dim of a global tensor
 
 
 def linear(out: int, inp: int, axes: tuple[str | None, str | None] = (None, None)) -> Param:

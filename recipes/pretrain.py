@@ -171,7 +171,8 @@ def fit(
             watch.begin(f"update {step.step}")
             state, m = train_step(state, [batch.to(device) for batch in step.batches], task)
             seconds = time.monotonic() - began
-            bad = [tuple(b) for text in texts(json.dumps(step.bad), everyone.dp, device) for b in json.loads(text)]
+            said = texts(json.dumps(step.bad) if step.bad else "", everyone.dp, device)
+            bad = [tuple(b) for text in said if text for b in json.loads(text)]
             row = dataclasses.asdict(m) | {"seconds": seconds, "wait": wait, "memory_gib": report.memory(device)}
             if first:
                 run.log(state.step, row, bad)

@@ -33,10 +33,8 @@ KINDS = {  # name -> (processes, Parallel, recompute)
 
 @pytest.fixture(scope="module")
 def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait()
+    with Zygote() as zygote:
+        yield zygote
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,13 @@ class Zygote:
         env = os.environ | {"OMP_NUM_THREADS": "1"}  # as of torchrun's processes: sums of two threads round otherwise
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
     def ask(self, **job):
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
@@ -75,10 +82,8 @@ class Zygote:
 
 @pytest.fixture(scope="module")
 def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait()
+    with Zygote() as zygote:
+        yield zygote
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,9 @@ from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
 from llava_fn.parallel.collectives import Wait
 from llava_fn.parallel.mesh import Axis, Mesh
-from llava_fn.spec import RULES, Param, Spec, leaves, owner, shard
+from llava_fn.spec import RULES, Box, Param, Spec, leaves, owner, shard
 
 LEVELS = (0, 1, 3)
-Box = tuple[tuple[int, int], ...]  # (start, stop) of each dim of a global tensor
 
 
 @dataclass(frozen=True)
