@@ -435,10 +435,10 @@ def slowly(monkeypatch, seconds=0.01):
 def test_too_many_waiting_requests_are_told_to_come_again(a, monkeypatch):
     slowly(monkeypatch, 0.1)  # the four must not end before the others have come, however busy the machine
     with serving(a, queue=2) as server, ThreadPoolExecutor(12) as pool:
-        streams = [create(server, stream=True, max_tokens=200, temperature=2) for _ in range(4)]
-        for stream in streams:
-            next(stream)
-        assert server.free(0)
+        streams = []
+        for left in (3, 2, 1, 0):  # one after another: three that wait for the same step would be one too many
+            streams.append(create(server, stream=True, max_tokens=200, temperature=2))
+            assert server.free(left)
         waiting = [pool.submit(create, server) for _ in range(2)]
         assert server.free(0, 2)
         with pytest.raises(openai.RateLimitError, match="2 requests are waiting") as error:
