@@ -1,6 +1,7 @@
 """The recipes that answer: lines in and out, resume, interrupts, commands of a conversation, and what they refuse."""
 
 import base64
+import functools
 import importlib.util
 import io
 import json
@@ -288,7 +289,9 @@ def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
     config.json.write_text("\n".join(lines))
     command = [sys.executable, ROOT / "recipes/infer.py", "--device", "cpu", "--weights", config.model.weights[0],
                "--json", config.json, "--out", config.out, "--batch", "1", "--tokens", "200"]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENV)
+    # as from a terminal: what a shell starts in the background ignores interrupts
+    reset = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=reset)
     while not (config.out.exists() and config.out.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

@@ -153,7 +153,8 @@ def test_llava_equals_hf_from_features_to_every_gradient(c, layouts):
     model, samples = hf_llava(c), [sample(c, i, layout) for i, layout in enumerate(layouts)]
     p, batch = ours(model, c), collate(samples)
     inputs = hf_inputs(c, [next(s for s in samples if s.record == r) for r in batch.records])
-    merged = []
+    projected, merged = [], []
+    model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: projected.append(out))
     model.model.language_model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: merged.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
@@ -161,7 +162,7 @@ def test_llava_equals_hf_from_features_to_every_gradient(c, layouts):
     out.loss.backward()
     real = inputs["attention_mask"].bool()
     if len(batch.pixels):
-        close(llava.features(p, batch.pixels, c), out.image_hidden_states.flatten(0, -2))
+        close(llava.features(p, batch.pixels, c), projected[0].flatten(0, -2))
     close(llava.embed(p, batch, c), merged[0][real])
     full = dataclasses.replace(batch, stream=Stream.of(batch.stream.segments.keys))
     close(llama.logits(p["llama"], llava.forward(p, full, c), c.llama), out.logits[real])
