@@ -74,6 +74,7 @@ class Place:
     dtype: torch.dtype
     mesh: Mesh = Mesh()
     int8: bool = False  # the decoder's linears; see quantise.py
+    compile: str = ""  # the backend of torch.compile for a step of decoding
 
 
 def load(
@@ -101,10 +102,14 @@ def opened(paths: Sequence[Path]) -> Source:
 
 
 def place(source: Source, form: Form, to: Place, context: int = 4096) -> Assistant:
-    """The model in memory, or this rank's share of it. ValueError if the decoder does not divide over the mesh."""
+    """The model in memory, or this rank's share of it.
+
+    ValueError if the decoder does not divide over the mesh, or if there is no such backend.
+    """
     c, axis = model.config(source), to.mesh.tp
     llama.check_tp(c.llama, axis.size)
-    params, run = model.load(source, to.mesh), llava.Execution(tp=TP(axis, sequence=False))
+    run = llava.Execution(tp=TP(axis, sequence=False), decode_step=llava.execution(backend=to.compile).decode_step)
+    params = model.load(source, to.mesh)
     if to.int8:
         params, run = quantise.quantise(params, to.device, to.dtype, axis), quantise.execution(run)
     else:

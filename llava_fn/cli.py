@@ -75,6 +75,7 @@ class Weights:
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
     quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
+    compile: str = ""  # the backend of torch.compile for a step of decoding, e.g. inductor
 
     @property
     def precision(self) -> str:
@@ -104,5 +105,5 @@ def open_assistant(m: Model, mesh: Mesh = Mesh()) -> assistant.Assistant:
 
 def place(m: Weights, source: Source, form: assistant.Form, mesh: Mesh = Mesh()) -> assistant.Assistant:
     """The model of a source in memory, or this rank's share of it."""
-    to = assistant.Place(m.place, getattr(torch, m.precision), mesh, m.quantise == "int8")
+    to = assistant.Place(m.place, getattr(torch, m.precision), mesh, m.quantise == "int8", m.compile)
     return assistant.place(source, form, to, m.context)

@@ -37,8 +37,10 @@ def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), t
     """recompute: keep only each block's input for the backward pass.
 
     backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how the trained
-    parts, `train`, are kept. ValueError if its level needs recompute and that is off.
+    parts, `train`, are kept. ValueError if its level needs recompute and that is off, or if there is no such backend.
     """
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"compile={backend} is no backend of torch.compile; there are: {', '.join(known)}")
     blocks, step = [vit.block, llama.block], llama.decode_step
     if backend:
         blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]

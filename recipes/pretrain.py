@@ -94,8 +94,7 @@ def recipe(c: Pretrain, dp: int) -> dict:
 
 def check(c: Pretrain, world: int) -> None:
     """ValueError for a config that `world` processes cannot run; on each of them, before one waits for another."""
-    if c.compile and c.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
-        raise ValueError(f"compile={c.compile} is no backend of torch.compile; there are: {', '.join(backends)}")
+    llava.execution(backend=c.compile)
     if not c.data.tokens:
         data.check_share(c.data.samples, c.data.accumulate, world, c.parallel.tp)
 
