@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
@@ -112,7 +113,10 @@ def scattering(xs: Sequence[Tensor], axis: Axis) -> Wait:
 def _begin(xs: Sequence[Tensor], axis: Axis, begin: Callable) -> Wait:
     if axis.size == 1 or not xs:
         return lambda: list(xs)
-    coming = begin([x.contiguous() for x in xs], axis.group.group_name)
+    sent = [x.contiguous() for x in xs]
+    # gloo copies tensors that travel together into one first: 2 to 6 times slower than one collective each
+    parts = [[x] for x in sent] if dist.get_backend(axis.group) == "gloo" else [sent]
+    coming = [x for part in parts for x in begin(part, axis.group.group_name)]
     return lambda: [funcol.wait_tensor(x) for x in coming]
 
 
