@@ -5,7 +5,7 @@
 Every process has the same number of samples a step, and on a CPU one thread. The first process alone, all at the same
 time but each for itself, and all together take turns; the ratios are of samples a second. The second of them is what
 the machine has to give: processes share its memory, and a virtual core is not a core. Then the first process steps
-alone with ZeRO-1 on a mesh of one, against a step without any sharding, and counts its collectives.
+alone with ZeRO-1 on a mesh of one, against a step without any sharding, and counts what both call.
 """
 
 from __future__ import annotations
@@ -45,16 +45,24 @@ class Bench:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class Collectives(TorchDispatchMode):
-    """Counts them."""
+class Operations(TorchDispatchMode):
+    """Counts them, and the collectives among them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = 0
+        self.all, self.collectives = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += func.namespace in ("_c10d_functional", "c10d")
+        self.all += 1
+        self.collectives += func.namespace in ("_c10d_functional", "c10d")
         return func(*args, **(kwargs or {}))
+
+
+def counted(step: Callable[[], float]) -> Operations:
+    """What one step calls."""
+    with Operations() as seen:
+        step()
+    return seen
 
 
 def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
@@ -106,9 +114,11 @@ def main(c: Bench) -> None:
         sharded = stepper(c, Mesh(), 1) if first else None
         seconds = rounds({"plain": alone if first else None, "ZeRO-1": sharded}, mesh, c.rounds, c.device)
         if first:
-            with Collectives() as log:
-                sharded()
-            print(f"mesh of one: ZeRO-1 {seconds['ZeRO-1'] / seconds['plain']:.3f} of plain, {log.seen} collectives")
+            plain, zero = counted(alone), counted(sharded)
+            print(
+                f"mesh of one: ZeRO-1 {seconds['ZeRO-1'] / seconds['plain']:.3f} of plain; {zero.all} operations where "
+                f"plain has {plain.all}; {zero.collectives} collectives"
+            )
 
 
 if __name__ == "__main__":
