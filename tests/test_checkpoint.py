@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -341,24 +343,32 @@ def interrupt(monkeypatch, at: int) -> list:
     return done
 
 
+def interrupted(saved, folder: Path, monkeypatch, save) -> Iterator[Path]:
+    """Copies of a checkpoint, over each of which save(copy) was interrupted: at its first file operation, its second,
+    and so on. What is left must be one checkpoint."""
+    for at in range(200):
+        new = copy(saved, folder / str(at))
+        with monkeypatch.context() as patch:
+            done = interrupt(patch, at)
+            try:
+                save(new)
+            except KeyboardInterrupt:
+                pass
+        if len(done) <= at:
+            return
+        checkpoint.clean(new.parent)
+        assert [p.name for p in new.parent.iterdir()] == ["000007"], (at, done[at])
+        yield new
+    raise AssertionError("more than 200 file operations")
+
+
 def test_an_interrupt_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
     saved, tmp_path, monkeypatch, manifest, params, moments, tokenizer
 ):
     new = replace(manifest, recipe={"new": True})
-    outcomes = []
-    for at in range(100):
-        folder = copy(saved, tmp_path / str(at))
-        with monkeypatch.context() as patch:
-            done = interrupt(patch, at)
-            try:
-                checkpoint.save(folder, new, params, moments, tokenizer.model)
-            except KeyboardInterrupt:
-                pass
-        if len(done) <= at:
-            break
-        checkpoint.clean(folder.parent)
-        assert [p.name for p in folder.parent.iterdir()] == ["000007"], (at, done[at])
-        outcomes.append(checkpoint.load(folder, moments=True).manifest.recipe == {"new": True})
+    again = partial(checkpoint.save, manifest=new, params=params, moments=moments, tokenizer=tokenizer.model)
+    copies = interrupted(saved, tmp_path, monkeypatch, again)
+    outcomes = [checkpoint.load(folder, moments=True).manifest == new for folder in copies]
     assert len(outcomes) > 12 and outcomes == sorted(outcomes) and {*outcomes} == {False, True}
 
 
