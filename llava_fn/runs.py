@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from llava_fn import boxes, checkpoint, llama, llava, optim, report, shares, spec, tree
 from llava_fn.boxes import Piece
@@ -72,7 +73,7 @@ def start(
     """
     if (base is None) == (model is None) or (base is None) == (tokenizer is None):
         raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
-    have, origin = TensorDict({}), None
+    origin = None
     if base is None:
         words = Tokenizer.load(tokenizer)
     else:
@@ -90,16 +91,16 @@ def start(
     if lost:
         names = ", ".join(lost)
         raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
-    if base is not None:
-        have = weights.load(brought, zero.mesh)
-    params = tree.merge(have, spec.init(missing, seed, zero.mesh))
-    in_order = spec.build(whole, lambda path, _: params[path])  # whatever the base brings, sums are taken in one order
-    trainable, frozen = tree.split(in_order, STAGES[train])
     zero = dataclasses.replace(zero, spec=whole)
-    kept = zero.store(trainable)
-    frozen = tree.rebuild(frozen, [leaf.to(device, zero.dtype) for leaf in tree.values(frozen)])
-    kept = tree.rebuild(kept, [leaf.to(device, torch.float32) for leaf in tree.values(kept)])
-    return Start(model, words, kept, frozen, origin, tuple(missing), zero)
+
+    def leaf(path: tree.Path, p: spec.Param) -> Tensor:
+        new = path[0] in missing
+        x = spec.fresh(path, p, seed, zero.mesh) if new else weights.block(brought, path, p, zero.mesh)
+        return zero.keep(p, x).to(device, torch.float32) if STAGES[train](path) else x.to(device, zero.dtype)
+
+    # leaf by leaf: a rank never holds much more than it keeps; in the model's order, in which sums are taken
+    trainable, frozen = tree.split(spec.build(whole, leaf), STAGES[train])
+    return Start(model, words, trainable, frozen, origin, tuple(missing), zero)
 
 
 @dataclass(frozen=True)

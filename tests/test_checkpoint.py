@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 
 from llava_fn import checkpoint, llava, optim, runs, spec, tree
 from llava_fn.checkpoint import Base, Manifest
+from llava_fn.parallel import trace
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import State
 
@@ -471,6 +473,21 @@ def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, p
 def test_start_has_the_order_of_the_model_whatever_the_base_brings(based, params):
     begin = runs.start(None, based[0], None, "all", 3, **CPU)
     assert tree.paths(begin.trainable) == tree.paths(params)
+
+
+def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch):
+    read, block = [], runs.weights.block
+
+    def seen(*args):
+        assert not any(last() is not None for last in read), "an earlier leaf is still there whole"
+        x = block(*args)
+        read.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(runs.weights, "block", seen)
+    with trace.world(4, 1, 1) as mesh:
+        begin = runs.start(None, saved, None, "all", 3, CPU["device"], Zero(mesh=mesh, level=1))
+    assert len(read) == len(tree.paths(begin.trainable)) > 30
 
 
 def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):
