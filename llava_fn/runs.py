@@ -62,6 +62,15 @@ class Start:
     zero: Zero
 
 
+def model_of(model: Llava | None, base: Path | None, tokenizer: Path | None) -> Llava:
+    """The model of a run. ValueError if model and tokenizer stand in two places or in none."""
+    if (base is None) == (model is None) or (base is None) == (tokenizer is None):
+        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
+    if base is not None and not (base / checkpoint.SUMS).is_file():
+        raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
+    return model or checkpoint.read_manifest(base).model
+
+
 def start(
     model: Llava | None, base: Path | None, tokenizer: Path | None, train: str, seed: int, device: torch.device,
     zero: Zero = Zero(),
@@ -71,17 +80,12 @@ def start(
     ValueError if model and tokenizer stand in two places or in none, if the vocabulary is too small for the ids, if a
     part would be random for ever, and if the decoder does not divide over the mesh.
     """
-    if (base is None) == (model is None) or (base is None) == (tokenizer is None):
-        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
-    origin = None
+    model, origin = model_of(model, base, tokenizer), None
     if base is None:
         words = Tokenizer.load(tokenizer)
     else:
-        if not (base / checkpoint.SUMS).is_file():
-            raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
         brought = open_source(base)
-        model, words = checkpoint.read_manifest(base).model, Tokenizer.from_bytes(brought.tokenizer)
-        origin = Base(str(base.resolve()), checkpoint.fingerprint(base))
+        words, origin = Tokenizer.from_bytes(brought.tokenizer), Base(str(base.resolve()), checkpoint.fingerprint(base))
     if words.vocab_size > model.llama.vocab:
         raise ValueError(f"the tokenizer has {words.vocab_size} pieces, but llama.vocab is only {model.llama.vocab}")
     llama.check_tp(model.llama, zero.mesh.tp.size)
