@@ -273,8 +273,10 @@ WRONG = {
     "tp of no divisor of heads": ({"world": 8, "parallel": Parallel(tp=8)}, "tp=8 does not divide the decoder's heads"),
     "ZeRO 3 that keeps activations": ({"parallel": Parallel(zero=3)}, "zero=3 gathers a block's weights again"),
     "no samples": ({"data": Sizes(samples=0)}, "data.samples=0; it must be at least 1"),
-    "no room for images": ({"data": Sizes(length=5)}, "data.length=5: beside its first token and 1 images of 4"),
-    "too many labels": ({"data": Sizes(length=20, labelled=16)}, "has room for 15 labelled tokens, not 16"),
+    "no room for images": ({"data": Sizes(length=5)}, "data.length=5: .* 1 images of 4 and 1 labelled tokens make 6;"),
+    "too many labels": ({"data": Sizes(length=20, labelled=16)}, "data.length=20: .* and 16 labelled tokens make 21;"),
+    "fewer than no images": ({"data": Sizes(images=-1)}, "data.images=-1; it must be at least 0"),
+    "no labels": ({"data": Sizes(labelled=0)}, "data.labelled=0; it must be at least 1"),
 }
 
 
