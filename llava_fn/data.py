@@ -73,9 +73,11 @@ def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
     """ValueError if an update of so many samples leaves a micro-batch of `world` processes without one."""
     parts = world // tp * accumulate
     if parts > 1 and samples < parts:
+        most = samples // (world // tp)
+        other = f"lower accumulate to at most {most}" if most else "start fewer processes, or raise tp"
         raise ValueError(
             f"data.samples={samples} of an update cannot be shared out to {parts} micro-batches "
-            f"({world} processes / tp={tp} x accumulate={accumulate}); raise it, or lower accumulate"
+            f"({world} processes / tp={tp} x accumulate={accumulate}); raise it to at least {parts}, or {other}"
         )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from llava_fn import boxes, checkpoint, llama, llava, optim, report, shares, spec, tree
 from llava_fn.boxes import Piece
@@ -61,6 +62,15 @@ class Start:
     zero: Zero
 
 
+def model_of(model: Llava | None, base: Path | None, tokenizer: Path | None) -> Llava:
+    """The model of a run. ValueError if model and tokenizer stand in two places or in none."""
+    if (base is None) == (model is None) or (base is None) == (tokenizer is None):
+        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
+    if base is not None and not (base / checkpoint.SUMS).is_file():
+        raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
+    return model or checkpoint.read_manifest(base).model
+
+
 def start(
     model: Llava | None, base: Path | None, tokenizer: Path | None, train: str, seed: int, device: torch.device,
     zero: Zero = Zero(),
@@ -70,17 +80,12 @@ def start(
     ValueError if model and tokenizer stand in two places or in none, if the vocabulary is too small for the ids, if a
     part would be random for ever, and if the decoder does not divide over the mesh.
     """
-    if (base is None) == (model is None) or (base is None) == (tokenizer is None):
-        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
-    have, origin = TensorDict({}), None
+    model, origin = model_of(model, base, tokenizer), None
     if base is None:
         words = Tokenizer.load(tokenizer)
     else:
-        if not (base / checkpoint.SUMS).is_file():
-            raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
         brought = open_source(base)
-        model, words = checkpoint.read_manifest(base).model, Tokenizer.from_bytes(brought.tokenizer)
-        origin = Base(str(base.resolve()), checkpoint.fingerprint(base))
+        words, origin = Tokenizer.from_bytes(brought.tokenizer), Base(str(base.resolve()), checkpoint.fingerprint(base))
     if words.vocab_size > model.llama.vocab:
         raise ValueError(f"the tokenizer has {words.vocab_size} pieces, but llama.vocab is only {model.llama.vocab}")
     llama.check_tp(model.llama, zero.mesh.tp.size)
@@ -90,16 +95,16 @@ def start(
     if lost:
         names = ", ".join(lost)
         raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
-    if base is not None:
-        have = weights.load(brought, zero.mesh)
-    params = tree.merge(have, spec.init(missing, seed, zero.mesh))
-    in_order = spec.build(whole, lambda path, _: params[path])  # whatever the base brings, sums are taken in one order
-    trainable, frozen = tree.split(in_order, STAGES[train])
     zero = dataclasses.replace(zero, spec=whole)
-    kept = zero.store(trainable)
-    frozen = tree.rebuild(frozen, [leaf.to(device, zero.dtype) for leaf in tree.values(frozen)])
-    kept = tree.rebuild(kept, [leaf.to(device, torch.float32) for leaf in tree.values(kept)])
-    return Start(model, words, kept, frozen, origin, tuple(missing), zero)
+
+    def leaf(path: tree.Path, p: spec.Param) -> Tensor:
+        new = path[0] in missing
+        x = spec.fresh(path, p, seed, zero.mesh) if new else weights.block(brought, path, p, zero.mesh)
+        return zero.keep(p, x).to(device, torch.float32) if STAGES[train](path) else x.to(device, zero.dtype)
+
+    # leaf by leaf: a rank never holds much more than it keeps; in the model's order, in which sums are taken
+    trainable, frozen = tree.split(spec.build(whole, leaf), STAGES[train])
+    return Start(model, words, trainable, frozen, origin, tuple(missing), zero)
 
 
 @dataclass(frozen=True)

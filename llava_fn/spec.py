@@ -80,7 +80,12 @@ def _values(p: Param, path: tuple[str, ...], seed: int) -> torch.Tensor:
 
 def init(spec: Spec, seed: int, mesh: Mesh = Mesh()) -> TensorDict:
     """fp32 parameters on the CPU, locked: this rank's block of each. Values depend on (seed, path), not on the mesh."""
-    return build(spec, lambda path, p: _values(p, path, seed)[shard(p, mesh)].clone())
+    return build(spec, lambda path, p: fresh(path, p, seed, mesh))
+
+
+def fresh(path: tuple[str, ...], p: Param, seed: int, mesh: Mesh) -> torch.Tensor:
+    """One leaf of `init`."""
+    return _values(p, path, seed)[shard(p, mesh)].clone()
 
 
 def build(spec: Spec, leaf) -> TensorDict:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from llava_fn import llava, optim, tree
 from llava_fn.batch import Batch
@@ -81,16 +82,13 @@ def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[Stat
     tokens, labelled, samples, many = _counts(batches, zero)
     if not labelled:
         raise ValueError(f"step {step}: no record of this update has a labelled token; mend the data set")
-    weights, mine, grads = zero.fetch(state.params), 0.0, None
+    weights, mine, grads = zero.fetch(state.params), 0.0, []
     for batch in batches:
         share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * many)
         (part, _), new = value_and_grad(loss)(weights, batch, share, task)
-        new = tree.rebuild(new, [at_least_fp32(g) for g in tree.values(new)])
-        mine = mine + part
-        if grads is not None:
-            torch._foreach_add_(tree.values(new), tree.values(grads))
-        grads = new
-    grads = zero.reduce(grads)
+        new = tree.values(new)  # the tree would keep what _add lets go
+        mine, grads = mine + part, _add(grads, new)
+    grads = zero.reduce(tree.rebuild(weights, grads))
     norm, total = zero.norm(grads), collectives.total(mine, zero.mesh.dp)
     if not (torch.isfinite(total) and torch.isfinite(norm)):
         raise NonFinite(_blame(step, batches, mine, grads, zero))
@@ -98,6 +96,16 @@ def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[Stat
     lr = optim.learning_rate(task.optim, step, task.steps)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
     return replace(state, step=step), Metrics(float(total), float(norm), lr, tokens, labelled, samples)
+
+
+def _add(sums: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The fp32 sums of gradients with those of one more micro-batch, in place; `sums` is empty before the first.
+
+    new: is emptied. Each leaf goes as soon as its numbers are in the sum, and none is there in fp32 a second time.
+    """
+    if not sums:
+        return [at_least_fp32(new.pop(0)) for _ in range(len(new))]
+    return [s.add_(new.pop(0)) for s in sums]
 
 
 def _counts(batches: Sequence[Batch], zero: Zero) -> list[int]:
@@ -109,7 +117,7 @@ def _counts(batches: Sequence[Batch], zero: Zero) -> list[int]:
     return collectives.total(torch.tensor(mine, device=batches[0].ids.device), zero.mesh.dp).tolist()
 
 
-def _blame(step: int, batches: Sequence[Batch], part: torch.Tensor, grads: TensorDict, zero: Zero) -> str:
+def _blame(step: int, batches: Sequence[Batch], part: Tensor, grads: TensorDict, zero: Zero) -> str:
     pairs = zip(tree.paths(grads), tree.values(grads), strict=True)
     leaf = next(("/".join(path) for path, g in pairs if not torch.isfinite(g).all()), "none")
     records = ", ".join(r for b in batches for r in b.records)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from tensordict import TensorDict
 
-from llava_fn import captions, checkpoint, cli, data, emoji, llava, report, runs, spec, tree
+from llava_fn import captions, checkpoint, cli, data, emoji, llama, llava, report, runs, spec, tree
 from llava_fn.batch import Sample
 from llava_fn.checkpoint import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
@@ -94,7 +94,8 @@ def recipe(c: Pretrain, dp: int) -> dict:
 
 def check(c: Pretrain, world: int) -> None:
     """ValueError for a config that `world` processes cannot run; on each of them, before one waits for another."""
-    llava.execution(backend=c.compile)
+    llama.check_tp(runs.model_of(c.model, c.base, c.tokenizer).llama, c.parallel.tp)
+    llava.execution(c.recompute, c.compile, Zero(level=c.parallel.zero))
     if not c.data.tokens:
         data.check_share(c.data.samples, c.data.accumulate, world, c.parallel.tp)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import interrupt, largest_file
+from test_checkpoint import copy, interrupted, largest_file
 
 from llava_fn import boxes, checkpoint, llava, runs, shares, spec, tree
 from llava_fn.boxes import Piece
@@ -148,10 +148,6 @@ def one(tmp_path_factory, manifest, trees, tokenizer):
     folder = tmp_path_factory.mktemp("whole") / "000007"
     checkpoint.save(folder, manifest, trees[0], trees[1:], tokenizer.model)
     return folder
-
-
-def copy(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "000007"))
 
 
 @pytest.mark.parametrize("written", [(1, 1), (3, 1), (2, 2), (5, 2)])
@@ -501,20 +497,9 @@ def test_an_interrupt_at_any_file_operation_leaves_the_old_or_the_new_checkpoint
 ):
     old = replace(manifest, parts=("projector",))
     new, outcomes = replace(old, recipe={"new": True}), []
-    saved = tmp_path / "old"
-    save(saved, old, trees[0], None, tokenizer.model, (2, 1))
-    for at in range(200):
-        folder = copy(saved, tmp_path / str(at))
-        with monkeypatch.context() as patch:
-            done = interrupt(patch, at)
-            try:
-                save(folder, new, trees[1], None, tokenizer.model, (2, 1))
-            except KeyboardInterrupt:
-                pass
-        if len(done) <= at:
-            break
-        checkpoint.clean(folder.parent)
-        assert [p.name for p in folder.parent.iterdir()] == ["000007"], (at, done[at])
+    save(tmp_path / "old", old, trees[0], None, tokenizer.model, (2, 1))
+    again = partial(save, manifest=new, params=trees[1], moments=None, tokenizer=tokenizer.model, mesh=(2, 1))
+    for folder in interrupted(tmp_path / "old", tmp_path, monkeypatch, again):
         loaded = checkpoint.load(folder)
         outcomes.append(loaded.manifest == new)
         same(loaded.params, trees[outcomes[-1]].select("projector"))

@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import torch
 
 from llava_fn import checkpoint, llava, optim, runs, spec, tree
 from llava_fn.checkpoint import Base, Manifest
+from llava_fn.parallel import trace
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import State
 
@@ -341,24 +345,32 @@ def interrupt(monkeypatch, at: int) -> list:
     return done
 
 
+def interrupted(saved, folder: Path, monkeypatch, save) -> Iterator[Path]:
+    """Copies of a checkpoint, over each of which save(copy) was interrupted: at its first file operation, its second,
+    and so on. What is left must be one checkpoint."""
+    for at in range(200):
+        new = copy(saved, folder / str(at))
+        with monkeypatch.context() as patch:
+            done = interrupt(patch, at)
+            try:
+                save(new)
+            except KeyboardInterrupt:
+                pass
+        if len(done) <= at:
+            return
+        checkpoint.clean(new.parent)
+        assert [p.name for p in new.parent.iterdir()] == ["000007"], (at, done[at])
+        yield new
+    raise AssertionError("more than 200 file operations")
+
+
 def test_an_interrupt_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
     saved, tmp_path, monkeypatch, manifest, params, moments, tokenizer
 ):
     new = replace(manifest, recipe={"new": True})
-    outcomes = []
-    for at in range(100):
-        folder = copy(saved, tmp_path / str(at))
-        with monkeypatch.context() as patch:
-            done = interrupt(patch, at)
-            try:
-                checkpoint.save(folder, new, params, moments, tokenizer.model)
-            except KeyboardInterrupt:
-                pass
-        if len(done) <= at:
-            break
-        checkpoint.clean(folder.parent)
-        assert [p.name for p in folder.parent.iterdir()] == ["000007"], (at, done[at])
-        outcomes.append(checkpoint.load(folder, moments=True).manifest.recipe == {"new": True})
+    again = partial(checkpoint.save, manifest=new, params=params, moments=moments, tokenizer=tokenizer.model)
+    copies = interrupted(saved, tmp_path, monkeypatch, again)
+    outcomes = [checkpoint.load(folder, moments=True).manifest == new for folder in copies]
     assert len(outcomes) > 12 and outcomes == sorted(outcomes) and {*outcomes} == {False, True}
 
 
@@ -461,6 +473,21 @@ def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, p
 def test_start_has_the_order_of_the_model_whatever_the_base_brings(based, params):
     begin = runs.start(None, based[0], None, "all", 3, **CPU)
     assert tree.paths(begin.trainable) == tree.paths(params)
+
+
+def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch):
+    read, block = [], runs.weights.block
+
+    def seen(*args):
+        assert not any(last() is not None for last in read), "an earlier leaf is still there whole"
+        x = block(*args)
+        read.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(runs.weights, "block", seen)
+    with trace.world(4, 1, 1) as mesh:
+        begin = runs.start(None, saved, None, "all", 3, CPU["device"], Zero(mesh=mesh, level=1))
+    assert len(read) == len(tree.paths(begin.trainable)) > 30
 
 
 def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):

@@ -224,13 +224,17 @@ def test_a_bad_record_is_named_by_the_process_that_has_it(zygote, small, tmp_pat
 def test_sizes_that_cannot_be_are_refused_by_every_process(zygote, small, tmp_path, world, fields, said):
     statuses, logs = run(zygote, tmp_path, replace(small, parallel=Parallel(**fields)), world)
     assert statuses == [1] * world
-    assert all(said in log for log in logs) and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert all(said in log for log in logs) and not (tmp_path / "run").exists()  # it comes with the first collective
 
 
-def test_an_update_of_too_few_samples_is_refused(zygote, small, tmp_path):
-    c = replace(small, data=replace(small.data, samples=3, accumulate=2))
+@pytest.mark.parametrize("samples, advice", [
+    (3, "at least 4, or lower accumulate to at most 1"), (1, "at least 4, or start fewer processes"),
+])  # fmt: skip
+def test_an_update_of_too_few_samples_is_refused(zygote, small, tmp_path, samples, advice):
+    c = replace(small, data=replace(small.data, samples=samples, accumulate=2))
     statuses, logs = run(zygote, tmp_path, c, 2)
-    assert statuses == [1, 1] and "data.samples=3 of an update cannot be shared out to 4 micro-batches" in logs[1]
+    said = f"data.samples={samples} of an update cannot be shared out to 4 micro-batches (2 processes / tp=1 x "
+    assert statuses == [1, 1] and f"{said}accumulate=2); raise it to {advice}" in logs[1]
 
 
 def test_processes_that_were_told_different_things_end_before_the_first_update(zygote, small, tmp_path):

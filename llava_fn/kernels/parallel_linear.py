@@ -32,15 +32,17 @@ def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Row.apply(x, weight, group)
 
 
-class _Column(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return gather_matmul(x, weight.t(), group)[0]
-
+class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, weight, ctx.group = inputs
         ctx.save_for_backward(x, weight)
+
+
+class _Column(_Linear):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return gather_matmul(x, weight.t(), group)[0]
 
     @staticmethod
     def backward(ctx, g):
@@ -50,15 +52,10 @@ class _Column(torch.autograd.Function):
         return d_x, d_weight, None
 
 
-class _Row(torch.autograd.Function):
+class _Row(_Linear):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
         return matmul_scatter(x, weight.t(), group)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, ctx.group = inputs
-        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, g):

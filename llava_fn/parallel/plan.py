@@ -143,11 +143,15 @@ def check(c: Plan, model: Llava) -> None:
     parts = [name for name in whole if train.STAGES[c.train]((name,))]
     llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts)
     data.Data(samples=c.data.samples, accumulate=c.data.accumulate)
-    room = c.data.length - c.data.images * model.vision.patches - 1
-    if c.data.images < 0 or not 1 <= _labelled(c.data, model) <= room:
+    for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"data.{name}={value}; it must be at least {least}")
+    labelled, patches = c.data.labelled or 1, model.vision.patches
+    least = 1 + c.data.images * patches + labelled
+    if c.data.length < least:
         raise ValueError(
-            f"data.length={c.data.length}: beside its first token and {c.data.images} images of {model.vision.patches} "
-            f"a sample has room for {room} labelled tokens, not {_labelled(c.data, model)}; raise length"
+            f"data.length={c.data.length}: its first token, {c.data.images} images of {patches} and {labelled} "
+            f"labelled tokens make {least}; raise it to that"
         )
 
 

@@ -36,7 +36,7 @@ KINDS = (MASTERS, WEIGHTS, FROZEN, GRADIENTS, MOMENTS, REST)
 PRODUCTS = (MATRICES, ATTENTION) = ("products of matrices", "attention")
 # What a gradient passes between autograd and the optimizer.
 _PASSES = {
-    "aten::_to_copy", "aten::clone", "aten::constant_pad_nd", "aten::_foreach_add_",
+    "aten::_to_copy", "aten::clone", "aten::constant_pad_nd", "aten::add_",
     "_c10d_functional::all_reduce_coalesced", "_c10d_functional::reduce_scatter_tensor_coalesced",
 }  # fmt: skip
 _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"

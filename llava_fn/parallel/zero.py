@@ -53,10 +53,12 @@ class Zero:
 
     def store(self, blocks: TensorDict) -> TensorDict:
         """This rank's tensor-parallel blocks -> what it keeps of them, in memory of its own."""
-        if self.level == 0:
-            return blocks
-        axes = [owner(p, self.mesh) for p in self.params(blocks)]
-        return tree.rebuild(blocks, [_rows(x, a) for x, a in zip(tree.values(blocks), axes, strict=True)])
+        pairs = zip(self.params(blocks), tree.values(blocks), strict=True)
+        return tree.rebuild(blocks, [self.keep(p, x) for p, x in pairs])
+
+    def keep(self, p: Param, block: Tensor) -> Tensor:
+        """One leaf of `store`."""
+        return _rows(block, owner(p, self.mesh)) if self.level else block
 
     def boxes(self, stored: TensorDict) -> list[Box]:
         """Where the rows that are kept of each leaf stand in the global tensor; the rows of zeros are left out."""

@@ -94,14 +94,12 @@ def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
 
 
 def load(source: Source, mesh: Mesh = Mesh()) -> TensorDict:
-    """The parameters in memory, locked: this rank's block of each. Of a plain file no other block is read.
+    """The parameters in memory, locked: this rank's block of each."""
+    return specs.build(spec(source), lambda path, p: block(source, path, p, mesh))
 
-    Every leaf has the dtype that it has in its file.
-    """
 
-    def leaf(path: tuple[str, ...], p: specs.Param) -> Tensor:
-        block = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
-        source.release()
-        return block
-
-    return specs.build(spec(source), leaf)
+def block(source: Source, path: tuple[str, ...], p: specs.Param, mesh: Mesh) -> Tensor:
+    """This rank's block of a leaf, in the dtype that it has in its file. Of a plain file no other block is read."""
+    mine = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
+    source.release()
+    return mine
