@@ -63,6 +63,8 @@ def question(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
             chat = said.chat
     except KeyboardInterrupt:
         print(" [stopped]", end="")
+        if chat.turns[-1][0] == "human":  # what the cache holds is half this question and half what it held before
+            chat = replace(chat, cache=None, held=())
     print()
     if not chat.turns[-1][1].strip() or chat.turns[-1][0] == "human":
         print("(no answer; the question is taken back)", file=sys.stderr)
@@ -108,6 +110,9 @@ def main(c: Talk) -> None:
     """Read lines and answer them until the input ends."""
     if c.decoding.beams > 1 or c.decoding.samples > 1:
         raise ValueError("a conversation has one answer at a time; leave beams and samples out")
+    if sys.stdin is None:
+        raise ValueError("what you say is read from the standard input, which is closed")
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one is read
     a = cli.open_assistant(c.model)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     s = Session()
@@ -127,4 +132,4 @@ def main(c: Talk) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tyro.cli(Talk, description=__doc__))
+    cli.run(main, cli.command(Talk, __doc__))

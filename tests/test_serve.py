@@ -272,7 +272,7 @@ BAD = {
     "max_tokens": ({"max_tokens": 401}, 400, "at most 400", "max_tokens"),
     "both lengths": ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "one and the same", "max_tokens"),
     "temperature": ({"temperature": 2.5}, 400, "temperature must be from 0 to 2, not 2.5", "temperature"),
-    "cold": ({"temperature": 1e-9}, 400, "temperature must be 0, or from 0.01", "temperature"),
+    "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09: must be 0, or at least 0.01", None),
     "warm text": ({"temperature": "hot"}, 400, 'not "hot"', "temperature"),
     "cold false": ({"temperature": False}, 400, "not false", "temperature"),
     "true": ({"max_tokens": True}, 400, "not true", "max_tokens"),
