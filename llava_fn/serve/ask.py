@@ -152,7 +152,10 @@ def _no_constant(name: str) -> None:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "what is nested so deeply"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
