@@ -272,6 +272,8 @@ def test_a_bad_turn_changes_nothing(talk, tmp_path):
     s = say(f"/image {images[0]}", "What?")
     (tmp_path / "there.json").write_text("x")
     for line, said in (
+        ("/image", "/image wants the path of a file behind it"),
+        ("/save ", "/save wants the path of a file behind it"),
         ("/imag x", "no command '/imag'; there are /image, /undo"),
         ("a <image>", "1 <image> in the question but 0 images"),
         (f"/save {tmp_path / 'there.json'}", "there.json exists"),
@@ -329,6 +331,8 @@ def test_a_caption_model_says_so_and_takes_a_picture_at_a_time(weights, emojis):
     s = chat.turn(a, s, f"/image {images[1]}", D)
     s = chat.turn(a, s, "what is it?", D)
     assert len(s.chat.turns) == 2 and s.names == (images[1],)
+    with pytest.raises(ValueError, match="writes a caption for an image; /image PATH gives it one"):
+        chat.turn(a, s, "and now?", D)
 
 
 def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
