@@ -283,7 +283,8 @@ class Said:
 def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
     """The answer to the last question, piece by piece; only tokens that the cache does not hold are computed.
 
-    It can be left at any time: the last `chat` holds what was said. ValueError for beams or several samples.
+    It can be left at any time: the last `chat` holds what was said. Left before there is one, the cache that it was
+    given may be spoilt: go on without it. ValueError for beams or several samples.
     """
     if d.beams > 1 or d.samples > 1:
         raise ValueError("an answer that is shown as it grows has one sample and no beams; leave them out")
@@ -325,7 +326,9 @@ class Text:
 
 
 def answers(a: Assistant, chats: Sequence[Chat], d: Decoding, seeds: Sequence[int] | None = None) -> list[list[Text]]:
-    """`d.samples` answers to the last question of each conversation, in one batch."""
+    """`d.samples` answers to the last question of each conversation, in one batch. Missing features are computed."""
+    known = features(a, [s for chat in chats for s in chat.pictures], {k: f for c in chats for k, f in c.feats.items()})
+    chats = [replace(chat, feats=known) for chat in chats]
     return answers_to(a, [prompt(a, chat, d)[0] for chat in chats], d, seeds)
 
 

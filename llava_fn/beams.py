@@ -44,9 +44,12 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def extend(s: Beams, logprobs: Tensor, t: int, ends: Tensor, penalty: float) -> tuple[Beams, Tensor, Tensor]:
+def extend(
+    s: Beams, logprobs: Tensor, t: int, ends: Tensor, penalty: float, stops: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Beams, Tensor, Tensor]:
     """Token t of every hypothesis. logprobs: f32[b, k, v]; ends: int64[e] -> beams, and parent and token, int64[b, k].
 
+    stops: int64[b, n, t + 1] -> bool[b, n], which hypotheses end for another reason than their last token.
     Of the (1 + e) k best continuations those that end cannot all be ends: k others go on. Only an end among the k best
     counts; at the last token everything ends.
     """
@@ -55,6 +58,7 @@ def extend(s: Beams, logprobs: Tensor, t: int, ends: Tensor, penalty: float) -> 
     parent, token = flat // v, flat % v
     ids = _take(s.ids, parent).index_copy(2, torch.tensor([t], device=flat.device), token[..., None])
     end = torch.isin(token, ends) | (t + 1 == s.ids.shape[2])
+    end = end | stops(ids[:, :, : t + 1]) if stops else end
     scores, on = best.masked_fill(end, -torch.inf).topk(k)
     length = (t + 1) ** penalty
     counts = end & s.open & (torch.arange(best.shape[1], device=best.device) < k)
@@ -75,17 +79,23 @@ def search(
     first, state = torch.arange(b, device=state.hidden.device)[:, None] * k, state.repeat(k)
     ends = torch.tensor(words.ends, device=first.device)
     s = _empty(b, d, words.ends[0], first.device)
+
+    def spell(ids: Tensor) -> Tensor:
+        return torch.tensor([[words.spell(row, d.stop) for row in rows] for rows in ids.tolist()], device=ids.device)
+
     for t in range(d.tokens):
         scores = penalise(logits(state).log_softmax(-1), state.seen, d.repetition_penalty)
-        s, parent, token = extend(s, scores.unflatten(0, (b, k)), t, ends, d.length_penalty)
+        s, parent, token = extend(s, scores.unflatten(0, (b, k)), t, ends, d.length_penalty, spell if d.stop else None)
         if t + 1 == d.tokens or not s.open.any():
             break
         rows = (first + parent).flatten()
         state = replace(state, cache=state.cache.reorder(rows, start), seen=state.seen[rows])
         state = step(state, token.flatten())
-    return [list(map(_found, *row, [words] * k)) for row in zip(s.ended.tolist(), s.ended_scores.tolist(), strict=True)]
+    found = zip(s.ended.tolist(), s.ended_scores.tolist(), strict=True)
+    return [[_found(ids, score, d, words) for ids, score in zip(*row, strict=True)] for row in found]
 
 
-def _found(ids: list[int], score: float, words: Words) -> Found:
+def _found(ids: list[int], score: float, d: Decoding, words: Words) -> Found:
+    """Without what follows the end: the empty rest of a hypothesis is the first token of `words.ends`."""
     n = next((j for j, token in enumerate(ids) if token in words.ends), len(ids))
-    return tuple(ids[:n]), n < len(ids), score
+    return tuple(ids[:n]), n < len(ids) or words.spell(ids[:n], d.stop), score

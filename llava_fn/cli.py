@@ -45,6 +45,14 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
     return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
 
 
+def command(kind: type[C], doc: str, args: Sequence[str] | None = None) -> C:
+    """The config that the command line asks for, without presets; exits as `parse` does."""
+    try:
+        return tyro.cli(kind, args=args, description=doc)
+    except ValueError as error:  # of a part whose fields have no prefix; tyro shows those of all others itself
+        sys.exit(f"error: {error}")
+
+
 def run(main: Callable[[C], object], config: C) -> None:
     """Call main(config). What a person can set right ends with the error's message alone, and exit status 1.
 

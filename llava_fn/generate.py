@@ -50,6 +50,16 @@ class Words:
         """ends: tokens besides EOS that end an answer."""
         return Words(tokenizer.vocab_size, (tokenizer.eos, *ends), tokenizer.decode)
 
+    def spell(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the last tokens spell one of the texts.
+
+        A token spells a byte at least, and the first one may lose a space.
+        """
+        if not stop:
+            return False
+        tail = self.decode(ids[-max(len(s.encode()) for s in stop) - 2 :])
+        return any(s in tail for s in stop)
+
 
 @dataclass(frozen=True)
 class State:
@@ -197,15 +207,7 @@ class Row:
         if token in words.ends:
             return replace(self, ended=True)
         row = Row((*self.ids, token), (*self.logprobs, *logprobs))
-        return replace(row, ended=_holds_stop(row.ids, d.stop, words))
-
-
-def _holds_stop(ids: Sequence[int], stop: Sequence[str], words: Words) -> bool:
-    """Whether the last tokens spell a stop text. A token spells a byte at least, and the first one may lose a space."""
-    if not stop:
-        return False
-    tail = words.decode(ids[-max(len(s.encode()) for s in stop) - 2 :])
-    return any(s in tail for s in stop)
+        return replace(row, ended=words.spell(row.ids, d.stop))
 
 
 def room(prompts: Sequence[Prompt], d: Decoding) -> int:

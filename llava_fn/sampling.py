@@ -7,6 +7,7 @@ Source: transformers generation/logits_process.py, whose order is kept: penalty,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,14 +35,16 @@ class Decoding:
     def __post_init__(self) -> None:
         limits = {
             "tokens": (self.tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (self.temperature == 0 or 0.01 <= self.temperature < math.inf, "0, or at least 0.01"),
             "top_k": (self.top_k >= 0, "at least 0, which is off"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which is off"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which is off, to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100; 1 is off"),
             "beams": (self.beams >= 1, "at least 1, which is off"),
+            "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
             "samples": (self.samples >= 1, "at least 1"),
-            "stop": (all(self.stop), "without an empty text"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            "stop": (all(map(_is_text, self.stop)), "texts in Unicode, and none empty"),
         }
         for name, (good, legal) in limits.items():
             if not good:
@@ -58,6 +61,10 @@ class Decoding:
             raise ValueError(f"{what} does not go with beams={self.beams}: a beam is never sampled, and has one score")
         if self.beams > 1 and self.samples > self.beams:
             raise ValueError(f"samples={self.samples} are more than the beams={self.beams} that they are taken from")
+
+
+def _is_text(s: str) -> bool:
+    return s != "" and not any("\ud800" <= c <= "\udfff" for c in s)  # no surrogates, which no text may hold
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:

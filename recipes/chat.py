@@ -13,6 +13,7 @@ Ctrl-C stops an answer and keeps what was said; at the prompt it ends the progra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def add_image(a: Assistant, s: Session, path: str) -> Session:
 
 def question(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
     """Ask, print the answer as it comes, and keep what was said, after Ctrl-C too."""
+    if text.template_of(a.form.template).caption and not s.waiting:
+        raise BadRecord("this model writes a caption for an image; /image PATH gives it one")
     chat = assistant.ask(s.chat, line, s.waiting)
     try:
         for said in assistant.reply(a, chat, d):
@@ -63,6 +66,8 @@ def question(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
             chat = said.chat
     except KeyboardInterrupt:
         print(" [stopped]", end="")
+        if chat.turns[-1][0] == "human":  # what the cache holds is half this question and half what it held before
+            chat = replace(chat, cache=None, held=())
     print()
     if not chat.turns[-1][1].strip() or chat.turns[-1][0] == "human":
         print("(no answer; the question is taken back)", file=sys.stderr)
@@ -97,6 +102,8 @@ def turn(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
         "/save": lambda: save(s, rest.strip()),
         "/help": lambda: print(__doc__) or s,
     }
+    if command in ("/image", "/save") and not rest.strip():
+        raise BadRecord(f"{command} wants the path of a file behind it")
     if command in commands:
         return commands[command]()
     if command.startswith("/"):
@@ -108,6 +115,11 @@ def main(c: Talk) -> None:
     """Read lines and answer them until the input ends."""
     if c.decoding.beams > 1 or c.decoding.samples > 1:
         raise ValueError("a conversation has one answer at a time; leave beams and samples out")
+    if sys.stdin is None:
+        raise ValueError("what you say is read from the standard input, which is closed")
+    with contextlib.suppress(ImportError):  # not every Python has it; with it, lines can be edited and come back
+        import readline  # noqa: F401
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one is read
     a = cli.open_assistant(c.model)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     s = Session()
@@ -117,7 +129,7 @@ def main(c: Talk) -> None:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            return
+            return print() if sys.stdin.isatty() else None
         if line.strip() == "/exit":
             return
         try:
@@ -127,4 +139,4 @@ def main(c: Talk) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tyro.cli(Talk, description=__doc__))
+    cli.run(main, cli.command(Talk, __doc__))

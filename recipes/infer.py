@@ -36,6 +36,8 @@ from llava_fn.parallel.collectives import agree
 from llava_fn.progress import Progress
 from llava_fn.sampling import Decoding
 
+BEGIN = b'{"line": '  # of each line of answers
+
 
 @dataclass(frozen=True)
 class Infer:
@@ -69,19 +71,20 @@ class Line:
     """One question of a file. number: from 1. digest: of its text."""
 
     number: int
-    text: str
+    text: bytes
 
     @property
     def digest(self) -> str:
         """To know it again in the file of answers."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+        return hashlib.sha256(self.text).hexdigest()[:12]
 
 
 def record(line: Line) -> dict:
     """The object of a line, checked. Raises BadRecord."""
     try:
         values = json.loads(line.text)
-    except ValueError as error:
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # an answer repeats the id
+    except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error})") from error
     if not isinstance(values, dict) or ("prompt" in values) == ("conversations" in values):
         raise BadRecord("a line is an object with 'prompt', or else with 'conversations'")
@@ -140,19 +143,27 @@ def row(line: Line, texts: Sequence[Text], d: Decoding) -> dict:
 def done(path: Path, lines: Sequence[Line]) -> set[int]:
     """The numbers that the file of answers holds; a last line that a kill cut short is removed.
 
-    ValueError if it holds an answer to another line.
+    ValueError if it holds anything else, or an answer to another line.
     """
     if not path.exists():
         return set()
-    whole = [x for x in path.read_text(encoding="utf-8").splitlines(keepends=True) if x.endswith("\n")]
-    rows, digests = [json.loads(x) for x in whole], {line.number: line.digest for line in lines}
-    other = [r["line"] for r in rows if digests.get(r["line"]) != r["digest"]]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        rows = {r["line"]: r["digest"] for r in map(json.loads, whole.splitlines())}
+    except (ValueError, KeyError, TypeError):
+        rows = None
+    begun = content[len(whole) :][: len(BEGIN)]
+    if rows is None or begun != BEGIN[: len(begun)]:
+        raise ValueError(f"{path} is no file of answers; name another --out")
+    digests = {line.number: line.digest for line in lines}
+    other = [number for number, digest in rows.items() if digests.get(number) != digest]
     if other:
         raise ValueError(f"{path} answers another line {other[0]} than is asked now; name another --out")
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(whole), encoding="utf-8")
+    part.write_bytes(whole)
     part.rename(path)
-    return {r["line"] for r in rows}
+    return set(rows)
 
 
 def check_same(c: Infer) -> None:
@@ -179,8 +190,8 @@ def batches(lines: Sequence[Line], a: Assistant, c: Infer) -> Iterator[tuple[int
 
 def many(a: Assistant, c: Infer) -> None:
     """Answer lines. ValueError at the end if some were bad."""
-    content = sys.stdin.read() if str(c.json) == "-" else c.json.read_text(encoding="utf-8")
-    lines = [Line(n, x) for n, x in enumerate(content.split("\n"), 1) if x.strip()]
+    content = stdin() if str(c.json) == "-" else c.json.read_bytes()
+    lines = [Line(n, x.strip()) for n, x in enumerate(content.split(b"\n"), 1) if x.strip()]
     have = answered(a, c, lines) if c.out else set()
     left, wrong = [line for line in lines if line.number not in have], 0
     with Progress(len(have), len(lines)) as progress:
@@ -193,6 +204,13 @@ def many(a: Assistant, c: Infer) -> None:
             progress.show(len(have) + n, f"lines {wrong} bad")
     if wrong:
         raise ValueError(f"{wrong} of {len(left)} lines are bad and have no answer")
+
+
+def stdin() -> bytes:
+    """The standard input to its end. ValueError if there is none."""
+    if sys.stdin is None:
+        raise ValueError("--json - reads the standard input, which is closed")
+    return sys.stdin.buffer.read()
 
 
 def answered(a: Assistant, c: Infer, lines: Sequence[Line]) -> set[int]:
@@ -224,13 +242,14 @@ def one(a: Assistant, c: Infer) -> None:
             print(said.new, end="", flush=True)
         print()
     else:
-        chat = replace(chat, feats=assistant.features(a, chat.pictures, {}))
         for text in assistant.answers(a, [chat], c.decoding)[0]:
             print(text.text)
 
 
 def main(c: Infer) -> None:
     """Load the model, warn if it is none to talk to, and answer."""
+    if not (c.json or c.prompt.strip() or c.image):
+        raise ValueError("nothing is asked; give --prompt, --image or both, or --json")
     with launch.processes(c.tp, launch.pick_device(c.model.device), alone=True) as joined:
         respond(cli.open_assistant(c.model, joined.mesh), c)
 
@@ -246,4 +265,4 @@ def respond(a: Assistant, c: Infer) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tyro.cli(Infer, description=__doc__))
+    cli.run(main, cli.command(Infer, __doc__))

@@ -39,6 +39,8 @@ class Serve:
     def __post_init__(self) -> None:
         if self.api_key == "":
             raise ValueError("--api-key is empty; give one, or leave it out")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port}: must be from 0, which is one that is free, to 65535")
 
 
 def bind(host: str, port: int) -> socket.socket:

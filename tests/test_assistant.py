@@ -309,7 +309,6 @@ def test_only_so_many_features_are_kept(a, pictures, monkeypatch):
 def test_pieces_make_the_answer_that_a_batch_gives(a, pictures):
     d = Decoding(tokens=30, temperature=1.5, seed=3)
     chats = [ask(Chat(), f"What {j}?", pictures[: j % 3]) for j in range(4)]
-    chats = [dataclasses.replace(c, feats=assistant.features(a, c.pictures, {})) for c in chats]
     for chat, (want,) in zip(chats, assistant.answers(a, chats, d), strict=True):
         pieces = list(reply(a, chat, d))
         assert "".join(s.new for s in pieces) == want.text

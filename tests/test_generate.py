@@ -394,7 +394,15 @@ def test_draw_inverts_the_distribution_and_never_takes_what_has_no_probability()
         ({"beams": 2, "logprobs": True}, "logprobs does not go with beams=2"),
         ({"beams": 2, "samples": 3}, "samples=3 are more than the beams=2"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
-        ({"stop": ("",)}, "stop=.*without an empty text"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        ({"length_penalty": 1e308}, "length_penalty=1e.308: must be from -10 to 10"),
+        ({"temperature": 1e-39}, "temperature=1e-39: must be 0, or at least 0.01"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"seed": -1}, "seed=-1: must be from 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808"),
+        ({"stop": ("",)}, "stop=.*and none empty"),
+        ({"stop": ("\ud800",)}, "stop=.*ud800.*: must be texts in Unicode"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(bad, said):
@@ -434,6 +442,30 @@ def test_text_equals_transformers_generate_token_for_token(name, way):
             assert list(found.ids) == want[:cut] and found.ended == (cut is not None)
             if d.beams > 1:
                 assert found.score == pytest.approx(float(out.sequences_scores[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.0, -1.0])
+def test_stop_texts_end_beams_as_in_transformers(penalty):
+    c = LLAMA["grouped"]
+    model = scramble(LlamaForCausalLM(hf_llama(c)))
+    p, known = from_state_dict(model.state_dict(), config.Llava(llama=c)), Words(c.vocab, (2,), letters)
+    many = [Prompt(tuple(row), p["llama"]["embed"][:0]) for row in ([5, 9, 60], [7], [90, 4], [8, 8, 3, 44])]
+    d = Decoding(tokens=8, beams=3, length_penalty=penalty)
+    free = generate.generate(p, many, d, known, config.Llava(llama=c))
+    stop = tuple(letters(best.ids[j : j + 1 + j % 2]) for j, (best, *_) in enumerate(free, 3))  # one or two tokens
+    got = generate.generate(p, many, dataclasses.replace(d, stop=stop), known, config.Llava(llama=c))
+    assert sum(a != b for a, b in zip(ids(got), ids(free), strict=True)) >= 3
+    for asked, (found, *_) in zip(many, got, strict=True):
+        n = len(asked.ids)
+        out = model.generate(
+            input_ids=torch.tensor([asked.ids]), max_new_tokens=8, do_sample=False, num_beams=3, eos_token_id=2,
+            length_penalty=penalty, pad_token_id=2, return_dict_in_generate=True, output_scores=True,
+            stopping_criteria=[lambda x, _, n=n: torch.tensor([known.spell(i[n:], stop) for i in x.tolist()])],
+        )  # fmt: skip
+        want = out.sequences[0, n:].tolist()
+        want = want[: want.index(2)] if 2 in want else want
+        assert list(found.ids) == want and found.ended == (len(want) < 8 or known.spell(want, stop))
+        assert found.score == pytest.approx(float(out.sequences_scores[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams"])

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tyro
 
-from llava_fn import assistant, cli
+from llava_fn import assistant, cli, generate
 from llava_fn.sampling import Decoding
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +79,10 @@ def test_bad_lines_are_named_by_their_number_and_the_others_go_on(config, capsys
     good = config.json.read_text().splitlines()
     bad = {
         '{"prompt": ': "not JSON",
+        "[" * 100_000: "not JSON .maximum recursion depth",
+        '{"prompt": "x", "id": "\\ud800"}': "not JSON .*surrogates not allowed",
+        '{"prompt": "x", "id": NaN}': "not JSON .*Out of range",
+        '{"prompt": "\udcff"}': "not JSON .*can't decode byte 0xff",
         "[]": "a line is an object with 'prompt'",
         '{"prompt": 3}': "'prompt' is 3",
         '{"prompt": "x", "conversations": []}': "or else with 'conversations'",
@@ -93,13 +96,14 @@ def test_bad_lines_are_named_by_their_number_and_the_others_go_on(config, capsys
         '{"prompt": "x", "image": "data:image/png;base64,@"}': "no base64",
         json.dumps({"prompt": "word " * 3000}): "with tokens=6 for the answer that is over the context of 4096",
     }
-    config.json.write_text("\n".join([*good[:2], *bad, "", *good[2:]]))
+    lines = "\n".join([*good[:2], *bad, "", *good[2:]])
+    config.json.write_bytes(b"\xef\xbb\xbf" + lines.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"{len(bad)} of {len(good) + len(bad)} lines are bad"):
         infer.main(config)
     errors = capsys.readouterr().err
     for number, said in enumerate(bad.values(), 3):
         assert re.search(f"questions.jsonl, line {number}: .*{said}", errors), (number, said)
-    assert [r["line"] for r in rows(config)] == [1, 2, 17, 18, 19]
+    assert [r["line"] for r in rows(config)] == [1, 2, *(len(bad) + n for n in (4, 5, 6))]
 
 
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(config, monkeypatch):
@@ -125,6 +129,23 @@ def test_answers_to_other_lines_or_with_other_options_are_not_mixed(config):
         infer.main(config)
 
 
+@pytest.mark.parametrize("content", ["notes", "notes\n", "[1]\n", '{"prompt": "x"}\n', '{"prompt": "x"}'])
+def test_a_file_that_holds_no_answers_is_left_as_it_is(config, content):
+    config.out.write_text(content)
+    with pytest.raises(ValueError, match="answers.jsonl is no file of answers; name another --out"):
+        infer.main(config)
+    assert config.out.read_text() == content
+
+
+def test_answers_are_read_back_whatever_line_breaks_stand_in_them(config, monkeypatch):
+    monkeypatch.setattr(assistant, "shown", lambda *_: "one\u2028two\x85three\x1cfour\r\nfive")
+    infer.main(config)
+    whole = config.out.read_bytes()
+    config.out.write_bytes(whole[:-9])
+    infer.main(config)
+    assert config.out.read_bytes() == whole
+
+
 def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
     answers, calls = assistant.answers, []
 
@@ -142,6 +163,16 @@ def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
     monkeypatch.undo()
     infer.main(config)
     assert [r["line"] for r in rows(config)] == [1, 2, 3, 4, 5]
+
+
+def test_the_command_line_says_what_cannot_be_and_no_more(weights, monkeypatch):
+    for module, kind in ((infer, infer.Infer), (chat, chat.Talk)):
+        with pytest.raises(SystemExit, match="^error: tokens=0: must be at least 1$"):
+            start(module, kind, [], monkeypatch, "--weights", weights / "plain", "--tokens", 0)
+        monkeypatch.setattr(sys, "stdin", None)
+        with pytest.raises(SystemExit, match="the standard input, which is closed"):
+            flags = ["--weights", str(weights / "plain"), *(["--json", "-"] if module is infer else [])]
+            cli.run(module.main, cli.command(kind, module.__doc__, flags))
 
 
 def test_samples_and_logprobs_are_in_the_line(config, capsys):
@@ -169,19 +200,20 @@ def test_one_question_is_answered_as_it_is_written(config, capsys, emojis):
     [
         ({"prompt": "x"}, "give --json, or --prompt and --image"),
         ({"json": None}, "--out goes with --json"),
+        ({"json": None, "out": None, "prompt": " "}, "nothing is asked; give --prompt, --image or both, or --json"),
         ({"batch": 0}, "batch=0"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(config, bad, said):
     with pytest.raises(ValueError, match=said):
-        change(config, **bad)
+        infer.main(change(config, **bad))
 
 
 def start(module, kind, lines, monkeypatch, *args):
     """The recipe with a command line and the lines of its standard input, as `python recipes/...` starts it."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    config = tyro.cli(kind, args=["--device", "cpu", *map(str, args)], description=module.__doc__)
-    cli.run(module.main, config)
+    text = "\n".join(lines).encode(errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+    cli.run(module.main, cli.command(kind, module.__doc__, ["--device", "cpu", *map(str, args)]))
 
 
 def test_the_command_line_reads_lines_from_stdin_and_its_exit_status_tells_of_a_bad_one(weights, monkeypatch, capsys):
@@ -196,11 +228,13 @@ def test_the_command_line_reads_lines_from_stdin_and_its_exit_status_tells_of_a_
 
 def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, capsys):
     image = sorted((emojis / "images").iterdir())[0]
-    lines = ["What?", "/image none.png", f"/image {image}", "Is it?", f"/save {tmp_path / 'talk.json'}", "/exit", "no"]
+    bad = ["not \udcff text", "/image none.png"]
+    lines = ["What?", *bad, f"/image {image}", "Is it?", f"/save {tmp_path / 'talk.json'}", "/exit", "no"]
     flags = ("--weights", weights / "vicuna_v1", "--tokens", 5, "--image", image)
     start(chat, chat.Talk, lines, monkeypatch, *flags)
     said = capsys.readouterr()
-    assert "none.png: cannot be read" in said.err and "talk.json: 4 turns" in said.out
+    assert "not valid Unicode" in said.err and "none.png: cannot be read" in said.err
+    assert "talk.json: 4 turns" in said.out
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert saved["image"] == [str(image)] * 2 and [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2
     assert saved["conversations"][2]["value"] == "<image>\nIs it?"
@@ -238,6 +272,8 @@ def test_a_bad_turn_changes_nothing(talk, tmp_path):
     s = say(f"/image {images[0]}", "What?")
     (tmp_path / "there.json").write_text("x")
     for line, said in (
+        ("/image", "/image wants the path of a file behind it"),
+        ("/save ", "/save wants the path of a file behind it"),
         ("/imag x", "no command '/imag'; there are /image, /undo"),
         ("a <image>", "1 <image> in the question but 0 images"),
         (f"/save {tmp_path / 'there.json'}", "there.json exists"),
@@ -274,6 +310,19 @@ def test_ctrl_c_keeps_what_was_said(talk, monkeypatch, capsys):
     assert say("And?", s=s).chat.turns == s.chat.turns
 
 
+def test_ctrl_c_before_the_first_word_leaves_nothing_of_the_question_behind(talk, monkeypatch):
+    a, say, images = talk
+    asked = say("What is it?")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "steps", interrupted)  # the prompt has been computed
+        back = say("/undo", "Whose?", s=asked)
+    assert back.chat.turns == () and say("What is it?", s=back).chat.turns == asked.chat.turns
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_caption_model_says_so_and_takes_a_picture_at_a_time(weights, emojis):
     a = cli.open_assistant(cli.Model((weights / "plain",), device="cpu"))
     images = [str(p) for p in sorted((emojis / "images").iterdir())[:2]]
@@ -282,6 +331,8 @@ def test_a_caption_model_says_so_and_takes_a_picture_at_a_time(weights, emojis):
     s = chat.turn(a, s, f"/image {images[1]}", D)
     s = chat.turn(a, s, "what is it?", D)
     assert len(s.chat.turns) == 2 and s.names == (images[1],)
+    with pytest.raises(ValueError, match="writes a caption for an image; /image PATH gives it one"):
+        chat.turn(a, s, "and now?", D)
 
 
 def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):

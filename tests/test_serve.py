@@ -33,6 +33,7 @@ from llava_fn.assistant import Chat, ask, picture
 from llava_fn.errors import BadRecord
 from llava_fn.sampling import Decoding
 from llava_fn.serve import app, engine
+from llava_fn.serve import ask as ask_of
 from llava_fn.serve.ask import FIELDS, OFF
 from llava_fn.serve.worker import Worker
 from llava_fn.text import TEMPLATES, render
@@ -272,13 +273,16 @@ BAD = {
     "max_tokens": ({"max_tokens": 401}, 400, "at most 400", "max_tokens"),
     "both lengths": ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "one and the same", "max_tokens"),
     "temperature": ({"temperature": 2.5}, 400, "temperature must be from 0 to 2, not 2.5", "temperature"),
-    "cold": ({"temperature": 1e-9}, 400, "temperature must be 0, or from 0.01", "temperature"),
+    "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09: must be 0, or at least 0.01", None),
     "warm text": ({"temperature": "hot"}, 400, 'not "hot"', "temperature"),
     "cold false": ({"temperature": False}, 400, "not false", "temperature"),
     "true": ({"max_tokens": True}, 400, "not true", "max_tokens"),
     "top_p": ({"top_p": 0}, 400, "top_p must be above 0", "top_p"),
     "seed": ({"seed": -1}, 400, "seed must be", "seed"),
     "stop": ({"stop": ["a", ""]}, 400, "none empty", "stop"),
+    "stop surrogate": ({"stop": "\ud800"}, 400, "stop=('\\ud800',): must be texts in Unicode", None),
+    "field surrogate": ({"\ud800": 1}, 400, "unknown field '\\ud800'", "\ud800"),
+    "extra surrogate": ({"messages": [HI[0] | {"\ud800": 1}]}, 400, "\ud800 is not supported", "messages"),
     "stops": ({"stop": list("abcde")}, 400, "up to 4", "stop"),
     "stream": ({"stream": 1}, 400, "stream must be true or false", "stream"),
     "options": ({"stream_options": {"include_usage": True}}, 400, "goes with stream", "stream_options"),
@@ -310,6 +314,14 @@ def test_what_cannot_be_answered_is_refused_and_says_why(server, case):
 def test_a_body_that_is_no_json_object_is_refused(server, body):
     status, answer = post(server, body)
     assert status == 400 and "body is" in answer["error"]["message"]
+
+
+def test_what_is_nested_too_deeply_to_be_shown_is_refused(a):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(BadRecord, match="messages.0. is an object .* not what is nested so deeply"):
+        ask_of.conversation([deep], a, ask_of.Limits())
 
 
 def test_fields_that_ask_for_nothing_are_fine(server):
@@ -377,7 +389,7 @@ def raw(server):
 
 
 def request(**more):
-    body = json.dumps({"model": "tiny", "messages": HI, "temperature": 1, "max_tokens": 400} | more).encode()
+    body = json.dumps({"model": "tiny", "messages": HI, "temperature": 1, "seed": 1, "max_tokens": 400} | more).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
@@ -437,7 +449,7 @@ def test_too_many_waiting_requests_are_told_to_come_again(a, monkeypatch):
     with serving(a, queue=2) as server, ThreadPoolExecutor(12) as pool:
         streams = []
         for left in (3, 2, 1, 0):  # one after another: three that wait for the same step would be one too many
-            streams.append(create(server, stream=True, max_tokens=200, temperature=2))
+            streams.append(create(server, stream=True, max_tokens=200))
             assert server.free(left)
         waiting = [pool.submit(create, server) for _ in range(2)]
         assert server.free(0, 2)
@@ -491,11 +503,11 @@ def test_a_request_has_so_much_time(a, monkeypatch):
     slowly(monkeypatch)
     with serving(a, seconds=0.5) as server:
         with pytest.raises(openai.APIStatusError, match="within this server's limit of 0.5 seconds") as error:
-            create(server, max_tokens=300, temperature=2)
+            create(server, max_tokens=300)
         assert error.value.status_code == 504
         got = ""
         with pytest.raises(openai.APIError, match="limit of 0.5 seconds"):
-            for chunk in create(server, max_tokens=300, temperature=2, stream=True):
+            for chunk in create(server, max_tokens=300, stream=True):
                 got += chunk.choices[0].delta.content or ""
         assert got and server.free(4)
         with raw(server) as sock:
@@ -560,6 +572,8 @@ def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
             recipe.main(recipe.Serve(model, port=taken.getsockname()[1]))
     with pytest.raises(ValueError, match="--api-key is empty"):
         recipe.Serve(model, api_key="")
+    with pytest.raises(ValueError, match="port=70000: must be from 0"):
+        recipe.Serve(model, port=70_000)
     with pytest.raises(ValueError, match="limits.queue=0: must be above 0"):
         recipe.Limits(queue=0)
     with pytest.raises(ValueError, match="limits.pixels=100000000: must be at most"):

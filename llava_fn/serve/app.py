@@ -277,7 +277,8 @@ def _logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict:
 
 def _refused(request: Request | None, error: Refused) -> Response:
     more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status, {})
-    return JSONResponse(error.body(), error.status, more)
+    body = json.dumps(error.body())  # in ASCII, for it may name what no encoding holds: half a surrogate pair
+    return Response(body, error.status, more, "application/json")
 
 
 def _no_route(request: Request, error: HTTPException) -> Response:

@@ -89,12 +89,6 @@ def _stop(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _temperature(value: object) -> object:
-    if 0 < _within((int, float), 0, 2, "from 0 to 2")(value) < 0.01:
-        raise BadRecord(f"must be 0, or from 0.01 to 2, not {_short(value)}")
-    return value
-
-
 def _stream_options(value: object) -> bool:
     if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
         raise BadRecord(f"must be an object with include_usage and nothing else, not {_short(value)}")
@@ -110,7 +104,7 @@ FIELDS: Mapping[str, Callable[[object], object]] = MappingProxyType({
     "n": _COUNT,
     "max_tokens": _COUNT,
     "max_completion_tokens": _COUNT,
-    "temperature": _temperature,
+    "temperature": _within((int, float), 0, 2, "from 0 to 2"),
     "top_p": _within((int, float), 1e-6, 1, "above 0 and at most 1"),
     "stop": _stop,
     "seed": _within(int, 0, 2**62, "a whole number from 0 to 2**62"),
@@ -158,7 +152,10 @@ def _no_constant(name: str) -> None:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "what is nested so deeply"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
