@@ -9,6 +9,7 @@ cannot be answered is named, counts as wrong, and makes the exit status 1; the n
 
 from __future__ import annotations
 
+import glob
 import statistics
 import sys
 import time
@@ -129,7 +130,8 @@ def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     versions = {"python": environment["python"]} | {k: v for k, v in environment["packages"].items() if v}
     for table in tables:
         at = c.place(table)
-        if c.fresh and (aside := folder.move_aside(at, [c.out / (at.name + end) for end in RESULTS])):
+        old = [*(c.out / (at.name + end) for end in RESULTS), *c.out.glob(f"{glob.escape(at.name)}_vs_*.html")]
+        if c.fresh and (aside := folder.move_aside(at, old)):
             print(f"note: the earlier run is now {aside}", file=sys.stderr)
         d = table.dataset
         data = {"name": d.name, "sha256": table.sha256, "rows": len(table.pictures)}

@@ -178,13 +178,15 @@ def test_under_torchrun(config, whole, tmp_path):
 
 def test_nothing_is_asked_twice_and_a_changed_row_is_asked_again(config, monkeypatch, capsys):
     c = replace(config, data=(tsvs.chartqa(config.out.parent),))
-    asked = []
-    answers = assistant.answers_to
+    asked, made = [], []
+    answers, text = assistant.answers_to, prompts.question_text
+    monkeypatch.setattr(prompts, "question_text", lambda q, kind: made.append(q.index) or text(q, kind))
     monkeypatch.setattr(assistant, "answers_to", lambda a, p, d: asked.append(len(p)) or answers(a, p, d))
     evaluate.main(c)
     before = final(c)
     evaluate.main(c)
     assert asked == [3, 3, 1] and final(c) == before
+    assert sorted(made) == sorted(2 * [str(j) for j in range(7)])  # each prompt once a run
     path = c.data[0]
     path.write_bytes(path.read_bytes().replace(b"How many in 2003?", b"How many in 3003?"))
     evaluate.main(c)
@@ -223,7 +225,10 @@ def settings(c):
 def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     c = only(config, "choice")
     evaluate.main(c)
+    evaluate.main(replace(c, compare="m"))  # with itself
     before, said = final(c), lines(c)
+    before |= {p.name: p.read_bytes() for p in c.out.glob("*.html")}
+    assert len(before) == 5
     other = replace(c, tokens=2, fresh=True)
     for n in (1, 2):
         evaluate.main(other)
