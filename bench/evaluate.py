@@ -133,7 +133,7 @@ def waiting(folder: Path, c: Bench) -> str:
     """The share of its time that the loop of an evaluation waits for images."""
     a, table = assistant(folder, c), tsv.open_table(write(folder / "pages.tsv", pages(c)), "docvqa")
     s = Settings("", prompts.style("vlmevalkit", a.form), Decoding(c.tokens), a.context, c.dtype, None)
-    asked = run.ask(table, s, a.tokenizer, a.model.vision.patches)
+    asked = run.ask(table, s, run.parts(table, s), a.tokenizer, a.model.vision.patches)
     waits: list[float] = []
 
     def timed(batches: Iterable[run.Ready]) -> Iterator[run.Ready]:

@@ -9,10 +9,11 @@ cannot be answered is named, counts as wrong, and makes the exit status 1; the n
 
 from __future__ import annotations
 
+import glob
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,7 @@ from llava_fn.progress import Progress
 from llava_fn.sampling import Decoding
 from llava_fn.text import Tokenizer
 from llava_fn.weights import model
+from llava_fn.weights.source import Source
 
 POLL = 0.5  # seconds between two looks at what the other processes have done
 RESULTS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
@@ -115,8 +117,9 @@ def read(c: Evaluate) -> list[Table]:
     return [t.part(c.indices, c.limit) for t in tables]
 
 
-def settings(c: Evaluate, own: Form, weights: str) -> Settings:
-    """What the answers of this command depend on."""
+def settings(c: Evaluate, source: Source, weights: str) -> Settings:
+    """What the answers of this command depend on. weights: fingerprint."""
+    own = assistant.form_of(source, None, None, None) if c.template == "own" else Form("", "")
     style = prompts.style(c.template, own)
     return Settings(weights, style, Decoding(c.tokens), c.model.context, c.model.precision, c.model.quantise)
 
@@ -127,7 +130,8 @@ def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     versions = {"python": environment["python"]} | {k: v for k, v in environment["packages"].items() if v}
     for table in tables:
         at = c.place(table)
-        if c.fresh and (aside := folder.move_aside(at, [c.out / (at.name + end) for end in RESULTS])):
+        old = [*(c.out / (at.name + end) for end in RESULTS), *c.out.glob(f"{glob.escape(at.name)}_vs_*.html")]
+        if c.fresh and (aside := folder.move_aside(at, old)):
             print(f"note: the earlier run is now {aside}", file=sys.stderr)
         d = table.dataset
         data = {"name": d.name, "sha256": table.sha256, "rows": len(table.pictures)}
@@ -147,9 +151,10 @@ class Work:
 
 def left(c: Evaluate, table: Table, s: Settings, a: Assistant) -> Work:
     """The questions that have no answer yet; errors are tried again."""
-    keys = run.keys(table, s)
+    cut = run.parts(table, s)
+    keys = run.keys(table, s, cut)
     lines, have = folder.count(c.place(table)), folder.read(c.place(table), keys)
-    asked = run.ask(table, s, a.tokenizer, a.model.vision.patches)
+    asked = run.ask(table, s, cut, a.tokenizer, a.model.vision.patches)
     open_ = [x for x in asked if x.question.index not in have or have[x.question.index].error]
     return Work(table, keys, open_, lines)
 
@@ -190,12 +195,14 @@ def wait(c: Evaluate, w: Work) -> None:
             time.sleep(POLL)
 
 
-def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> None:
-    """Answer what has no answer yet. Processes meet before the first and after the last answer, and not in between."""
+def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[dict[str, str]]:
+    """Answer what has no answer yet. Returns the keys of each file's answers, by index.
+
+    Processes meet before the first and after the last answer, and not in between.
+    """
     source = assistant.opened(c.model.weights)
     if axis.rank == 0:
-        own = assistant.form_of(source, None, None, None) if c.template == "own" else Form("", "")
-        begin(c, tables, settings(c, own, folder.fingerprint(c.model.weights)))
+        begin(c, tables, settings(c, source, folder.fingerprint(c.model.weights)))
     launch.meet(axis)
     s = folder.read_manifest(c.place(tables[0])).settings
     a = cli.place(c.model, source, s.style.form)
@@ -208,12 +215,18 @@ def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> None:
         for w in work:
             wait(c, w)
     launch.meet(axis)
+    return [w.keys for w in work]
 
 
-def finish(c: Evaluate, table: Table) -> list[str]:
+def keys_of(at: Path, table: Table) -> dict[str, str]:
+    """Those of the answers to a file, with the settings that its run had."""
+    s = folder.read_manifest(at).settings
+    return run.keys(table, s, run.parts(table, s))
+
+
+def finish(c: Evaluate, table: Table, keys: Mapping[str, str]) -> list[str]:
     """Write the results of a file. Returns a line for each question that has no answer. ValueError if it may not."""
-    manifest = folder.read_manifest(c.place(table))
-    found = folder.read(c.place(table), run.keys(table, manifest.settings))
+    manifest, found = folder.read_manifest(c.place(table)), folder.read(c.place(table), keys)
     missing = [q.index for q in table.questions if q.index not in found]
     if missing and not c.allow_partial:
         raise ValueError(
@@ -234,8 +247,8 @@ def finish(c: Evaluate, table: Table) -> list[str]:
 def other(c: Evaluate, table: Table) -> Summary:
     """The run to compare with, scored anew by the same rules."""
     at = _other(c, table)
-    manifest, rules = folder.read_manifest(at), c.rules.of(table.dataset.kind)
-    found = folder.read(at, run.keys(table, manifest.settings))
+    manifest, found = folder.read_manifest(at), folder.read(at, keys_of(at, table))
+    rules = c.rules.of(table.dataset.kind)
     rows = tally.score_rows(table.dataset, table.questions, found, rules)
     partial = len(found) < len(table.pictures)
     return tally.summarise(Path(c.compare).name, table.dataset, rows, rules, _about(manifest, table), partial)
@@ -259,11 +272,11 @@ def _about(manifest: Manifest, table: Table) -> dict[str, str]:
 def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
     """Print some prompts and how long all are; of the weights only the config and the tokenizer are used."""
     source = assistant.opened(c.model.weights)
-    own = assistant.form_of(source, None, None, None) if c.template == "own" else Form("", "")
-    s, patches = settings(c, own, ""), model.config(source).vision.patches
+    s, patches = settings(c, source, ""), model.config(source).vision.patches
     tokenizer = Tokenizer.from_bytes(source.tokenizer)
     for table in tables:
-        cut, asked = run.parts(table, s), run.ask(table, s, tokenizer, patches)
+        cut = run.parts(table, s)
+        asked = run.ask(table, s, cut, tokenizer, patches)
         print(f"{table.dataset.name}: {len(asked)} rows of kind {table.dataset.kind}")
         for x in asked[:DRY_ROWS]:
             print(f"--- index {x.question.index}, {x.size} tokens, {x.images} images of {patches}")
@@ -283,9 +296,9 @@ def main(c: Evaluate) -> None:
         tables = read(c)
         for table in tables if c.compare else ():
             folder.read_manifest(_other(c, table))  # a mistake is told before the work, not after it
-        if not c.score_only:
-            predict(c, tables, axis)
-        failed = [line for table in tables for line in finish(c, table)] if axis.rank == 0 else []
+        known = [keys_of(c.place(t), t) for t in tables] if c.score_only else predict(c, tables, axis)
+        both = zip(tables, known, strict=True) if axis.rank == 0 else ()
+        failed = [line for table, its in both for line in finish(c, table, its)]
     if failed:
         raise ValueError(f"{len(failed)} rows have no answer and count as wrong:\n  " + "\n  ".join(failed))
 

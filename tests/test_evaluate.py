@@ -178,13 +178,15 @@ def test_under_torchrun(config, whole, tmp_path):
 
 def test_nothing_is_asked_twice_and_a_changed_row_is_asked_again(config, monkeypatch, capsys):
     c = replace(config, data=(tsvs.chartqa(config.out.parent),))
-    asked = []
-    answers = assistant.answers_to
+    asked, made = [], []
+    answers, text = assistant.answers_to, prompts.question_text
+    monkeypatch.setattr(prompts, "question_text", lambda q, kind: made.append(q.index) or text(q, kind))
     monkeypatch.setattr(assistant, "answers_to", lambda a, p, d: asked.append(len(p)) or answers(a, p, d))
     evaluate.main(c)
     before = final(c)
     evaluate.main(c)
     assert asked == [3, 3, 1] and final(c) == before
+    assert sorted(made) == sorted(2 * [str(j) for j in range(7)])  # each prompt once a run
     path = c.data[0]
     path.write_bytes(path.read_bytes().replace(b"How many in 2003?", b"How many in 3003?"))
     evaluate.main(c)
@@ -217,13 +219,16 @@ def test_answers_with_other_settings_are_refused_and_named(change, said, config,
 
 def settings(c):
     source = assistant.opened(c.model.weights)
-    return evaluate.settings(c, assistant.form_of(source, None, None, None), folder.fingerprint(c.model.weights))
+    return evaluate.settings(c, source, folder.fingerprint(c.model.weights))
 
 
 def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     c = only(config, "choice")
     evaluate.main(c)
+    evaluate.main(replace(c, compare="m"))  # with itself
     before, said = final(c), lines(c)
+    before |= {p.name: p.read_bytes() for p in c.out.glob("*.html")}
+    assert len(before) == 5
     other = replace(c, tokens=2, fresh=True)
     for n in (1, 2):
         evaluate.main(other)
@@ -277,7 +282,7 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
     c = replace(config, data=(tsvs.write(tmp_path / "MMMU_DEV_VAL.tsv", rows),), tokens=20)
     table = tsv.open_table(c.data[0])
     a = cli.open_assistant(cli.Model(c.model.weights, device="cpu"))
-    sizes = [x.size for x in run.ask(table, settings(c), a.tokenizer, 4)]
+    sizes = [x.size for x in run.ask(table, settings(c), run.parts(table, settings(c)), a.tokenizer, 4)]
     assert sizes == sorted(sizes)[:1] + sizes[1:] and sizes[1] == sizes[0] + 6 * (4 + (sizes[2] - sizes[0] - 4))
     evaluate.main(replace(c, out=tmp_path / "roomy"))
     roomy = {x["i"]: x["p"] for x in lines(replace(c, out=tmp_path / "roomy"), "mmmu")}
@@ -299,7 +304,7 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
     table = tsv.open_table(whole.data[0])
     a = cli.open_assistant(cli.Model(whole.model.weights, device="cpu"))
     s = settings(whole)
-    asked = run.ask(table, s, a.tokenizer, 4)
+    asked = run.ask(table, s, run.parts(table, s), a.tokenizer, 4)
     for world in (1, 2, 3, 4, 9):
         for batch in (1, 2, 3, 50):
             cut = run.batches(asked, s, batch, world)

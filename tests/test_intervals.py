@@ -1,5 +1,7 @@
 """Intervals against published values and formulas worked out by hand."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -86,4 +88,29 @@ def test_a_paired_difference_is_narrow_where_two_runs_agree():
     assert got.low == pytest.approx(mean - 1.96 * error, abs=0.25 * error) and got.low > 0
     assert got.high == pytest.approx(mean + 1.96 * error, abs=0.25 * error)
     assert of_difference(other, values, pictures).high == pytest.approx(-got.low)
-    assert of_difference(values, values, pictures) == intervals.Interval(0.0, 0.0, "bootstrap")
+    same = of_difference(values, values, pictures)  # it cannot be told from the draws how far 0 is certain
+    assert same.method == "adjusted" and -same.low == same.high == pytest.approx(1.96 * math.sqrt(2) / 402, rel=1e-3)
+
+
+@pytest.mark.parametrize(("better", "worse", "n"), [(9, 1, 20), (0, 0, 10), (1, 0, 1), (2, 2, 4)])
+def test_a_difference_of_few_questions_has_the_adjusted_interval_by_its_formula(better, worse, n):
+    """With the two shares of changed questions as (count + 1) / (n + 2), of which the paper takes Wald's interval."""
+    p, q = (better + 1) / (n + 2), (worse + 1) / (n + 2)
+    half = intervals.Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    one, other = np.array([1.0] * better + [0.0] * (n - better)), np.array([0.0] * (n - worse) + [1.0] * worse)
+    got = of_difference(one, other, np.arange(n))
+    assert got.low == pytest.approx(max(-1, p - q - half)) and got.high == pytest.approx(min(1, p - q + half))
+    doubled = of_difference(one.repeat(2), other.repeat(2), np.arange(n).repeat(2))  # two questions to each picture
+    assert doubled.low == pytest.approx(got.low) and doubled.high == pytest.approx(got.high)
+
+
+def test_a_difference_holds_its_mean_and_stays_within_one():
+    for n in range(1, 30):
+        for sizes in (np.arange(n), np.arange(n) // 3, np.minimum(np.arange(n), 1)):
+            got = of_difference(np.ones(n), np.zeros(n), sizes)
+            assert -1 <= got.low < got.high == 1.0
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 29):
+        one, other = rng.random(n), rng.random(n)
+        got = of_difference(one, other, np.minimum(np.arange(n), n // 2))
+        assert got.low < (one - other).mean() < got.high

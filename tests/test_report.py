@@ -13,7 +13,7 @@ from tables import Table, said, table
 
 from llava_fn.evaluate import compare as comparing
 from llava_fn.evaluate import page, results, score, tally
-from llava_fn.evaluate.intervals import bootstrap
+from llava_fn.evaluate.intervals import bootstrap, of_difference
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
@@ -98,7 +98,7 @@ def test_a_picture_of_any_mode_becomes_a_small_jpeg_on_white(mode):
     clear = Image.new("RGBA", (1000, 500), (0, 0, 0, 0))
     image = clear.convert(mode) if mode in ("RGBA", "LA") else Image.new(mode, (1000, 500))
     small = jpeg(page._small(encoded(image, "JPEG" if mode == "CMYK" else "PNG")))
-    assert small.size == (320, 160) and small.format == "JPEG"
+    assert small.size == (800, 400) and small.format == "JPEG"
     assert (small.convert("RGB").getpixel((9, 9)) == (255, 255, 255)) == (mode in ("RGBA", "LA", "CMYK"))
 
 
@@ -161,22 +161,31 @@ def test_a_comparison_is_paired_by_question_and_of_the_headlines_rows():
     t = table("mmmu", MMMU)
     a, b = ["A"] * 60, ["B" if j % 4 == 0 else "A" for j in range(60)]
     c = comparing.compare(summary(t, a), summary(t, b, model="two"))
-    assert c.of == "validation" and c.difference == 0.25 and [x.mean for x in c.tallies] == [1, 0.75]
+    assert c.whole.name == "validation" and c.whole.difference == 0.25 and [x.mean for x in c.tallies] == [1, 0.75]
     gains = page.np.array([float(j % 4 == 0) for j in range(20, 60)])
-    assert c.interval == bootstrap(gains, page.np.arange(40))
+    assert c.whole.interval == bootstrap(gains, page.np.arange(40))
     assert str(c) == (
-        f"FILE (validation): one less two is +25.00 points (95 % interval {100 * c.interval.low:+.2f} to "
-        f"{100 * c.interval.high:+.2f}); 15 questions better, 0 worse, of 60"
+        f"FILE (validation): one less two is +25.00 points (95 % interval {100 * c.whole.interval.low:+.2f} to "
+        f"{100 * c.whole.interval.high:+.2f}); 15 questions better, 0 worse, of 60"
     )
     assert page._agreement(c) == {"both": 45, "one": 15, "other": 0, "neither": 0}
-    assert page._against(c)["split"] == [("dev", 20, 100.0, 75.0, 25.0), ("validation", 40, 100.0, 75.0, 25.0)]
+    splits = [(g.name, g.n, g.one, g.other) for g in c.groups["split"]]
+    assert splits == [("dev", 20, 1, 0.75), ("validation", 40, 1, 0.75)]
+    assert [g.n for g in c.groups["category"]] == [14, 13, 13] and len(c.groups["l2-category"]) == 20
+    rows = [j for j in range(20, 60) if j % 3 == 0]
+    worth = [page.np.array([row.score.score for row in s.rows])[rows] for s in (c.one, c.other)]
+    rocks = next(g for g in c.groups["category"] if g.name == "rocks")
+    assert rocks.interval == of_difference(*worth, page.np.array(rows))
+    html = page.comparison(c, t)
+    assert f"{100 * rocks.interval.low:+.1f} to {100 * rocks.interval.high:+.1f}</td>" in html
+    assert html.count("(validation)</span></h2>") == 2 and html.count('class="gain"') == 2 + 3 + 5
 
 
 def test_a_comparison_takes_the_questions_that_both_were_asked_and_failures_as_wrong():
     t = table("docvqa", [{"answer": "abcd"}] * 4)
     one = summary(t, ["abcd", "abcd", ValueError("x"), None], partial=True)
     c = comparing.compare(one, summary(t, ["abcd", "abxy", "abcd", "abcd"], model="two"))
-    assert [p.change for p in c.pairs] == ["same", "better", "worse"] and c.difference == pytest.approx(-0.5 / 3)
+    assert [p.change for p in c.pairs] == ["same", "better", "worse"] and c.whole.difference == pytest.approx(-0.5 / 3)
 
 
 def test_a_comparison_has_the_pictures_of_what_changed():
@@ -280,6 +289,29 @@ def test_bars_and_confusion_lead_to_their_questions(open_report, choices, tmp_pa
     assert count(view) == "10 questions of 60. Right letter A, found B." and len(cards(view)) == 10
     assert view.input_value("select[data-column=category]") == ""
     assert view.locator("#list img").first.evaluate("x => x.decode().then(() => x.naturalWidth)") == 20
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_picture_opens_large_by_click_and_by_key(width, open_report, choices, tmp_path):
+    write(tmp_path, choices, TEXTS)
+    view = open_report(tmp_path / "one_AI2D_TEST.html", viewport={"width": width, "height": 700})
+    assert view.is_hidden("#large")
+    small, large = view.locator("#list .enlarge >> nth=1"), view.locator("#large-picture")
+    for how in (small.click, lambda: small.press("Enter"), lambda: small.press("Space")):
+        how()
+        assert large.get_attribute("src") == small.locator("img").get_attribute("src")
+        assert large.get_attribute("alt") == view.text_content("#large-name") == "Picture of question 2"
+        box = large.bounding_box()
+        assert box["width"] > 0.85 * width and 500 < box["height"] and box["y"] + box["height"] <= 700
+        view.keyboard.press("Escape")
+        assert view.is_hidden("#large") and small.evaluate("x => x === document.activeElement")
+    for place in ("#large-close", "#large-picture"):
+        small.click()
+        view.click(place)
+        assert view.is_hidden("#large")
+    small.click()
+    view.mouse.click(2, 2)  # beside it
+    assert view.is_hidden("#large")
 
 
 def test_the_order_can_be_chosen(open_report, tmp_path):

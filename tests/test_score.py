@@ -56,6 +56,7 @@ GENERATIONS = [
     ("The answer is E", "ZZZ"),  # a letter of no option
     ("A or B: the answer is B", "ZZB"),  # two letters among the words
     ("The answer is (B), not (A)", "ZZZ"),  # a bracket is not a star
+    ("green " + 44 * "\u0130", "BZZ"),  # 50 characters, and 94 in lower case, which are counted
 ]
 
 

@@ -140,6 +140,8 @@ BAD = {
     "no image": (["0\tq\ta\t"], r"line 2: row 1 \(index '0'\): it has no image"),
     "bad base64": ([f"0\tq\ta\t{LONG}"], r"line 2: row 1 \(index '0'\): its image is no base64"),
     "bad base64 in a list": ([f"0\tq\ta\t['{tsvs.b64(0)}', '@@@']"], "line 2: row 1 .*no base64"),
+    "empty list": (["0\tq\ta\t[]"], r"line 2: row 1 \(index '0'\): an image of its list is empty"),
+    "empty in a list": ([f"0\tq\ta\t['{tsvs.b64(0)}', '']"], "line 2: row 1 .*an image of its list is empty"),
     "unknown row": (["0\tq\ta\t7"], r"line 2: row 1 \(index '0'\): its image '7' is no other row's index"),
     "circle": (["0\tq\ta\t1", "1\tq\ta\t0"], "line 3: row 2 .*leads in a circle"),
     "itself": (["0\tq\ta\t0"], "line 2: row 1 .*leads in a circle"),

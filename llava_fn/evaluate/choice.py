@@ -85,9 +85,9 @@ def _letter(text: str, options: Mapping[str, str], r: Rules) -> Found | None:
 
 def _text(text: str, options: Mapping[str, str], r: Rules) -> Found:
     """By the one option whose text stands in the answer."""
-    if r.late and len(text) > 2 * sum(map(len, options.values())):
-        return Found(UNDECIDED, "no single option letter, and too long to search for the options' texts")
     lowered = text.lower()
+    if r.late and len(lowered) > 2 * sum(map(len, options.values())):
+        return Found(UNDECIDED, "no single option letter, and too long to search for the options' texts")
     there = [letter for letter, option in options.items() if option.lower() in lowered]
     if len(there) == 1:
         return Found(there[0], f"the only option whose text it holds is {there[0]}")

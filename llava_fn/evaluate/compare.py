@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,28 +29,44 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """The mean scores of two runs on the same n questions, 0 to 1, and the interval of the first less the second."""
+
+    name: str
+    n: int
+    one: float
+    other: float
+    interval: Interval
+
+    @property
+    def difference(self) -> float:
+        """Of the means."""
+        return self.one - self.other
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two runs on the questions that both were asked.
 
-    difference: the mean score of one less that of the other, of the rows that the headlines count: of is their split's
-    name, or "Overall". tallies: of one and of the other, on these rows.
+    whole: of the rows that the headlines count; its name is that of their split, or "Overall". tallies: of one and of
+    the other, on these rows. groups: column -> gains by its values, sorted; those of subjects and categories are of
+    these rows, too.
     """
 
     one: Summary
     other: Summary
     pairs: Sequence[Pair]
-    of: str
     tallies: tuple[Tally, Tally]
-    difference: float
-    interval: Interval
+    whole: Gain
+    groups: Mapping[str, Sequence[Gain]]
 
     def __str__(self) -> str:
         n = Counter(pair.change for pair in self.pairs)
-        low, high = 100 * self.interval.low, 100 * self.interval.high
+        low, high = 100 * self.whole.interval.low, 100 * self.whole.interval.high
         return (
-            f"{self.one.dataset.name} ({self.of}): {self.one.model} less {self.other.model} is "
-            f"{100 * self.difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}); {n['better']} questions "
-            f"better, {n['worse']} worse, of {len(self.pairs)}"
+            f"{self.one.dataset.name} ({self.whole.name}): {self.one.model} less {self.other.model} is "
+            f"{100 * self.whole.difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}); "
+            f"{n['better']} questions better, {n['worse']} worse, of {len(self.pairs)}"
         )
 
 
@@ -64,9 +80,20 @@ def compare(one: Summary, other: Summary) -> Comparison:
         raise ValueError(
             f"{one.model} and {other.model} share no question of the split {of}; there is nothing to compare"
         )
-    scores = [np.array([row.score.score for row in rows]) for rows in (mine, theirs)]
-    interval = intervals.of_difference(*scores, np.array([row.question.images for row in mine]))
-    return Comparison(one, other, pairs, of, tallies, tallies[0].mean - tallies[1].mean, interval)
+    columns = [name for name in ("split", *tally.GROUPS) if name in one.dataset.columns]
+    groups = {name: _gains(pairs if name == "split" else counted, name) for name in columns}
+    return Comparison(one, other, pairs, tallies, _gain(of, counted), groups)
+
+
+def _gains(pairs: Sequence[Pair], column: str) -> list[Gain]:
+    names = sorted({p.one.group(column) for p in pairs})
+    return [_gain(name, [p for p in pairs if p.one.group(column) == name]) for name in names]
+
+
+def _gain(name: str, pairs: Sequence[Pair]) -> Gain:
+    one, other = np.array([(p.one.score.score, p.other.score.score) for p in pairs]).T
+    interval = intervals.of_difference(one, other, np.array([p.one.question.images for p in pairs]))
+    return Gain(name, len(pairs), float(one.mean()), float(other.mean()), interval)
 
 
 def _pairs(one: Summary, other: Summary) -> list[Pair]:

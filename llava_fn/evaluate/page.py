@@ -1,9 +1,10 @@
 """The report: one HTML file that needs nothing else, of one run or of two on the same questions.
 
 It shows the score with its interval, bars by split, category and subject, how long answers are and take, which letter
-was taken for which, and every question with what became of it, to be filtered in the browser. Pictures are small, and
-there are PICTURES of them at most: those of the first questions that are not right (or that changed, of two runs).
-Texts are cut where they are longer than TEXT characters, with a mark; so 5,349 questions make a file of some 6 MB.
+was taken for which, and every question with what became of it, to be filtered in the browser. A click on a picture
+opens it large. There are PICTURES of them at most: those of the first questions that are not right (or that changed, of
+two runs). Texts are cut where they are longer than TEXT characters, with a mark. So 5,349 questions make a file of some
+4 MB, and pictures as many as 16 MB more, if all are densely printed pages.
 Whatever stands in a cell stays text: the template escapes it, and the script makes text nodes of it.
 """
 
@@ -22,13 +23,13 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from llava_fn.evaluate import score, tally
-from llava_fn.evaluate.compare import Comparison, Pair
+from llava_fn.evaluate.compare import Comparison
 from llava_fn.evaluate.records import Question
 from llava_fn.evaluate.tally import Row, Summary, Tally
 from llava_fn.evaluate.tsv import Table
 
 PICTURES = 120
-SIDE = 320  # pixels of a picture's longer side
+SIDE = 800  # pixels of a picture's longer side at most: the print of a page can be read
 EACH = 3  # pictures of one question
 TEXT = 500  # characters of a text
 BINS = 24
@@ -59,8 +60,8 @@ def _render(s: Summary, data: Mapping, c: Comparison | None, shown: Sequence[Que
     return env.from_string(source).render(
         s=s, c=c, data=_script(data | {"columns": [name for name, _ in _sections(s)]}), verdicts=_verdicts(s),
         changes=Counter(p.change for p in c.pairs) if c else {}, agreement=_agreement(c) if c else {},
-        sections=_sections(s), against=_against(c) if c else {}, histograms=_histograms(s), confusion=_confusion(s),
-        odd=tally.odd_counts, method=_METHODS[s.headline.interval.method], pictures=len(data["pictures"]),
+        sections=_sections(s), histograms=_histograms(s), confusion=_confusion(s),
+        odd=tally.odd_counts, methods=_METHODS, pictures=len(data["pictures"]),
         metric=_METRICS[s.dataset.kind], long=LONG, wanted=len({q.images for q in shown}), cap=PICTURES, text=TEXT,
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ _METRICS = {"choice": "accuracy", "mmmu": "accuracy", "chartqa": "relaxed accura
 _METHODS = {
     "wilson": "Wilson's interval, each picture one trial",
     "bootstrap": "bootstrap over pictures, since questions about one picture succeed and fail together",
+    "adjusted": "Bonett and Price's interval, each picture one pair",
 }
 
 
@@ -119,7 +121,7 @@ def _small(content: bytes) -> str:
             paper.alpha_composite(image.convert("RGBA"))
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError):
         return ""  # the page says so in its place
-    paper.convert("RGB").save(out, "JPEG", quality=72, optimize=True)
+    paper.convert("RGB").save(out, "JPEG", quality=60, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
@@ -179,19 +181,3 @@ def _agreement(c: Comparison) -> dict[str, int]:
     found = Counter((p.one.score.hit, p.other.score.hit) for p in c.pairs)
     names = {"both": (True, True), "one": (True, False), "other": (False, True), "neither": (False, False)}
     return {name: found[pair] for name, pair in names.items()}
-
-
-def _against(c: Comparison) -> dict[str, list[tuple[str, int, float, float, float]]]:
-    """Column -> value, questions, the means of both runs in percent and their difference."""
-    columns = [name for name in ("split", *GROUPS) if name in c.one.dataset.columns]
-    values = {column: sorted({p.one.group(column) for p in c.pairs}) for column in columns}
-    return {
-        column: [_gain(value, [p for p in c.pairs if p.one.group(column) == value]) for value in values[column]]
-        for column in columns
-    }
-
-
-def _gain(value: str, pairs: Sequence[Pair]) -> tuple[str, int, float, float, float]:
-    one = 100 * float(np.mean([p.one.score.score for p in pairs]))
-    other = 100 * float(np.mean([p.other.score.score for p in pairs]))
-    return value, len(pairs), one, other, one - other

@@ -50,16 +50,14 @@ def parts(table: Table, s: Settings) -> dict[str, Parts]:
     }
 
 
-def keys(table: Table, s: Settings) -> dict[str, str]:
-    """index -> the key of its answer."""
-    asked = parts(table, s)
-    return {q.index: folder.key(s, prompts.shown(asked[q.index]), q.images) for q in table.questions}
+def keys(table: Table, s: Settings, cut: Mapping[str, Parts]) -> dict[str, str]:
+    """index -> the key of its answer. cut: the prompts."""
+    return {q.index: folder.key(s, prompts.shown(cut[q.index]), q.images) for q in table.questions}
 
 
-def ask(table: Table, s: Settings, tokenizer: Tokenizer, patches: int) -> list[Asked]:
-    """Every question in the tokens of its prompt. patches: positions of an image."""
-    cut, compat = parts(table, s), s.style.form.compat
-    out = []
+def ask(table: Table, s: Settings, cut: Mapping[str, Parts], tokenizer: Tokenizer, patches: int) -> list[Asked]:
+    """Every question in the tokens of its prompt. cut: the prompts; patches: positions of an image."""
+    compat, out = s.style.form.compat, []
     for q in table.questions:
         ids = text.pieces(cut[q.index], tokenizer, compat)
         out.append(Asked(q, tuple(ids), len(ids) + (patches - 1) * ids.count(IMAGE)))

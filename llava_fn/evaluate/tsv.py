@@ -274,6 +274,8 @@ def _with_images(path: Path, data: mmap.mmap, row: _Row, cell: Span | None) -> _
         raise _Wrong(row.offset, "it has no image")
     if data[inside.start : inside.start + 1] == b"[" and data[inside.stop - 1 : inside.stop] == b"]":
         spans = tuple(_items(data[inside.start : inside.stop], inside.start))
+        if any(span.start == span.stop for span in spans):
+            raise _Wrong(row.offset, "an image of its list is empty")
     elif inside.stop - inside.start <= REFERENCE:
         return replace(row, same=_text(data, cell))
     else:
