@@ -238,7 +238,7 @@ def test_as_many_processes_as_tp(weights, monkeypatch):
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
         infer.main(infer.Infer(cli.Model((weights,), device="cpu"), tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
-    with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp"):
+    with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
         infer.main(infer.Infer(cli.Model((weights,), device="cpu")))
 
 

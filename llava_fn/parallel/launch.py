@@ -225,7 +225,8 @@ def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) ->
         raise ValueError(f"{wrong[0]}={environ[wrong[0]]!r} is no number of processes; torchrun sets it, or nobody")
     world, local = (int(environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if alone and world != tp:
-        how = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}" if tp > 1 else "without torchrun, or with --tp"
+        several = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}"
+        how = several if tp > 1 else f"without torchrun, or with --tp {world}"
         raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
     check_world(world, tp, local if "LOCAL_WORLD_SIZE" in environ else world)
     lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
