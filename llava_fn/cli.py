@@ -84,6 +84,10 @@ class Weights:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
     quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
 
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"context={self.context}: must be at least 1")
+
     @property
     def precision(self) -> str:
         """The dtype's name, chosen by the device if need be."""

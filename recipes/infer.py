@@ -45,7 +45,7 @@ class Infer:
 
     model: Annotated[cli.Model, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
-    prompt: str = ""  # "<image>" in it places an image; else they stand in front
+    prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     image: tuple[Path, ...] = ()
     json: Path | None = None  # lines of questions instead; "-" is the standard input, read to its end
     images: Path = Path()  # the folder that paths in the lines are relative to
@@ -250,6 +250,8 @@ def main(c: Infer) -> None:
     """Load the model, warn if it is none to talk to, and answer."""
     if not (c.json or c.prompt.strip() or c.image):
         raise ValueError("nothing is asked; give --prompt, --image or both, or --json")
+    if c.decoding.logprobs and not c.json:
+        raise ValueError("--logprobs goes with --json: a line has room for them")
     with launch.processes(c.tp, launch.pick_device(c.model.device), alone=True) as joined:
         respond(cli.open_assistant(c.model, joined.mesh), c)
 

@@ -167,8 +167,9 @@ def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
 
 def test_the_command_line_says_what_cannot_be_and_no_more(weights, monkeypatch):
     for module, kind in ((infer, infer.Infer), (chat, chat.Talk)):
-        with pytest.raises(SystemExit, match="^error: tokens=0: must be at least 1$"):
-            start(module, kind, [], monkeypatch, "--weights", weights / "plain", "--tokens", 0)
+        for flag in ("tokens", "context"):
+            with pytest.raises(SystemExit, match=f"^error: {flag}=0: must be at least 1$"):
+                start(module, kind, [], monkeypatch, "--weights", weights / "plain", f"--{flag}", 0)
         monkeypatch.setattr(sys, "stdin", None)
         with pytest.raises(SystemExit, match="the standard input, which is closed"):
             flags = ["--weights", str(weights / "plain"), *(["--json", "-"] if module is infer else [])]
@@ -201,6 +202,7 @@ def test_one_question_is_answered_as_it_is_written(config, capsys, emojis):
         ({"prompt": "x"}, "give --json, or --prompt and --image"),
         ({"json": None}, "--out goes with --json"),
         ({"json": None, "out": None, "prompt": " "}, "nothing is asked; give --prompt, --image or both, or --json"),
+        ({"json": None, "out": None, "prompt": "x", "decoding": Decoding(logprobs=True)}, "--logprobs goes with"),
         ({"batch": 0}, "batch=0"),
     ],
 )
@@ -235,6 +237,9 @@ def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, 
     said = capsys.readouterr()
     assert "not valid Unicode" in said.err and "none.png: cannot be read" in said.err
     assert "talk.json: 4 turns" in said.out
+    for more in (["--beams", 2], ["--temperature", 1, "--samples", 2], ["--logprobs"]):
+        with pytest.raises(SystemExit, match="one answer at a time, as text; leave beams, samples and logprobs out"):
+            start(chat, chat.Talk, lines, monkeypatch, *flags, *more)
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert saved["image"] == [str(image)] * 2 and [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2
     assert saved["conversations"][2]["value"] == "<image>\nIs it?"
