@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llava_fn import assistant, cli
 from llava_fn.assistant import Assistant, Chat, Text
+from llava_fn.checkpoint import newest
 from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
 from llava_fn.parallel import launch
@@ -167,9 +168,14 @@ def done(path: Path, lines: Sequence[Line]) -> set[int]:
 
 
 def check_same(c: Infer) -> None:
-    """ValueError if the file of answers was made with other options; else write down these beside it."""
+    """ValueError if the file of answers was made with other options; else write down these beside it.
+
+    A run that has trained on since is another model, and so is one of another precision.
+    """
     beside = c.out.with_name(c.out.name + ".config.json")
-    now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=replace(c.model, device="auto")))
+    weights = tuple(map(newest, c.model.weights))
+    model = replace(c.model, weights=weights, device="auto", dtype=c.model.precision)
+    now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=model))
     if c.out.exists() and beside.exists():
         other = differences(json.loads(beside.read_text()), now)
         if other:

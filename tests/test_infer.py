@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,18 @@ def test_answers_to_other_lines_or_with_other_options_are_not_mixed(config):
     config.json.write_text("\n".join(lines[:2] + ['{"prompt": "another"}'] + lines[3:]))
     with pytest.raises(ValueError, match="answers another line 3 than is asked now"):
         infer.main(config)
+
+
+def test_answers_of_two_checkpoints_of_a_run_or_of_two_precisions_are_not_mixed(config, tmp_path, weights):
+    c = change(config, model=cli.Model((tmp_path / "run",), device="cpu"))
+    shutil.copytree(weights / "vicuna_v1", tmp_path / "run/checkpoints/000007")
+    infer.main(c)
+    with pytest.raises(ValueError, match="other options .model.dtype: float32 -> bfloat16"):
+        infer.main(change(c, model=infer.replace(c.model, dtype="bfloat16")))
+    infer.main(change(c, model=infer.replace(c.model, dtype="float32")))
+    shutil.copytree(weights / "vicuna_v1", tmp_path / "run/checkpoints/000008")
+    with pytest.raises(ValueError, match="other options .model.weights: .*run/checkpoints/000007"):
+        infer.main(c)
 
 
 @pytest.mark.parametrize("content", ["notes", "notes\n", "[1]\n", '{"prompt": "x"}\n', '{"prompt": "x"}'])
