@@ -85,6 +85,10 @@ class Weights:
     quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
     compile: str = ""  # the backend of torch.compile for a step of decoding, e.g. inductor
 
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"context={self.context}: must be at least 1")
+
     @property
     def precision(self) -> str:
         """The dtype's name, chosen by the device if need be."""

@@ -113,8 +113,8 @@ def turn(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
 
 def main(c: Talk) -> None:
     """Read lines and answer them until the input ends."""
-    if c.decoding.beams > 1 or c.decoding.samples > 1:
-        raise ValueError("a conversation has one answer at a time; leave beams and samples out")
+    if c.decoding.beams > 1 or c.decoding.samples > 1 or c.decoding.logprobs:
+        raise ValueError("a conversation is one answer at a time, as text; leave beams, samples and logprobs out")
     if sys.stdin is None:
         raise ValueError("what you say is read from the standard input, which is closed")
     with contextlib.suppress(ImportError):  # not every Python has it; with it, lines can be edited and come back

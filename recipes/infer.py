@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llava_fn import assistant, cli
 from llava_fn.assistant import Assistant, Chat, Text
+from llava_fn.checkpoint import newest
 from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
 from llava_fn.parallel import launch
@@ -45,7 +46,7 @@ class Infer:
 
     model: Annotated[cli.Model, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
-    prompt: str = ""  # "<image>" in it places an image; else they stand in front
+    prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     image: tuple[Path, ...] = ()
     json: Path | None = None  # lines of questions instead; "-" is the standard input, read to its end
     images: Path = Path()  # the folder that paths in the lines are relative to
@@ -167,9 +168,14 @@ def done(path: Path, lines: Sequence[Line]) -> set[int]:
 
 
 def check_same(c: Infer) -> None:
-    """ValueError if the file of answers was made with other options; else write down these beside it."""
+    """ValueError if the file of answers was made with other options; else write down these beside it.
+
+    A run that has trained on since is another model, and so is one of another precision.
+    """
     beside = c.out.with_name(c.out.name + ".config.json")
-    now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=replace(c.model, device="auto")))
+    weights = tuple(map(newest, c.model.weights))
+    model = replace(c.model, weights=weights, device="auto", dtype=c.model.precision)
+    now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=model))
     if c.out.exists() and beside.exists():
         other = differences(json.loads(beside.read_text()), now)
         if other:
@@ -250,6 +256,8 @@ def main(c: Infer) -> None:
     """Load the model, warn if it is none to talk to, and answer."""
     if not (c.json or c.prompt.strip() or c.image):
         raise ValueError("nothing is asked; give --prompt, --image or both, or --json")
+    if c.decoding.logprobs and not c.json:
+        raise ValueError("--logprobs goes with --json: a line has room for them")
     with launch.processes(c.tp, launch.pick_device(c.model.device), alone=True) as joined:
         respond(cli.open_assistant(c.model, joined.mesh), c)
 

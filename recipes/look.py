@@ -40,7 +40,7 @@ class Draw:
     model: Annotated[cli.Model, tyro.conf.arg(name="")]
     image: tuple[Path, ...]
     out: Path  # a picture; its numbers stand beside it in an .npz file
-    prompt: str = ""  # "<image>" in it places an image; else they stand in front
+    prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     answer: str = ""  # instead of the model's own
     words: tuple[str, ...] = ()  # of the answer; the first 23 unless given
     layers: tuple[int, ...] = ()  # from 0, or from the end with -1; all unless given

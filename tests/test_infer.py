@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,18 @@ def test_answers_to_other_lines_or_with_other_options_are_not_mixed(config):
         infer.main(config)
 
 
+def test_answers_of_two_checkpoints_of_a_run_or_of_two_precisions_are_not_mixed(config, tmp_path, weights):
+    c = change(config, model=cli.Model((tmp_path / "run",), device="cpu"))
+    shutil.copytree(weights / "vicuna_v1", tmp_path / "run/checkpoints/000007")
+    infer.main(c)
+    with pytest.raises(ValueError, match="other options .model.dtype: float32 -> bfloat16"):
+        infer.main(change(c, model=infer.replace(c.model, dtype="bfloat16")))
+    infer.main(change(c, model=infer.replace(c.model, dtype="float32")))
+    shutil.copytree(weights / "vicuna_v1", tmp_path / "run/checkpoints/000008")
+    with pytest.raises(ValueError, match="other options .model.weights: .*run/checkpoints/000007"):
+        infer.main(c)
+
+
 @pytest.mark.parametrize("content", ["notes", "notes\n", "[1]\n", '{"prompt": "x"}\n', '{"prompt": "x"}'])
 def test_a_file_that_holds_no_answers_is_left_as_it_is(config, content):
     config.out.write_text(content)
@@ -167,8 +180,9 @@ def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
 
 def test_the_command_line_says_what_cannot_be_and_no_more(weights, monkeypatch):
     for module, kind in ((infer, infer.Infer), (chat, chat.Talk)):
-        with pytest.raises(SystemExit, match="^error: tokens=0: must be at least 1$"):
-            start(module, kind, [], monkeypatch, "--weights", weights / "plain", "--tokens", 0)
+        for flag in ("tokens", "context"):
+            with pytest.raises(SystemExit, match=f"^error: {flag}=0: must be at least 1$"):
+                start(module, kind, [], monkeypatch, "--weights", weights / "plain", f"--{flag}", 0)
         monkeypatch.setattr(sys, "stdin", None)
         with pytest.raises(SystemExit, match="the standard input, which is closed"):
             flags = ["--weights", str(weights / "plain"), *(["--json", "-"] if module is infer else [])]
@@ -201,6 +215,7 @@ def test_one_question_is_answered_as_it_is_written(config, capsys, emojis):
         ({"prompt": "x"}, "give --json, or --prompt and --image"),
         ({"json": None}, "--out goes with --json"),
         ({"json": None, "out": None, "prompt": " "}, "nothing is asked; give --prompt, --image or both, or --json"),
+        ({"json": None, "out": None, "prompt": "x", "decoding": Decoding(logprobs=True)}, "--logprobs goes with"),
         ({"batch": 0}, "batch=0"),
     ],
 )
@@ -235,6 +250,9 @@ def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, 
     said = capsys.readouterr()
     assert "not valid Unicode" in said.err and "none.png: cannot be read" in said.err
     assert "talk.json: 4 turns" in said.out
+    for more in (["--beams", 2], ["--temperature", 1, "--samples", 2], ["--logprobs"]):
+        with pytest.raises(SystemExit, match="one answer at a time, as text; leave beams, samples and logprobs out"):
+            start(chat, chat.Talk, lines, monkeypatch, *flags, *more)
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert saved["image"] == [str(image)] * 2 and [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2
     assert saved["conversations"][2]["value"] == "<image>\nIs it?"

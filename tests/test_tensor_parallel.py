@@ -236,10 +236,10 @@ def test_as_many_processes_as_tp(weights, monkeypatch):
     launch.check_processes(1, {}, alone=True)
     launch.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
-        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), tp=2))
+        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x", tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
-        infer.main(infer.Infer(cli.Model((weights,), device="cpu")))
+        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x"))
 
 
 @pytest.mark.parametrize("bad, match", [({"tp": 0}, "tp=0: must be"), ({"tp": 2, "json": Path("-")}, "into a file")])

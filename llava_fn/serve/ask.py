@@ -23,7 +23,7 @@ from llava_fn.text import MARK, template_of
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for at most. ValueError names a limit that leaves nothing."""
+    """What a request may ask for at most."""
 
     pixels: int = 40_000_000  # of an image, width * height
     prompt: int = 3072  # tokens, image positions included
@@ -34,6 +34,7 @@ class Limits:
     seconds: float = 300.0  # from a request's arrival to the end of its answer
 
     def __post_init__(self) -> None:
+        """ValueError names a limit that leaves nothing."""
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"limits.{name}={value}: must be above 0")
