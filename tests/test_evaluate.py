@@ -248,6 +248,15 @@ def test_a_folder_that_is_no_run_is_refused(config):
         evaluate.main(c)
 
 
+def test_an_error_lists_the_first_rows_that_fail_and_counts_the_others(config, tmp_path):
+    path = tsvs.chartqa(tmp_path, 23)
+    c = replace(config, data=(path,), model=replace(config.model, context=9), batch=50)
+    with pytest.raises(ValueError, match="23 rows have no answer and count as wrong:\n  ChartQA_TEST index 0: ") as e:
+        evaluate.main(c)
+    said = str(e.value).splitlines()
+    assert len(said) == 22 and "index 19: " in said[-2] and said[-1] == "  and 3 more; the spreadsheets name them all"
+
+
 def spoilt(path):
     """A copy of the AI2D file in which the images of rows 2 and 3 are none."""
     text = path.read_text()
@@ -311,8 +320,15 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
             assert sorted(x.question.row for b in cut for x in b) == list(range(7))
             shares = [sum(map(len, cut[r::world])) for r in range(world)]
             assert max(shares) - min(shares) <= -(-7 // world) and max(map(len, cut)) <= batch
+            assert len(cut) <= max(min(world, 7), -(-7 // batch))
             images = [x.question.images for b in cut for x in b]
             assert sum(x != y for x, y in zip(images, images[1:], strict=False)) == len(set(images)) - 1
+    names = ("b9", "a1", "c5", "a6", "d7", "e2", "a3")  # images and tokens
+    both = zip(asked, names, strict=True)
+    varied = [replace(x, question=replace(x.question, images=n[0]), size=int(n[1])) for x, n in both]
+    cut = run.batches(varied, s, 2, 1)
+    order = [f"{x.question.images}{x.size}" for b in cut for x in b]
+    assert order == ["e2", "c5", "a1", "a3", "a6", "d7", "b9"]  # by length, with what shares an image
     tight = replace(s, context=sorted(x.size for x in asked)[3] + 5)
     cut, n = run.batches(asked, tight, 3, 1), sum(x.size + 5 > tight.context for x in asked)
     assert 2 <= n <= 3 and all(len(b) == 1 and b[0].size + 5 > tight.context for b in cut[-n:])
@@ -336,6 +352,8 @@ def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_th
     assert not final(c).items() & final(whole).items()
     evaluate.main(c)
     assert len(lines(c)) == 7 and final(c).items() <= final(whole).items() and len(final(c)) == 3
+    evaluate.main(replace(c, limit=7))  # which is all
+    assert final(c).items() <= final(whole).items() and len(final(c)) == 3
     with pytest.raises(ValueError, match="has no index nope"):
         evaluate.main(replace(c, indices=("nope",)))
 
@@ -449,14 +467,16 @@ def test_fingerprint_is_the_checkpoints_own_or_of_every_byte(weights, tmp_path, 
     assert folder.fingerprint((tmp_path / "hf",)) == first
 
 
-def test_two_runs_are_compared(config, weights, capsys):
+def test_two_runs_are_compared(config, capsys, monkeypatch):
     c = only(config, "choice")
     evaluate.main(c)
     second = replace(c, template="llava", name="second", compare="m")
     evaluate.main(second)
     said = capsys.readouterr().out
     assert "second less m is" in said and (c.out / "second_AI2D_TEST_vs_m.html").exists()
-    evaluate.main(replace(second, out=c.out, compare=str(c.out / "m"), score_only=True))
-    assert "second less m is" in capsys.readouterr().out
+    monkeypatch.chdir(c.out.parent)
+    for at in (c.out / "m", Path("out/m")):
+        evaluate.main(replace(second, out=c.out, compare=str(at), score_only=True))
+        assert "second less m is" in capsys.readouterr().out
     with pytest.raises(ValueError, match="third_AI2D_TEST/run.json: no such file"):
         evaluate.main(replace(c, compare="third"))
