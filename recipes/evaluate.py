@@ -42,14 +42,19 @@ DRY_ROWS = 3  # whose prompts a dry run shows
 SHOWN = 20  # rows without an answer that an error lists
 
 
+def _names(kind: Kind) -> object:
+    """How --help shows the rules that a kind has."""
+    return tyro.conf.arg(metavar=f"{{{','.join(score.RULES[kind])}}}")
+
+
 @dataclass(frozen=True)
 class Rules:
     """By which rules each kind of question is scored; see llava_fn/evaluate/score.py."""
 
-    choice: str = score.RULES["choice"][0]
-    chartqa: str = score.RULES["chartqa"][0]
-    docvqa: str = score.RULES["docvqa"][0]
-    mmmu: str = score.RULES["mmmu"][0]
+    choice: Annotated[str, _names("choice")] = score.RULES["choice"][0]
+    chartqa: Annotated[str, _names("chartqa")] = score.RULES["chartqa"][0]
+    docvqa: Annotated[str, _names("docvqa")] = score.RULES["docvqa"][0]
+    mmmu: Annotated[str, _names("mmmu")] = score.RULES["mmmu"][0]
 
     def __post_init__(self) -> None:
         for kind in score.RULES:
