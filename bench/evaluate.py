@@ -3,9 +3,9 @@
     python bench/evaluate.py
 
 The TSV is of pages of random bytes in base64, as large as asked for, in a temporary folder; it is read in a process of
-its own, whose peak memory is told, and which takes the MD5 and the SHA-256 of it meanwhile, as of the real one. The device of the last figure answers with random weights of the size of `prop` in
-step.py, and the pages are noise, drawn as large as scans. The figure is what an evaluation's loop waited, of its time
-from its second batch on.
+its own, whose peak memory is told, and which takes the MD5 and the SHA-256 of it meanwhile, as of the real one. The
+device of the last figure answers with random weights of the size of `prop` in step.py, and the pages are noise, drawn
+as large as scans. The figure is what an evaluation's loop waited, of its time from its second batch on.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def scoring(c: Bench) -> str:
     tally.summarise("m", data, rows, "anls", {}, False)
     ended = time.perf_counter()
     target = f" (target: under 2 s for {ROWS})" if c.rows == ROWS else ""
-    return f"score: {c.rows} rows in {scored - began:.2f} s{target}, figures and intervals in {ended - scored:.2f} s more"
+    more = f"figures and intervals in {ended - scored:.2f} s more"
+    return f"score: {c.rows} rows in {scored - began:.2f} s{target}, {more}"
 
 
 def pages(c: Bench) -> Iterator[bytes]:
