@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -453,15 +454,18 @@ def test_fingerprint_is_the_checkpoints_own_or_of_every_byte(weights, tmp_path, 
 
     at = weights / "vicuna_v1"
     assert folder.fingerprint((at,)) == checkpoint.fingerprint(at) != folder.fingerprint((weights / "plain",))
+    shutil.copytree(at, checkpoint.at(tmp_path / "run/checkpoints", 7))
+    assert folder.fingerprint((tmp_path / "run",)) == checkpoint.fingerprint(at)  # of its newest checkpoint
     layouts.write_llava_hf(tmp_path / "hf", layouts.hub(layouts.hf_model()), "hub", tokenizer.model)
     first = folder.fingerprint((tmp_path / "hf",))
     assert first == folder.fingerprint((tmp_path / "hf",)) != folder.fingerprint((tmp_path / "hf", at))
     (tmp_path / "hf/README.md").write_text("no part of the model")
     assert folder.fingerprint((tmp_path / "hf",)) == first
-    for name in sorted(p.name for p in (tmp_path / "hf").iterdir() if p.suffix in (".safetensors", ".model")):
-        path = tmp_path / "hf" / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    files = [p for p in sorted((tmp_path / "hf").iterdir()) if p.suffix in (".safetensors", ".model", ".json")]
+    assert len({p.suffix for p in files}) == 3
+    for path in files:
+        name, content = path.name, path.read_bytes()
+        path.write_bytes(content + b"\n" if path.suffix == ".json" else content[:-1] + bytes([content[-1] ^ 1]))
         assert folder.fingerprint((tmp_path / "hf",)) != first, name
         path.write_bytes(content)
     assert folder.fingerprint((tmp_path / "hf",)) == first
