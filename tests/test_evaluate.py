@@ -454,8 +454,11 @@ def test_fingerprint_is_the_checkpoints_own_or_of_every_byte(weights, tmp_path, 
 
     at = weights / "vicuna_v1"
     assert folder.fingerprint((at,)) == checkpoint.fingerprint(at) != folder.fingerprint((weights / "plain",))
-    shutil.copytree(at, checkpoint.at(tmp_path / "run/checkpoints", 7))
-    assert folder.fingerprint((tmp_path / "run",)) == checkpoint.fingerprint(at)  # of its newest checkpoint
+    newest = checkpoint.at(tmp_path / "run/checkpoints", 7)
+    shutil.copytree(at, newest)
+    with (newest / checkpoint.SUMS).open("a") as f:
+        f.write(f"{64 * '0'}  moments.safetensors\n")  # no part of the model, but of the checkpoint
+    assert folder.fingerprint((tmp_path / "run",)) == checkpoint.fingerprint(newest) != checkpoint.fingerprint(at)
     layouts.write_llava_hf(tmp_path / "hf", layouts.hub(layouts.hf_model()), "hub", tokenizer.model)
     first = folder.fingerprint((tmp_path / "hf",))
     assert first == folder.fingerprint((tmp_path / "hf",)) != folder.fingerprint((tmp_path / "hf", at))
