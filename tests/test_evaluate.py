@@ -241,6 +241,15 @@ def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     assert sorted(p.name for p in c.out.iterdir() if p.is_dir()) == ["m_AI2D_TEST", "m_AI2D_TEST.1", "m_AI2D_TEST.2"]
 
 
+def test_a_run_that_goes_on_tells_what_has_changed_and_keeps_what_began_it(whole, tmp_path):
+    first = folder.Manifest(settings(whole), {"sha256": "a"}, {"torch": "1"})
+    assert folder.begin(tmp_path / "run", first) == folder.begin(tmp_path / "run", first) == []
+    now = replace(first, data={"sha256": "b"}, versions={"torch": "2"})
+    data, versions = folder.begin(tmp_path / "run", now)
+    assert "the TSV has changed since" in data and "other versions (torch: 1 -> 2)" in versions
+    assert folder.read_manifest(tmp_path / "run") == replace(now, versions={"torch": "1"})
+
+
 def test_a_folder_that_is_no_run_is_refused(config):
     c = only(config, "choice")
     (c.out / "m_AI2D_TEST").mkdir(parents=True)
