@@ -39,16 +39,22 @@ from llava_fn.weights.source import Source
 POLL = 0.5  # seconds between two looks at what the other processes have done
 RESULTS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
 DRY_ROWS = 3  # whose prompts a dry run shows
+SHOWN = 20  # rows without an answer that an error lists
+
+
+def _names(kind: Kind) -> object:
+    """How --help shows the rules that a kind has."""
+    return tyro.conf.arg(metavar=f"{{{','.join(score.RULES[kind])}}}")
 
 
 @dataclass(frozen=True)
 class Rules:
     """By which rules each kind of question is scored; see llava_fn/evaluate/score.py."""
 
-    choice: str = score.RULES["choice"][0]
-    chartqa: str = score.RULES["chartqa"][0]
-    docvqa: str = score.RULES["docvqa"][0]
-    mmmu: str = score.RULES["mmmu"][0]
+    choice: Annotated[str, _names("choice")] = score.RULES["choice"][0]
+    chartqa: Annotated[str, _names("chartqa")] = score.RULES["chartqa"][0]
+    docvqa: Annotated[str, _names("docvqa")] = score.RULES["docvqa"][0]
+    mmmu: Annotated[str, _names("mmmu")] = score.RULES["mmmu"][0]
 
     def __post_init__(self) -> None:
         for kind in score.RULES:
@@ -75,7 +81,7 @@ class Evaluate:
     limit: int | None = None  # only the first rows; the results are marked as partial
     indices: tuple[str, ...] = ()  # only these rows; the results are marked as partial
     score_only: bool = False  # score the answers that are there; the weights are not opened
-    compare: str = ""  # with another run in --out: its --name, or a path to it that ends in its name
+    compare: str = ""  # with another run: its --name, or, if it is not in --out, its --out/--name
     allow_partial: bool = False  # write results, marked as partial, though rows have no answer yet
     fresh: bool = False  # move an earlier run of this name aside and begin anew
     dry_run: bool = False  # show prompts and numbers of tokens, and answer nothing
@@ -234,7 +240,7 @@ def finish(c: Evaluate, table: Table, keys: Mapping[str, str]) -> list[str]:
             f"{', '.join(missing[:10])}{', ...' if missing[10:] else ''}); the same command without --score-only "
             "answers them, or --allow-partial leaves them out"
         )
-    partial = bool(missing or c.indices or c.limit)
+    partial = len(found) < len(table.pictures)
     rules, about = c.rules.of(table.dataset.kind), _about(manifest, table)
     summary = results.write(c.out, c.label, table, found, rules, about, partial)
     print(summary)
@@ -255,7 +261,8 @@ def other(c: Evaluate, table: Table) -> Summary:
 
 
 def _other(c: Evaluate, table: Table) -> Path:
-    return c.out / f"{c.compare}_{table.dataset.name}"
+    at = Path(f"{c.compare}_{table.dataset.name}")
+    return c.out / at if at.name == str(at) else at
 
 
 def _about(manifest: Manifest, table: Table) -> dict[str, str]:
@@ -300,7 +307,9 @@ def main(c: Evaluate) -> None:
         both = zip(tables, known, strict=True) if axis.rank == 0 else ()
         failed = [line for table, its in both for line in finish(c, table, its)]
     if failed:
-        raise ValueError(f"{len(failed)} rows have no answer and count as wrong:\n  " + "\n  ".join(failed))
+        more = f"\n  and {len(failed) - SHOWN} more; the spreadsheets name them all" if len(failed) > SHOWN else ""
+        shown = "".join(f"\n  {line}" for line in failed[:SHOWN])
+        raise ValueError(f"{len(failed)} rows have no answer and count as wrong:{shown}{more}")
 
 
 def guarded(c: Evaluate) -> None:

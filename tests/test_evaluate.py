@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -240,12 +241,30 @@ def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     assert sorted(p.name for p in c.out.iterdir() if p.is_dir()) == ["m_AI2D_TEST", "m_AI2D_TEST.1", "m_AI2D_TEST.2"]
 
 
+def test_a_run_that_goes_on_tells_what_has_changed_and_keeps_what_began_it(whole, tmp_path):
+    first = folder.Manifest(settings(whole), {"sha256": "a"}, {"torch": "1"})
+    assert folder.begin(tmp_path / "run", first) == folder.begin(tmp_path / "run", first) == []
+    now = replace(first, data={"sha256": "b"}, versions={"torch": "2"})
+    data, versions = folder.begin(tmp_path / "run", now)
+    assert "the TSV has changed since" in data and "other versions (torch: 1 -> 2)" in versions
+    assert folder.read_manifest(tmp_path / "run") == replace(now, versions={"torch": "1"})
+
+
 def test_a_folder_that_is_no_run_is_refused(config):
     c = only(config, "choice")
     (c.out / "m_AI2D_TEST").mkdir(parents=True)
     (c.out / "m_AI2D_TEST/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="m_AI2D_TEST is not empty and holds no run.json; --fresh moves it aside"):
         evaluate.main(c)
+
+
+def test_an_error_lists_the_first_rows_that_fail_and_counts_the_others(config, tmp_path):
+    path = tsvs.chartqa(tmp_path, 23)
+    c = replace(config, data=(path,), model=replace(config.model, context=9), batch=50)
+    with pytest.raises(ValueError, match="23 rows have no answer and count as wrong:\n  ChartQA_TEST index 0: ") as e:
+        evaluate.main(c)
+    said = str(e.value).splitlines()
+    assert len(said) == 22 and "index 19: " in said[-2] and said[-1] == "  and 3 more; the spreadsheets name them all"
 
 
 def spoilt(path):
@@ -311,8 +330,15 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
             assert sorted(x.question.row for b in cut for x in b) == list(range(7))
             shares = [sum(map(len, cut[r::world])) for r in range(world)]
             assert max(shares) - min(shares) <= -(-7 // world) and max(map(len, cut)) <= batch
+            assert len(cut) <= max(min(world, 7), -(-7 // batch))
             images = [x.question.images for b in cut for x in b]
             assert sum(x != y for x, y in zip(images, images[1:], strict=False)) == len(set(images)) - 1
+    names = ("b9", "a1", "c5", "a6", "d7", "e2", "a3")  # images and tokens
+    both = zip(asked, names, strict=True)
+    varied = [replace(x, question=replace(x.question, images=n[0]), size=int(n[1])) for x, n in both]
+    cut = run.batches(varied, s, 2, 1)
+    order = [f"{x.question.images}{x.size}" for b in cut for x in b]
+    assert order == ["e2", "c5", "a1", "a3", "a6", "d7", "b9"]  # by length, with what shares an image
     tight = replace(s, context=sorted(x.size for x in asked)[3] + 5)
     cut, n = run.batches(asked, tight, 3, 1), sum(x.size + 5 > tight.context for x in asked)
     assert 2 <= n <= 3 and all(len(b) == 1 and b[0].size + 5 > tight.context for b in cut[-n:])
@@ -336,6 +362,8 @@ def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_th
     assert not final(c).items() & final(whole).items()
     evaluate.main(c)
     assert len(lines(c)) == 7 and final(c).items() <= final(whole).items() and len(final(c)) == 3
+    evaluate.main(replace(c, limit=7))  # which is all
+    assert final(c).items() <= final(whole).items() and len(final(c)) == 3
     with pytest.raises(ValueError, match="has no index nope"):
         evaluate.main(replace(c, indices=("nope",)))
 
@@ -435,28 +463,36 @@ def test_fingerprint_is_the_checkpoints_own_or_of_every_byte(weights, tmp_path, 
 
     at = weights / "vicuna_v1"
     assert folder.fingerprint((at,)) == checkpoint.fingerprint(at) != folder.fingerprint((weights / "plain",))
+    newest = checkpoint.at(tmp_path / "run/checkpoints", 7)
+    shutil.copytree(at, newest)
+    with (newest / checkpoint.SUMS).open("a") as f:
+        f.write(f"{64 * '0'}  moments.safetensors\n")  # no part of the model, but of the checkpoint
+    assert folder.fingerprint((tmp_path / "run",)) == checkpoint.fingerprint(newest) != checkpoint.fingerprint(at)
     layouts.write_llava_hf(tmp_path / "hf", layouts.hub(layouts.hf_model()), "hub", tokenizer.model)
     first = folder.fingerprint((tmp_path / "hf",))
     assert first == folder.fingerprint((tmp_path / "hf",)) != folder.fingerprint((tmp_path / "hf", at))
     (tmp_path / "hf/README.md").write_text("no part of the model")
     assert folder.fingerprint((tmp_path / "hf",)) == first
-    for name in sorted(p.name for p in (tmp_path / "hf").iterdir() if p.suffix in (".safetensors", ".model")):
-        path = tmp_path / "hf" / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    files = [p for p in sorted((tmp_path / "hf").iterdir()) if p.suffix in (".safetensors", ".model", ".json")]
+    assert len({p.suffix for p in files}) == 3
+    for path in files:
+        name, content = path.name, path.read_bytes()
+        path.write_bytes(content + b"\n" if path.suffix == ".json" else content[:-1] + bytes([content[-1] ^ 1]))
         assert folder.fingerprint((tmp_path / "hf",)) != first, name
         path.write_bytes(content)
     assert folder.fingerprint((tmp_path / "hf",)) == first
 
 
-def test_two_runs_are_compared(config, weights, capsys):
+def test_two_runs_are_compared(config, capsys, monkeypatch):
     c = only(config, "choice")
     evaluate.main(c)
     second = replace(c, template="llava", name="second", compare="m")
     evaluate.main(second)
     said = capsys.readouterr().out
     assert "second less m is" in said and (c.out / "second_AI2D_TEST_vs_m.html").exists()
-    evaluate.main(replace(second, out=c.out, compare=str(c.out / "m"), score_only=True))
-    assert "second less m is" in capsys.readouterr().out
+    monkeypatch.chdir(c.out.parent)
+    for at in (c.out / "m", Path("out/m")):
+        evaluate.main(replace(second, out=c.out, compare=str(at), score_only=True))
+        assert "second less m is" in capsys.readouterr().out
     with pytest.raises(ValueError, match="third_AI2D_TEST/run.json: no such file"):
         evaluate.main(replace(c, compare="third"))

@@ -166,9 +166,13 @@ def test_all_bad_rows_are_counted_and_the_first_are_listed(tmp_path):
     assert str(error.value).count("1 cells") == 10
 
 
-@pytest.mark.parametrize("header", ["question\tanswer\timage", "index\tquestion\tanswer", "index\tindex\tquestion"])
-def test_a_header_that_lacks_a_column_is_refused(tmp_path, header):
-    with pytest.raises(ValueError, match="line 1: the header lacks"):
+@pytest.mark.parametrize(("header", "said"), [
+    ("question\tanswer\timage", "lacks index; its"), ("index\tquestion\tanswer", r"lacks image \(or image_path\); its"),
+    ("index\tindex\tquestion", r"lacks answer, image \(or image_path\) and has twice index; its"),
+    ("index\tquestion\tanswer\timage\timage", "has twice image; its columns, between tabs, are"),
+])  # fmt: skip
+def test_a_header_that_lacks_a_column_is_refused(tmp_path, header, said):
+    with pytest.raises(ValueError, match=f"line 1: the header {said}"):
         tsv.open_table(raw(tmp_path, GOOD, header=header))
 
 

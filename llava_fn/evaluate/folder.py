@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
     """What run.json says. ValueError if it is not there or of another format."""
     path = folder / "run.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; there is no run to go on with")
+        raise ValueError(f"{path}: no such file; no run was begun there")
     try:
         return structure(Manifest, json.loads(path.read_text()))
     except ValueError as error:

@@ -234,7 +234,9 @@ def _columns(data: mmap.mmap, header: Sequence[Span]) -> list[str]:
     if "image" not in columns and "image_path" not in columns:
         missing.append("image (or image_path)")
     if twice or missing:
-        raise _Wrong(0, f"the header lacks {missing} and has twice {twice}; the columns are {columns[:40]}")
+        found = (("lacks", missing), ("has twice", twice))
+        said = " and ".join(f"{what} {', '.join(names)}" for what, names in found if names)
+        raise _Wrong(0, f"the header {said}; its columns, between tabs, are {columns[:40]}")
     return columns
 
 
