@@ -448,7 +448,7 @@ def test_an_answer_stands_before_an_error_and_else_the_last_line_counts(tmp_path
     assert written(good | {"i": "2"}, good | {"h": "stale"}) == {}
     written(good)
     with (tmp_path / "predictions/0.jsonl").open("a") as f:
-        for torn in ('{"i": "1", ', json.dumps(row | good | {"p": "B"})[12:]):  # and without its line end
+        for torn in ('{"i": "1", ', json.dumps(row | good | {"p": "B"})[11:]):  # and without its line end
             f.write(torn)
             f.flush()
             assert folder.read(tmp_path, {"1": "k"})["1"].text == "A" and folder.count(tmp_path) == 1
