@@ -19,6 +19,7 @@ from test_infer import ENV, ROOT, recipe
 from llava_fn import assistant, checkpoint, cli
 from llava_fn.evaluate import folder, prompts, run, tsv
 from llava_fn.evaluate.folder import Settings
+from llava_fn.evaluate.records import Prediction
 from llava_fn.sampling import Decoding
 
 evaluate = recipe("evaluate")
@@ -452,6 +453,20 @@ def test_an_answer_stands_before_an_error_and_else_the_last_line_counts(tmp_path
             f.write(torn)
             f.flush()
             assert folder.read(tmp_path, {"1": "k"})["1"].text == "A" and folder.count(tmp_path) == 1
+
+
+def test_each_start_has_a_file_of_its_own_and_answers_are_on_the_disk_at_once(tmp_path, monkeypatch):
+    (tmp_path / "predictions").mkdir()
+    with folder.create(tmp_path, 0, 1) as file:
+        file.write('{"i": "1", ')  # and here it is killed
+    there = []
+    monkeypatch.setattr(os, "fsync", lambda _: there.append(folder.read(tmp_path, {"1": "k", "2": "k"}).keys()))
+    with folder.create(tmp_path, 0, 1) as file:
+        for i in "12":
+            folder.write(file, [Prediction(i, "A", 1, 0.5)], {i: "k"})
+    assert [sorted(x) for x in there] == [["1"], ["1", "2"]]
+    folder.create(tmp_path, 1, 3).close()
+    assert [p.name for p in folder.files(tmp_path)] == ["000-0-of-1.jsonl", "000-1-of-3.jsonl", "001-0-of-1.jsonl"]
 
 
 def test_keys_change_with_prompt_images_and_settings(whole):
