@@ -268,6 +268,29 @@ def test_an_error_lists_the_first_rows_that_fail_and_counts_the_others(config, t
     assert len(said) == 22 and "index 19: " in said[-2] and said[-1] == "  and 3 more; the spreadsheets name them all"
 
 
+def test_the_exit_status_says_whether_all_rows_have_an_answer(config, tmp_path, capsys, monkeypatch):
+    def status(c):
+        try:
+            cli.run(evaluate.guarded, c)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    good, bad = only(config, "docvqa"), replace(only(config, "chartqa"), model=replace(config.model, context=9))
+    assert status(good) == 0 and status(replace(good, score_only=True, compare="m")) == 0
+    assert status(bad).startswith("error: 7 rows have no answer") and (bad.out / "m_ChartQA_TEST_acc.csv").exists()
+    assert status(replace(bad, score_only=True)).startswith("error: 7 rows have no answer")
+    both = replace(bad, out=tmp_path / "both", data=bad.data + good.data)  # the second file is written all the same
+    assert "7 rows" in status(both) and "ChartQA_TEST" in status(both) and len(final(both)) == 6
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "answer", interrupted)
+    assert status(replace(good, out=tmp_path / "other")) == 130
+    assert "keeps every answer, and the same command goes on" in capsys.readouterr().err
+
+
 def spoilt(path):
     """A copy of the AI2D file in which the images of rows 2 and 3 are none."""
     text = path.read_text()
