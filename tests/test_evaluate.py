@@ -278,6 +278,9 @@ def test_the_exit_status_says_whether_all_rows_have_an_answer(config, tmp_path, 
 
     good, bad = only(config, "docvqa"), replace(only(config, "chartqa"), model=replace(config.model, context=9))
     assert status(good) == 0 and status(replace(good, score_only=True, compare="m")) == 0
+    (path,) = (good.out / "m_DocVQA_VAL/predictions").iterdir()
+    path.write_text("".join(json.dumps(x | {"p": ""}) + "\n" for x in lines(good, "docvqa")))
+    assert status(replace(good, score_only=True)) == 0  # to say nothing is an answer
     assert status(bad).startswith("error: 7 rows have no answer") and (bad.out / "m_ChartQA_TEST_acc.csv").exists()
     assert status(replace(bad, score_only=True)).startswith("error: 7 rows have no answer")
     both = replace(bad, out=tmp_path / "both", data=bad.data + good.data)  # the second file is written all the same
