@@ -544,7 +544,8 @@ def test_two_runs_are_compared(config, capsys, monkeypatch):
         evaluate.main(replace(second, out=c.out, compare=str(at), score_only=True))
         assert "second less m is" in capsys.readouterr().out
     with pytest.raises(ValueError, match="third_AI2D_TEST/run.json: no such file"):
-        evaluate.main(replace(c, compare="third"))
+        evaluate.main(replace(c, out=c.out / "new", compare="third"))
+    assert not (c.out / "new").exists()  # it is told before the work
     evaluate.main(replace(c, name="third", limit=2))
     evaluate.main(replace(c, compare="third", score_only=True))
     said = [(c.out / f"{name}.html").read_text() for name in ("m_AI2D_TEST_vs_third", "second_AI2D_TEST_vs_m")]
