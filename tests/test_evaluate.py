@@ -421,6 +421,8 @@ def test_dry_run_shows_prompts_and_tokens_and_writes_nothing(config, capsys):
     said = capsys.readouterr().out
     assert 'USER:  <image> What is "A"?\nA. None' in said and "ASSISTANT: |" in said
     assert said.count("--- index") == 8 and "2 images of 4" in said and "over the context of 4096: none" in said
+    evaluate.main(replace(only(config, "choice"), dry_run=True, limit=2, model=replace(config.model, context=198)))
+    assert "over the context of 198: 0\n" in capsys.readouterr().out  # which has 198 tokens, and the other fewer
     assert not config.out.exists()
 
 
