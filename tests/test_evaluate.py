@@ -240,6 +240,10 @@ def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     assert [json.loads(x) for p in (aside / "predictions").iterdir() for x in p.read_text().splitlines()] == said
     assert len(lines(other)) == tsvs.ROWS and lines(other) != said
     assert sorted(p.name for p in c.out.iterdir() if p.is_dir()) == ["m_AI2D_TEST", "m_AI2D_TEST.1", "m_AI2D_TEST.2"]
+    shutil.rmtree(c.out / "m_AI2D_TEST")
+    before = final(other)
+    evaluate.main(other)  # the results that are left without their folder
+    assert {p.name: p.read_bytes() for p in (c.out / "m_AI2D_TEST.3").iterdir() if p.name in before} == before
 
 
 def test_a_run_that_goes_on_tells_what_has_changed_and_keeps_what_began_it(whole, tmp_path):
