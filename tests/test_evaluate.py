@@ -323,7 +323,7 @@ def test_a_row_that_fails_is_recorded_and_tried_again(config, files, tmp_path):
     assert len(lines(c)) == 11
 
 
-def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(config, tmp_path):
+def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(config, tmp_path, monkeypatch):
     rows = [
         {"index": j, "question": "Which?", "A": "x", "B": "y", "answer": "A", "l2-category": "s", "category": "c",
          "split": "dev", "image": str([tsvs.b64(k) for k in range(n)])}
@@ -348,6 +348,11 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
             assert said[i]["p"] == roomy[i]
         else:
             assert "has not ended in the" in said[i]["err"] and said[i]["p"] == ""
+    answers = assistant.answers_to
+    ended = lambda *x: [[replace(t, ended=True) for t in row] for row in answers(*x)]  # noqa: E731
+    monkeypatch.setattr(assistant, "answers_to", ended)
+    with pytest.raises(ValueError, match="^1 rows have no answer"):  # those that end in the room that is left are kept
+        evaluate.main(replace(c, out=tmp_path / "ended"))
 
 
 def test_batches_hold_what_is_alike_and_everything_once(whole):
@@ -380,8 +385,20 @@ def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
     c, seen = only(config, "docvqa"), []
     features = run.assistant.generate.features
     monkeypatch.setattr(run.assistant.generate, "features", lambda p, x, c: seen.append(len(x)) or features(p, x, c))
+    picture, opened = assistant.picture, []
+    monkeypatch.setattr(assistant, "picture", lambda *x: opened.append(x[2]) or picture(*x))
     evaluate.main(replace(c, batch=2))
-    assert sum(seen) == 3
+    assert sum(seen) == 3 and len(opened) == 5  # opened once a batch, of four
+
+
+def test_no_more_is_made_ready_than_is_soon_wanted(whole):
+    table = tsv.open_table(whole.data[0])
+    a = cli.open_assistant(cli.Model(whole.model.weights, device="cpu"))
+    asked = run.ask(table, settings(whole), run.parts(table, settings(whole)), a.tokenizer, 4)
+    taken = []
+    ready = run.ahead(table, a, (taken.append(x) or [x] for x in asked), 1)
+    assert next(ready).asked == (asked[0],) and taken == asked[:3]
+    assert [x.asked[0] for x in ready] == asked[1:] == taken[1:]
 
 
 def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_them(config, whole, capsys):
