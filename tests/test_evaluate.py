@@ -19,6 +19,7 @@ from test_infer import ENV, ROOT, recipe
 from llava_fn import assistant, checkpoint, cli
 from llava_fn.evaluate import folder, prompts, run, tsv
 from llava_fn.evaluate.folder import Settings
+from llava_fn.evaluate.records import Prediction
 from llava_fn.sampling import Decoding
 
 evaluate = recipe("evaluate")
@@ -131,7 +132,7 @@ def test_any_number_of_processes_ends_with_the_same_files(world, config, whole, 
         said = lines(config, kind)
         assert len(said) == tsvs.ROWS == len({x["i"] for x in said})
         counts = [p.read_text().count("\n") for p in (config.out / f"m_{NAMES[kind]}/predictions").iterdir()]
-        assert max(counts) <= -(-tsvs.ROWS // world) + 1
+        assert max(counts) <= -(-tsvs.ROWS // world)
 
 
 def killed(ranks, c, world, log, after):
@@ -239,6 +240,10 @@ def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
     assert [json.loads(x) for p in (aside / "predictions").iterdir() for x in p.read_text().splitlines()] == said
     assert len(lines(other)) == tsvs.ROWS and lines(other) != said
     assert sorted(p.name for p in c.out.iterdir() if p.is_dir()) == ["m_AI2D_TEST", "m_AI2D_TEST.1", "m_AI2D_TEST.2"]
+    shutil.rmtree(c.out / "m_AI2D_TEST")
+    before = final(other)
+    evaluate.main(other)  # the results that are left without their folder
+    assert {p.name: p.read_bytes() for p in (c.out / "m_AI2D_TEST.3").iterdir() if p.name in before} == before
 
 
 def test_a_run_that_goes_on_tells_what_has_changed_and_keeps_what_began_it(whole, tmp_path):
@@ -267,6 +272,32 @@ def test_an_error_lists_the_first_rows_that_fail_and_counts_the_others(config, t
     assert len(said) == 22 and "index 19: " in said[-2] and said[-1] == "  and 3 more; the spreadsheets name them all"
 
 
+def test_the_exit_status_says_whether_all_rows_have_an_answer(config, tmp_path, capsys, monkeypatch):
+    def status(c):
+        try:
+            cli.run(evaluate.guarded, c)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    good, bad = only(config, "docvqa"), replace(only(config, "chartqa"), model=replace(config.model, context=9))
+    assert status(good) == 0 and status(replace(good, score_only=True, compare="m")) == 0
+    (path,) = (good.out / "m_DocVQA_VAL/predictions").iterdir()
+    path.write_text("".join(json.dumps(x | {"p": ""}) + "\n" for x in lines(good, "docvqa")))
+    assert status(replace(good, score_only=True)) == 0  # to say nothing is an answer
+    assert status(bad).startswith("error: 7 rows have no answer") and (bad.out / "m_ChartQA_TEST_acc.csv").exists()
+    assert status(replace(bad, score_only=True)).startswith("error: 7 rows have no answer")
+    both = replace(bad, out=tmp_path / "both", data=bad.data + good.data)  # the second file is written all the same
+    assert status(both).startswith("error: 14 rows have no answer") and len(final(both)) == 6
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "answer", interrupted)
+    assert status(replace(good, out=tmp_path / "other")) == 130
+    assert "keeps every answer, and the same command goes on" in capsys.readouterr().err
+
+
 def spoilt(path):
     """A copy of the AI2D file in which the images of rows 2 and 3 are none."""
     text = path.read_text()
@@ -292,7 +323,7 @@ def test_a_row_that_fails_is_recorded_and_tried_again(config, files, tmp_path):
     assert len(lines(c)) == 11
 
 
-def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(config, tmp_path):
+def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(config, tmp_path, monkeypatch):
     rows = [
         {"index": j, "question": "Which?", "A": "x", "B": "y", "answer": "A", "l2-category": "s", "category": "c",
          "split": "dev", "image": str([tsvs.b64(k) for k in range(n)])}
@@ -317,6 +348,11 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
             assert said[i]["p"] == roomy[i]
         else:
             assert "has not ended in the" in said[i]["err"] and said[i]["p"] == ""
+    answers = assistant.answers_to
+    ended = lambda *x: [[replace(t, ended=True) for t in row] for row in answers(*x)]  # noqa: E731
+    monkeypatch.setattr(assistant, "answers_to", ended)
+    with pytest.raises(ValueError, match="^1 rows have no answer"):  # those that end in the room that is left are kept
+        evaluate.main(replace(c, out=tmp_path / "ended"))
 
 
 def test_batches_hold_what_is_alike_and_everything_once(whole):
@@ -349,8 +385,20 @@ def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
     c, seen = only(config, "docvqa"), []
     features = run.assistant.generate.features
     monkeypatch.setattr(run.assistant.generate, "features", lambda p, x, c: seen.append(len(x)) or features(p, x, c))
+    picture, opened = assistant.picture, []
+    monkeypatch.setattr(assistant, "picture", lambda *x: opened.append(x[2]) or picture(*x))
     evaluate.main(replace(c, batch=2))
-    assert sum(seen) == 3
+    assert sum(seen) == 3 and len(opened) == 5  # opened once a batch, of four
+
+
+def test_no_more_is_made_ready_than_is_soon_wanted(whole):
+    table = tsv.open_table(whole.data[0])
+    a = cli.open_assistant(cli.Model(whole.model.weights, device="cpu"))
+    asked = run.ask(table, settings(whole), run.parts(table, settings(whole)), a.tokenizer, 4)
+    taken = []
+    ready = run.ahead(table, a, (taken.append(x) or [x] for x in asked), 1)
+    assert next(ready).asked == (asked[0],) and taken == asked[:3]
+    assert [x.asked[0] for x in ready] == asked[1:] == taken[1:]
 
 
 def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_them(config, whole, capsys):
@@ -360,8 +408,10 @@ def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_th
     evaluate.main(replace(c, indices=("300", "1")))
     assert sorted(x["i"] for x in lines(c)) == ["0", "1", "300"] and len(final(c)) == 2
     assert not final(c).items() & final(whole).items()
+    capsys.readouterr()
     evaluate.main(c)
     assert len(lines(c)) == 7 and final(c).items() <= final(whole).items() and len(final(c)) == 3
+    assert "step 6/7 AI2D_TEST" in (said := capsys.readouterr().err) and "step 7/7 AI2D_TEST" in said
     evaluate.main(replace(c, limit=7))  # which is all
     assert final(c).items() <= final(whole).items() and len(final(c)) == 3
     with pytest.raises(ValueError, match="has no index nope"):
@@ -392,6 +442,8 @@ def test_dry_run_shows_prompts_and_tokens_and_writes_nothing(config, capsys):
     said = capsys.readouterr().out
     assert 'USER:  <image> What is "A"?\nA. None' in said and "ASSISTANT: |" in said
     assert said.count("--- index") == 8 and "2 images of 4" in said and "over the context of 4096: none" in said
+    evaluate.main(replace(only(config, "choice"), dry_run=True, limit=2, model=replace(config.model, context=198)))
+    assert "over the context of 198: 0\n" in capsys.readouterr().out  # which has 198 tokens, and the other fewer
     assert not config.out.exists()
 
 
@@ -446,6 +498,26 @@ def test_an_answer_stands_before_an_error_and_else_the_last_line_counts(tmp_path
     assert written({}, {"err": "worse"})["1"].error == "worse" and written({})["1"].seconds == 0.005
     assert written(good, good | {"p": "B"})["1"].text == "B"
     assert written(good | {"i": "2"}, good | {"h": "stale"}) == {}
+    written(good)
+    with (tmp_path / "predictions/0.jsonl").open("a") as f:
+        for torn in ('{"i": "1", ', json.dumps(row | good | {"p": "B"})[11:]):  # and without its line end
+            f.write(torn)
+            f.flush()
+            assert folder.read(tmp_path, {"1": "k"})["1"].text == "A" and folder.count(tmp_path) == 1
+
+
+def test_each_start_has_a_file_of_its_own_and_answers_are_on_the_disk_at_once(tmp_path, monkeypatch):
+    (tmp_path / "predictions").mkdir()
+    with folder.create(tmp_path, 0, 1) as file:
+        file.write('{"i": "1", ')  # and here it is killed
+    there = []
+    monkeypatch.setattr(os, "fsync", lambda _: there.append(folder.read(tmp_path, {"1": "k", "2": "k"}).keys()))
+    with folder.create(tmp_path, 0, 1) as file:
+        for i in "12":
+            folder.write(file, [Prediction(i, "A", 1, 0.5)], {i: "k"})
+    assert [sorted(x) for x in there] == [["1"], ["1", "2"]]
+    folder.create(tmp_path, 1, 3).close()
+    assert [p.name for p in folder.files(tmp_path)] == ["000-0-of-1.jsonl", "000-1-of-3.jsonl", "001-0-of-1.jsonl"]
 
 
 def test_keys_change_with_prompt_images_and_settings(whole):
@@ -495,4 +567,9 @@ def test_two_runs_are_compared(config, capsys, monkeypatch):
         evaluate.main(replace(second, out=c.out, compare=str(at), score_only=True))
         assert "second less m is" in capsys.readouterr().out
     with pytest.raises(ValueError, match="third_AI2D_TEST/run.json: no such file"):
-        evaluate.main(replace(c, compare="third"))
+        evaluate.main(replace(c, out=c.out / "new", compare="third"))
+    assert not (c.out / "new").exists()  # it is told before the work
+    evaluate.main(replace(c, name="third", limit=2))
+    evaluate.main(replace(c, compare="third", score_only=True))
+    said = [(c.out / f"{name}.html").read_text() for name in ("m_AI2D_TEST_vs_third", "second_AI2D_TEST_vs_m")]
+    assert ["<strong>partial</strong>" in html for html in said] == [True, False]

@@ -224,6 +224,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         pass
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(results.os, "fsync", lambda fd: done.append(results.os.fstat(fd).st_size))
+    with results.replacing(tmp_path / "a.csv") as part:
+        part.write_text("whole")
+        monkeypatch.setattr(results.os, "replace", lambda one, other: done.append((one, other)))
+    assert done == [5, (part, tmp_path / "a.csv")]
+
+
+def test_a_split_called_validation_is_the_headline_of_mmmu_alone(tmp_path):
+    rows = [{"answer": "x", "split": split} for split in ("validation", "test")]
+    assert write(tmp_path, table("docvqa", rows), ["x", "y"]).headline.name == "Overall"
+
+
 def test_unknown_rules_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="rules='anls'"):
         write(tmp_path, table("chartqa", [{"answer": "5"}]), ["5"], rules="anls")

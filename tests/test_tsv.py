@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import os
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_images_come_from_base64_from_lists_and_from_other_rows(tmp_path):
         assert [table.images(q) for q in table.questions] == [[tsvs.png(j) for j in js] for js in want]
         same = [q.images for q in table.questions]
         assert same[0] == same[3] == same[4] == same[5] and len(set(same)) == 3
+
+
+def test_up_to_64_characters_are_the_index_of_another_row(tmp_path):
+    for length in (1, 63, 64):
+        table = tsv.open_table(small(tmp_path, index=["x" * length, "1"], image=[tsvs.b64(0), "x" * length]))
+        assert table.images(table.questions[1]) == [tsvs.png(0)]
+    with pytest.raises(ValueError, match="its image is no base64"):
+        tsv.open_table(small(tmp_path, index=["x" * 65, "1"], image=[tsvs.b64(0), "x" * 65]))
+
+
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    path = small(tmp_path, question=["long " * 50_000])
+    table = tsv.open_table(path)
+    assert table.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and table.notes == ()
 
 
 def test_images_are_told_apart_by_where_one_ends(tmp_path):
