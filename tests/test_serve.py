@@ -463,12 +463,11 @@ def test_too_many_waiting_requests_are_told_to_come_again(a, monkeypatch):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slots(server, monkeypatch, stream):
-    slowly(monkeypatch)
+    slowly(monkeypatch, 0.1)
     with raw(server) as sock:
         sock.sendall(request(stream=stream, n=3))
         assert server.free(1)
-    begun = time.monotonic()
-    assert server.free(4) and time.monotonic() - begun < 2  # 400 steps would take 4 seconds
+    assert server.free(4)  # `free` gives up long before 400 steps could end
 
 
 def test_a_client_that_never_reads_stalls_nobody(server, a):
