@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from llava_fn import config, data, llava, optim, spec, train, tree
 from llava_fn.batch import IMAGE, Sample, collate
 from llava_fn.parallel import collectives, zero
-from llava_fn.parallel.mesh import Mesh, make_mesh
+from llava_fn.parallel.mesh import Mesh, gloo, make_mesh
 from llava_fn.parallel.zero import Zero
 
 C = config.Llava(
@@ -140,7 +140,7 @@ def meshes(world):
 
 def worker(rank, world, folder, cases, mistakes):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(gloo(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     out = {}
     for dp, tp in meshes(world):
         mesh = make_mesh(tp)

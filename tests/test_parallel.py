@@ -13,7 +13,7 @@ from llava_fn.batch import Stream
 from llava_fn.grad import remat, scan, value_and_grad
 from llava_fn.parallel import collectives, vocab
 from llava_fn.parallel.collectives import TP
-from llava_fn.parallel.mesh import Axis, Mesh
+from llava_fn.parallel.mesh import Axis, Mesh, gloo
 
 C = config.Llama(vocab=24, width=24, blocks=3, heads=12, kv_heads=12, ffn=24)
 LENGTHS, TAILS = (7, 9, 8), (4, 6, 2)  # 24 tokens, 12 rows read: both divide over 2, 3 and 4
@@ -58,7 +58,7 @@ def mapped(op, x: torch.Tensor, g: torch.Tensor, axis: Axis) -> list[tuple[torch
 
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(gloo(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     axis = Axis("tp", world, rank, dist.group.WORLD)
     out = {"adjoint": {}}
     for name, (before, after) in KINDS.items():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.parallel import agreement
-from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
+from llava_fn.parallel.mesh import Axis, Mesh, gloo, make_mesh
 from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Param
 
@@ -66,7 +66,7 @@ def drifted(rank, mesh, by):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(gloo(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = make_mesh(1)
     out = {ahead: order(ahead, mesh) for ahead in (True, False)}
     out["drift"] = [drifted(rank, mesh, by) for by in (0.0, 1e-7)]

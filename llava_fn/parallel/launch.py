@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from llava_fn.parallel.collectives import total
-from llava_fn.parallel.mesh import Axis, Mesh, check_world, make_mesh
+from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
@@ -282,6 +282,7 @@ def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | No
         _take_card(device, int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
     own = dist.PrefixStore("llava_fn", store)
+    backend = gloo() if backend == "gloo" else backend
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with contextlib.ExitStack() as stack:
         if rank:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
+
+GLOO = "gloo_in_turn"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,23 @@ class Parallel:
         for name in ("tp", "check_interval", "silence"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)}; it must be at least 1")
+
+
+def gloo() -> str:
+    """The name of a backend that is gloo with one thread a group, so that its collectives run one after another.
+
+    With the two that it has by itself they run side by side, and in torch 2.13 that corrupts memory now and then.
+    """
+    if GLOO not in dist.Backend.backend_list:
+        dist.Backend.register_backend(GLOO, _in_turn, devices=["cpu"])
+    return GLOO
+
+
+def _in_turn(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices, options._threads = [dist.ProcessGroupGloo.create_default_device()], 1
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def make_mesh(tp: int) -> Mesh:
