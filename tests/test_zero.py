@@ -69,6 +69,7 @@ def worker(rank, world, folder):
     dist.init_process_group(gloo(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = make_mesh(1)
     out = {ahead: order(ahead, mesh) for ahead in (True, False)}
+    out["threads"] = dist.group.WORLD._get_backend(torch.device("cpu")).options._threads
     out["drift"] = [drifted(rank, mesh, by) for by in (0.0, 1e-7)]
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -95,6 +96,10 @@ def test_without_it_each_is_gathered_when_it_runs_and_no_number_changes(ranks):
         first = r[False][0][: r[False][0].index("backward")]
         assert first == ["gather", "wait", "block 0", "gather", "wait", "block 1", "gather", "wait", "block 2"]
         assert all(torch.equal(a, b) for a, b in zip(r[True][1], r[False][1], strict=True))
+
+
+def test_collectives_of_gloo_do_not_run_side_by_side(ranks):
+    assert [r["threads"] for r in ranks] == [1, 1]
 
 
 def test_copies_that_have_drifted_apart_are_named_on_every_rank(ranks):

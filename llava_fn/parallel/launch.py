@@ -29,7 +29,7 @@ from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
 # another torch than it was built for.
 NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 T = TypeVar("T")
-BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+BACKENDS = {"npu": "hccl", "cuda": "nccl"}  # the CPU has mesh.gloo
 WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
 LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies, torchrun ends the others
 PACKAGES = (
@@ -253,7 +253,7 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
     if check_processes(tp, os.environ, alone) == 1:
         yield Joined()
         return
-    with _joined(device, BACKENDS[device.type], WAIT, logs) as store:
+    with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
         mesh = make_mesh(tp)
         for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
             total(torch.zeros(1, device=device), axis)
@@ -271,7 +271,7 @@ def replicas(device: torch.device) -> Iterator[Axis]:
     if check_processes(1, os.environ) == 1:
         yield Axis("dp")
         return
-    with _joined(device, "gloo", LONG_WAIT, None):
+    with _joined(device, gloo(), LONG_WAIT, None):
         yield Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
 
 
@@ -282,7 +282,6 @@ def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | No
         _take_card(device, int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
     own = dist.PrefixStore("llava_fn", store)
-    backend = gloo() if backend == "gloo" else backend
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with contextlib.ExitStack() as stack:
         if rank:
