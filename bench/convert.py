@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import tyro
 
-from llava_fn import cli, llava, spec
+from llava_fn import llava, spec
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import LLAVA_7B, Llava
+from llava_fn.launch import cli
 from llava_fn.weights import export, placing
-from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.source import OURS, PARTS, Source
 
 ROOT = Path(__file__).parents[1]

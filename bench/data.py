@@ -18,7 +18,9 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from llava_fn import config, data, emoji, text
+from llava_fn import config
+from llava_fn.data import emoji, text
+from llava_fn.data import records as data
 
 
 @dataclass(frozen=True)

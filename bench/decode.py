@@ -29,13 +29,15 @@ from step import HF_IMAGE, MODELS, peer_model
 from tensordict import TensorDict
 from transformers.generation.streamers import BaseStreamer
 
-from llava_fn import config, generate, image, llava, tree
+from llava_fn import config, llava, tree
 from llava_fn.batch import Sample
 from llava_fn.cache import Cache
-from llava_fn.generate import Words
+from llava_fn.data import image
+from llava_fn.data.text import IMAGE
+from llava_fn.generate import decode as generate
+from llava_fn.generate.decode import Words
+from llava_fn.generate.sampling import Decoding
 from llava_fn.kernels import check
-from llava_fn.sampling import Decoding
-from llava_fn.text import IMAGE
 from llava_fn.weights.model import from_state_dict
 
 TEXT = 45

@@ -30,13 +30,14 @@ import tyro
 from PIL import Image
 from step import MODELS
 
-from llava_fn import emoji, llava, spec, text, tree
-from llava_fn.assistant import Assistant, Form
+from llava_fn import llava, spec, tree
+from llava_fn.data import emoji, text
 from llava_fn.evaluate import prompts, run, tally, tsv
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.records import Dataset, Prediction, Question
-from llava_fn.parallel import launch
-from llava_fn.sampling import Decoding
+from llava_fn.generate.assistant import Assistant, Form
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import launch
 
 ROOT = Path(__file__).parents[1]
 ROWS = 5349  # of DocVQA's validation set

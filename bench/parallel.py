@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_fn import llava, optim, spec, tree
 from llava_fn.batch import collate
-from llava_fn.parallel import launch
+from llava_fn.launch import launch
 from llava_fn.parallel.collectives import total
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.parallel.zero import Zero

@@ -29,11 +29,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from llava_fn import assistant, config, data, emoji, llama, llava, quantise, tree
+from llava_fn import config, llama, llava, quantise, tree
 from llava_fn.batch import Stream, collate
 from llava_fn.cache import Cache
+from llava_fn.data import emoji
+from llava_fn.data import records as data
+from llava_fn.data.text import Tokenizer
+from llava_fn.generate import assistant
 from llava_fn.kernels.check import show
-from llava_fn.text import Tokenizer
 from llava_fn.weights import model
 from llava_fn.weights.source import open_source
 

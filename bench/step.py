@@ -29,10 +29,11 @@ from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_fn import config, image, llava, optim, tree
+from llava_fn import config, llava, optim, tree
 from llava_fn.batch import Batch, Sample, collate
+from llava_fn.data import image
+from llava_fn.data.text import IMAGE
 from llava_fn.parallel.zero import Zero
-from llava_fn.text import IMAGE
 from llava_fn.train import STAGES, State, Task, train_step
 from llava_fn.weights.model import from_state_dict
 

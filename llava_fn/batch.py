@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from llava_fn.data.text import IMAGE
 from llava_fn.kernels import Segments
-from llava_fn.text import IMAGE
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from einops import rearrange
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import image, llama, projector, vit
+from llava_fn import llama, projector, vit
 from llava_fn.batch import Batch
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
+from llava_fn.data import image
 from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP

@@ -23,10 +23,12 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn import assistant, cli, text
-from llava_fn.assistant import Assistant, Chat, Picture
+from llava_fn.data import text
 from llava_fn.errors import BadRecord
-from llava_fn.sampling import Decoding
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Chat, Picture
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import cli
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llava_fn import checkpoint, cli
-from llava_fn.progress import Bytes
-from llava_fn.text import Tokenizer
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.data.text import Tokenizer
+from llava_fn.launch import cli
+from llava_fn.runs.progress import Bytes
 from llava_fn.weights import export, mindspeed, model
 from llava_fn.weights.source import Source, open_source
 

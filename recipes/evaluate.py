@@ -20,19 +20,19 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn import assistant, cli
-from llava_fn.assistant import Assistant, Form
+from llava_fn.data.text import Tokenizer
 from llava_fn.evaluate import folder, prompts, results, run, score, tally, tsv
 from llava_fn.evaluate.folder import Manifest, Settings
 from llava_fn.evaluate.records import Kind
 from llava_fn.evaluate.run import Asked
 from llava_fn.evaluate.tally import Summary
 from llava_fn.evaluate.tsv import Table
-from llava_fn.parallel import launch
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Form
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import cli, launch
 from llava_fn.parallel.mesh import Axis
-from llava_fn.progress import Progress
-from llava_fn.sampling import Decoding
-from llava_fn.text import Tokenizer
+from llava_fn.runs.progress import Progress
 from llava_fn.weights import model
 from llava_fn.weights.source import Source
 

@@ -27,15 +27,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from llava_fn import assistant, cli
-from llava_fn.assistant import Assistant, Chat, Text
-from llava_fn.checkpoint import newest
+from llava_fn.checkpoint.folder import newest
 from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
-from llava_fn.parallel import launch
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Chat, Text
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import cli, launch
 from llava_fn.parallel.collectives import agree
-from llava_fn.progress import Progress
-from llava_fn.sampling import Decoding
+from llava_fn.runs.progress import Progress
 
 BEGIN = b'{"line": '  # of each line of answers
 

@@ -23,10 +23,11 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from llava_fn import assistant, cli
-from llava_fn.assistant import Assistant, Chat
-from llava_fn.look import Look, answer_ids, look
-from llava_fn.sampling import Decoding
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Chat
+from llava_fn.generate.look import Look, answer_ids, look
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import cli
 
 DRAWN = 23  # words, unless some are named: with the picture four full rows
 ACROSS = 6

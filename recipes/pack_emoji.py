@@ -1,4 +1,4 @@
-"""Pack llava_fn/emoji.zip: 2,261 small pictures of people with human-written captions, a split and a tokenizer.
+"""Pack llava_fn/data/emoji.zip: 2,261 small pictures of people with human-written captions, a split and a tokenizer.
 
     npm pack emoji-datasource-google@16.0.0 emojibase-data@17.0.0
     python recipes/pack_emoji.py emoji-datasource-google-16.0.0.tgz emojibase-data-17.0.0.tgz
@@ -45,7 +45,7 @@ class Config:
 
     pictures: tyro.conf.Positional[Path]  # emoji-datasource-google, .tgz or unpacked
     names: tyro.conf.Positional[Path]  # emojibase-data, .tgz or unpacked
-    out: Path = ROOT / "llava_fn" / "emoji.zip"
+    out: Path = ROOT / "llava_fn" / "data" / "emoji.zip"
     notice: Path = ROOT / "NOTICE"
     side: int = 32
     colours: int = 256

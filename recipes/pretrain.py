@@ -21,18 +21,23 @@ from typing import Literal
 import torch
 from tensordict import TensorDict
 
-from llava_fn import captions, checkpoint, cli, data, emoji, llama, llava, report, runs, spec, tree
+from llava_fn import llama, llava, spec, tree
 from llava_fn.batch import Sample
-from llava_fn.checkpoint import Manifest
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.checkpoint.folder import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
+from llava_fn.data import emoji
+from llava_fn.data import records as data
+from llava_fn.launch import agreement, cli, launch
+from llava_fn.launch.launch import Joined
+from llava_fn.launch.watchdog import Watch, watching
 from llava_fn.optim import Optim
-from llava_fn.parallel import agreement, launch
 from llava_fn.parallel.collectives import texts
-from llava_fn.parallel.launch import Joined
 from llava_fn.parallel.mesh import Mesh, Parallel
-from llava_fn.parallel.watchdog import Watch, watching
 from llava_fn.parallel.zero import Zero
-from llava_fn.progress import Progress
+from llava_fn.runs import captions, report
+from llava_fn.runs import run as runs
+from llava_fn.runs.progress import Progress
 from llava_fn.train import State, Task, train_step
 
 EMOJI_DATA = Path("runs/emoji-data")

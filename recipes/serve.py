@@ -18,7 +18,8 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn import assistant, cli
+from llava_fn.generate import assistant
+from llava_fn.launch import cli
 from llava_fn.serve.ask import Limits
 from llava_fn.serve.worker import Worker
 

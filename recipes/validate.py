@@ -14,9 +14,12 @@ from pathlib import Path
 import tyro
 from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
 
-from llava_fn import cli, config, data, emoji, text
+from llava_fn import config
+from llava_fn.data import emoji, text
+from llava_fn.data import records as data
 from llava_fn.errors import BadRecord
-from llava_fn.progress import Progress
+from llava_fn.launch import cli
+from llava_fn.runs.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ import hypothesis
 import pytest
 import torch
 
-from llava_fn import checkpoint, config, data, emoji, llava, spec, tree
-from llava_fn.text import Tokenizer
+from llava_fn import config, llava, spec, tree
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.data import emoji
+from llava_fn.data import records as data
+from llava_fn.data.text import Tokenizer
 
 hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # two workers run the tests, on the two cores of a small machine
-CONTENT = resources.files("llava_fn").joinpath("emoji.zip").read_bytes()
+CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
 LONGEST = ("test_readme.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
 
 

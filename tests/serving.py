@@ -9,7 +9,7 @@ import time
 import openai
 import uvicorn
 
-from llava_fn import assistant
+from llava_fn.generate import assistant
 from llava_fn.serve.app import Service, build
 from llava_fn.serve.ask import Limits
 from llava_fn.serve.worker import Worker

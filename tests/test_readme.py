@@ -17,7 +17,9 @@ from layouts import HFLlava
 from PIL import Image
 from test_convert import mindspeed_json
 
-from llava_fn import checkpoint, config, emoji, llava, spec
+from llava_fn import config, llava, spec
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.data import emoji
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -89,7 +91,7 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
             assert "stage 1" in done.stderr and done.stdout.strip()
         if "evaluate" in command:
             assert "dry-run" in command or "95 % interval" in done.stdout
-        if "parallel.plan" in command:
+        if "llava_fn.plan" in command:
             assert "fits: " in done.stdout and "the same on all roles" in done.stdout
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from llava_fn import checkpoint
+from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.config import differences, plain, structure
 from llava_fn.evaluate.prompts import Style
 from llava_fn.evaluate.records import Prediction
 from llava_fn.evaluate.results import replacing
-from llava_fn.progress import Bytes
-from llava_fn.sampling import Decoding
+from llava_fn.generate.sampling import Decoding
+from llava_fn.runs.progress import Bytes
 from llava_fn.weights.source import open_source
 
 BLOCK = 2**22  # bytes hashed at a time

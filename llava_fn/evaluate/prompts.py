@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_fn import text
-from llava_fn.assistant import Form
+from llava_fn.data import text
+from llava_fn.data.text import MARK
 from llava_fn.evaluate.records import Kind, Question
-from llava_fn.text import MARK
+from llava_fn.generate.assistant import Form
 
 Name = Literal["vlmevalkit", "llava", "own"]
 Parts = tuple[str | None, ...]

@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from llava_fn import assistant, text
-from llava_fn.assistant import Assistant, Picture
+from llava_fn.data import text
+from llava_fn.data.text import IMAGE, Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.evaluate import folder, prompts
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.prompts import Parts
 from llava_fn.evaluate.records import Prediction, Question
 from llava_fn.evaluate.tsv import Table
-from llava_fn.sampling import Decoding
-from llava_fn.text import IMAGE, Tokenizer
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Picture
+from llava_fn.generate.sampling import Decoding
 
 
 @dataclass(frozen=True)

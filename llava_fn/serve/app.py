@@ -27,13 +27,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_fn import assistant, text
-from llava_fn.assistant import Assistant
+from llava_fn.data import text
+from llava_fn.data.text import Tokenizer
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import ask
 from llava_fn.serve.ask import Limits, Question, Refused
 from llava_fn.serve.engine import Piece
 from llava_fn.serve.worker import Ticket, Worker
-from llava_fn.text import Tokenizer
 
 LOOPBACK = ("127.0.0.1", "localhost")
 SENDING = 10.0  # seconds that a client may take for what is left of an answer when its time is over

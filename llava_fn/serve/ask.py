@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from llava_fn import assistant, image
-from llava_fn.assistant import Assistant, Chat, Picture
+from llava_fn.data import image
+from llava_fn.data.text import MARK, template_of
 from llava_fn.errors import BadRecord
-from llava_fn.sampling import Decoding
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Assistant, Chat, Picture
+from llava_fn.generate.sampling import Decoding
 from llava_fn.serve.engine import Job
-from llava_fn.text import MARK, template_of
 
 
 @dataclass(frozen=True)

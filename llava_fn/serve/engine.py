@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llava_fn import assistant, generate
-from llava_fn.assistant import Assistant, Picture
 from llava_fn.cache import Cache
-from llava_fn.generate import ROOM, Prompt, Row, State, Words
-from llava_fn.sampling import Decoding, sample, uniforms
+from llava_fn.generate import assistant
+from llava_fn.generate import decode as generate
+from llava_fn.generate.assistant import Assistant, Picture
+from llava_fn.generate.decode import ROOM, Prompt, Row, State, Words
+from llava_fn.generate.sampling import Decoding, sample, uniforms
 
 Name = tuple[str, int]  # of an answer: its request's, and which of its samples
 Key = int | str  # a token, or the picture's key at one of its positions

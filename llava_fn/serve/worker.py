@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llava_fn.assistant import Assistant
+from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import engine
 from llava_fn.serve.ask import Limits, Refused
 from llava_fn.serve.engine import Job, Piece

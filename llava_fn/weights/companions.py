@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.image import MEAN, STD
-from llava_fn.text import MARK, Template, Tokenizer, template_of
+from llava_fn.data.image import MEAN, STD
+from llava_fn.data.text import MARK, Template, Tokenizer, template_of
 
 PAD = "<pad>"
 CONTEXT = 4096  # positions that Llama 2 was trained with

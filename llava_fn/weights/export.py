@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_fn import checkpoint
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.checkpoint import leaf
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
-from llava_fn.weights import companions, leaf, model, placing, tables
-from llava_fn.weights.leaf import Leaf
+from llava_fn.weights import companions, model, placing, tables
 from llava_fn.weights.source import OURS, UNUSED, Source
 from llava_fn.weights.tables import Row
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama
 from llava_fn.weights.configs import MANY
-from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.tables import hf_llama
 
 NAME = re.compile(r"base_model\.model\.(?:model\.)?(?P<where>.+)\.lora_(?P<which>[AB])(\.default)?\.weight")

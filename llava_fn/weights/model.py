@@ -10,8 +10,8 @@ from torch import Tensor
 from llava_fn import llama, projector, vit
 from llava_fn import spec as specs
 from llava_fn.config import Llava
+from llava_fn.data.text import Tokenizer
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.text import Tokenizer
 from llava_fn.weights import lora
 from llava_fn.weights.source import Source, interpret
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llava_fn import llama, projector, vit
 from llava_fn import spec as specs
+from llava_fn.checkpoint.leaf import SAFETENSORS, Leaf
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights.leaf import SAFETENSORS, Leaf
 from llava_fn.weights.tables import LAYOUTS, Layout, Place, Row
 
 Tensors = Mapping[str, Tensor]

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from llava_fn import boxes, checkpoint
 from llava_fn import spec as specs
+from llava_fn.checkpoint import boxes
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.checkpoint.archive import Archive, open_archive, open_folder
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama, Llava, Vision, differences
 from llava_fn.weights import configs, lora, placing
-from llava_fn.weights.archive import Archive, open_archive, open_folder
 from llava_fn.weights.companions import image_mode_of
-from llava_fn.weights.leaf import Leaf
 from llava_fn.weights.placing import Tensors
 
 OURS = "llava_fn"

@@ -1,0 +1,1 @@
+"""Files of tensors: our checkpoints, and archives of others."""

@@ -1,0 +1,408 @@
+"""Files of tensors, memory-mapped: safetensors, torch.save (.bin, .pt, .pth) and TorchScript, told by their content.
+
+No pickle is executed. torch.save's is read by torch's weights_only reader, TorchScript's by `weights.torchscript`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import pickle
+import re
+import struct
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava_fn.checkpoint import torchscript
+from llava_fn.checkpoint.torchscript import DANGER, Unreadable
+
+# Without it the kernel refuses to map a file that is larger than the machine's memory. Python names it from 3.13 on.
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+ZIP = b"PK\x03\x04"
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, itself pickled
+POINTER = b"version https://git-lfs"
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+# What the readers below raise, of all that a damaged file can say.
+DAMAGED = (
+    SafetensorError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError, ArithmeticError,
+    AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+# What Megatron's checkpoints name beside tensors: its arguments, its enums, and numpy's random state.
+INERT = {
+    "argparse.Namespace", "numpy.dtype", "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+}  # fmt: skip
+INERT_PACKAGES = ("megatron.", "mindspeed.", "mindspeed_mm.")
+
+# Each row is one kind of weights; the first of its files that is there is read.
+KINDS = (
+    ("model.safetensors", "pytorch_model.bin"),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+    ("non_lora_trainables.safetensors", "non_lora_trainables.bin"),
+    ("mm_projector.safetensors", "mm_projector.bin"),
+)
+# What trainers leave beside the weights.
+LEFTOVERS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The tensors of one file, memory-mapped: a page is read when a number on it is.
+
+    Tensors are to be read, never written to, and the file is to stay as it is while they are in use. A file of torch's
+    legacy format is in memory as a whole, and is not mapped.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]  # names as in the file; nested dicts joined by "/"
+    pages: mmap.mmap | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Give the file's pages back to the system; the tensors stay valid, and are read again when they are used."""
+        if self.pages is not None:
+            self.pages.madvise(mmap.MADV_DONTNEED)
+
+    def find(self, t: Tensor) -> int | None:
+        """The byte of the file at which a contiguous tensor begins, or None if it is no part of the file as it is."""
+        if self.pages is None or not t.is_contiguous():
+            return None
+        first = t.data_ptr() - torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
+        return first if 0 <= first <= len(self.pages) - t.nbytes else None
+
+
+def open_archive(path: Path) -> Archive:
+    """The tensors of a file; what kind of file it is, its content says, never its name.
+
+    safetensors, TorchScript archives, and zip archives of torch.save are mapped. torch.save's legacy format cannot be
+    and is loaded into memory. What is no tensor is left out: numbers, text, lists with all that is in them, and those
+    attributes of TorchScript modules that are neither parameters nor buffers. ValueError for any other file, a
+    truncated one, a pickle that would run code, and tensors that are sparse, quantized or without a name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give the path of a file of weights")
+    with path.open("rb") as f:
+        head = f.read(32)
+    size = f"{path} ({path.stat().st_size} bytes)"
+    try:
+        if head.startswith(ZIP):
+            return _open_zip(path)
+        if head.startswith(LEGACY):
+            return Archive(path, _legacy(path))
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+            return _open_safetensors(path)
+    except Unreadable as error:
+        raise ValueError(f"{path} {error}") from error
+    except DAMAGED as error:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{size} is truncated or damaged ({said}); get the file again") from error
+    raise ValueError(f"{size} {_stranger(head)}")
+
+
+def _stranger(head: bytes) -> str:
+    if head.startswith(POINTER):
+        return "is a git-lfs pointer; run git lfs pull"
+    if not head:
+        return "is empty; get the file again"
+    if head.lstrip().startswith(b"<"):
+        return "is a web page, not weights; get the file again, logged in if its site asks for that"
+    if head.startswith(b"\x80"):
+        return f"is a pickle that torch.save did not write: {DANGER}"
+    return "is neither safetensors, torch.save's nor TorchScript, or is damaged; get the file again or convert it"
+
+
+def _map(path: Path) -> mmap.mmap:
+    # Private and writable, since torch warns of memory that it could not write to.
+    with path.open("rb") as f:
+        try:
+            return mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE | NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise Unreadable(f"cannot be mapped into memory: {error}; lift the limits on this process") from error
+
+
+def _view(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    """`count` numbers from byte `offset` on; torch.frombuffer refuses none."""
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+
+
+def _open_safetensors(path: Path) -> Archive:
+    # Its numpy side maps the file read-only; torch's would fail on one larger than the memory.
+    with safe_open(path, framework="numpy"), path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    header.pop("__metadata__", None)
+    odd = sorted(f"{name} is {row['dtype']}" for name, row in header.items() if row["dtype"] not in DTYPES)
+    if odd:
+        raise Unreadable(f"holds types of numbers that torch lacks: {', '.join(odd)}; convert the file")
+    pages, tensors = _map(path), {}
+    for name, row in header.items():
+        first = 8 + length + row["data_offsets"][0]
+        tensors[name] = _view(pages, DTYPES[row["dtype"]], math.prod(row["shape"]), first).view(row["shape"])
+    return Archive(path, tensors, pages)
+
+
+@dataclass(frozen=True)
+class _Zip:
+    path: Path
+    pages: mmap.mmap
+    file: zipfile.ZipFile
+    root: str  # the folder that everything is in
+    storages: dict[str, tuple[int, int]]  # key -> first byte, number of bytes
+
+    def holds(self, member: str) -> bool:
+        return f"{self.root}/{member}" in self.file.namelist()
+
+    def read(self, member: str) -> bytes:
+        return self.file.read(f"{self.root}/{member}")
+
+    def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
+        """One storage as a flat tensor. ValueError if it is not of the size that the pickle says."""
+        offset, size = self.storages[key]
+        if size != count * dtype.itemsize:
+            raise ValueError(f"storage {key} is {size} bytes long, not {count} x {dtype.itemsize}")
+        return _view(self.pages, dtype, count, offset)
+
+
+def _open_zip(path: Path) -> Archive:
+    with zipfile.ZipFile(path) as file:
+        archive = _index(path, file)
+        # As torch.load tells them apart.
+        found = _torchscript(archive) if archive.holds("constants.pkl") else _saved(archive)
+        return Archive(path, _unique(found), archive.pages)
+
+
+def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
+    names = file.namelist()
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    roots = [name.removesuffix("/data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(roots) != 1 or twice:
+        why = f"holds {', '.join(twice)} twice" if twice else "is a zip archive of something else"
+        raise Unreadable(f"{why}; give a file that torch.save or torch.jit.save wrote")
+    prefix = f"{roots[0]}/data/"
+    members = [info for info in file.infolist() if info.filename.startswith(prefix)]
+    packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise Unreadable(f"is compressed ({packed[0]} is); torch.load it and torch.save it again")
+    with path.open("rb") as raw:  # not through the map, where looking at a header brings megabytes of its neighbours
+        storages = {info.filename.removeprefix(prefix): _span(raw, info) for info in members}
+    archive = _Zip(path, _map(path), file, roots[0], storages)
+    if archive.holds("byteorder") and archive.read("byteorder").decode() != sys.byteorder:
+        raise Unreadable("was saved on a machine of the other byte order; save it again on one of this")
+    return archive
+
+
+def _span(raw: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """First byte and number of bytes of a stored member. BadZipFile if it does not begin where the archive says."""
+    raw.seek(info.header_offset)
+    header = raw.read(30)
+    if len(header) < 30 or not header.startswith(ZIP):
+        raise zipfile.BadZipFile(f"no member of the archive begins at byte {info.header_offset}")
+    # Its name and its padding follow. Torch checks that the member ends before the file does.
+    return info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26)), info.file_size
+
+
+def _torchscript(archive: _Zip) -> list[tuple[str, Tensor]]:
+    names: dict[str, set[str]] = {}
+    for member in archive.file.namelist():
+        match = re.fullmatch(re.escape(archive.root) + r"/code/(__torch__.*)\.py", member)
+        if match:
+            names |= torchscript.declared(match[1].replace("/", "."), archive.file.read(member).decode())
+    return torchscript.tensors(archive.read("data.pkl"), names, archive.storage)
+
+
+def _load(path: Path, device: str) -> Any:
+    with path.open("rb") as raw:  # given a path, torch.load goes by the file's name
+        try:
+            return torch.load(raw, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise Unreadable(_unread(error)) from error
+
+
+class _Inert:
+    """Stands for an object that is not needed: takes whatever it is made of, and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _saved(archive: _Zip) -> list[tuple[str, Tensor]]:
+    """The tensors of a zip archive of torch.save: torch says where each lies, and it is mapped there."""
+    with archive.path.open("rb") as raw:
+        try:
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(raw)
+        except pickle.UnpicklingError as error:
+            raise Unreadable(_unread(error)) from error
+    refused = sorted(name for name in unsafe if not (name in INERT or name.startswith(INERT_PACKAGES)))
+    if refused:
+        raise Unreadable(f"names {', '.join(refused)}: {DANGER}")
+    with torch.serialization.safe_globals([(_Inert, name) for name in unsafe]):
+        content = _load(archive.path, "meta")
+    _check_order(archive)
+    keys = {first: key for key, (first, size) in archive.storages.items()}
+    return [(name, _mapped(archive, keys, name, t)) for name, t in _leaves(content)]
+
+
+def _unread(error: Exception) -> str:
+    """Why torch.load refused, in words of ours: torch advises to turn weights_only off."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return f"names {named[1]}: {DANGER}"
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+    return f"is damaged, or its pickle does more than name tensors ({said}); get these weights as safetensors"
+
+
+def _check_order(archive: _Zip) -> None:
+    """From format 1 on torch computes where a storage lies and does not look; that is right for its own order only."""
+    if not archive.holds(".format_version"):
+        return
+    keys = sorted(archive.storages, key=archive.storages.__getitem__)
+    if keys != [str(i) for i in range(len(keys))]:
+        raise Unreadable("was packed anew, in another order; torch.load it and torch.save it again")
+
+
+def _mapped(archive: _Zip, keys: Mapping[int, str], name: str, meta: Tensor) -> Tensor:
+    if meta.layout != torch.strided or meta.is_quantized or meta.is_nested or meta.is_conj() or meta.is_neg():
+        raise Unreadable(f"holds {name} sparse, quantized, nested or lazily conjugated; save it dense")
+    storage = meta.untyped_storage()
+    first = getattr(storage, "_checkpoint_offset", None)
+    try:
+        flat = archive.storage(keys[first], meta.dtype, storage.nbytes() // meta.dtype.itemsize)
+    except (LookupError, ValueError) as error:
+        raise Unreadable(
+            f"does not hold {name} where torch says ({error}); torch.load it and torch.save it again"
+        ) from error
+    return torch.as_strided(flat, meta.shape, meta.stride(), meta.storage_offset())
+
+
+def _legacy(path: Path) -> dict[str, Tensor]:
+    return _unique(_leaves(_load(path, "cpu")))
+
+
+def _leaves(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested dicts, by name. Unreadable for what is no dict, or holds itself."""
+    if not isinstance(content, dict):
+        raise Unreadable(f"holds a {type(content).__name__}, not a dict of tensors; save its state_dict()")
+    levels = [("", content, (id(content),))]
+    while levels:
+        prefix, level, above = levels.pop()
+        for key, value in level.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{key}", value.detach()
+            elif isinstance(value, dict):
+                if id(value) in above:
+                    raise Unreadable(f"holds {prefix}{key}, which holds itself; save the state_dict() of a model")
+                levels.append((f"{prefix}{key}/", value, (*above, id(value))))
+
+
+def _unique(found: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, t in found:
+        if name in tensors:
+            raise Unreadable(f"holds two tensors that are both called {name}; rename one and save it again")
+        tensors[name] = t
+    return tensors
+
+
+def open_folder(folder: Path) -> list[Archive]:
+    """The files of a folder in Hugging Face's layout that hold its weights.
+
+    If there is an index (*.safetensors.index.json, or else *.bin.index.json), the files that it names. Else the weights
+    known by their names (`KINDS`), of which a folder may hold several; else every *.safetensors, or else every *.bin
+    and *.pt that is no trainer's leftover (`LEFTOVERS`, never opened). ValueError if there is nothing to read, several
+    indices, an index that its files do not match, or a tensor in two files; it lists all of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder that holds the weights")
+    for pattern in ("*.safetensors.index.json", "*.bin.index.json"):
+        indices = sorted(folder.glob(pattern))
+        if len(indices) > 1:
+            names = ", ".join(path.name for path in indices)
+            raise ValueError(f"{folder} holds several indices of its weights: {names}; keep one")
+        if indices:
+            return _open_indexed(indices[0])
+    archives = [open_archive(path) for path in _weights(folder)]
+    _check_once(archives)
+    return archives
+
+
+def _weights(folder: Path) -> list[Path]:
+    known = [[folder / name for name in kind if (folder / name).is_file()] for kind in KINDS]
+    first = [paths[0] for paths in known if paths]
+    if first:
+        return first
+    others = [path for path in sorted(folder.iterdir()) if not any(path.match(pattern) for pattern in LEFTOVERS)]
+    found = [p for p in others if p.suffix == ".safetensors"] or [p for p in others if p.suffix in (".bin", ".pt")]
+    if not found:
+        names = ", ".join(name for kind in KINDS for name in kind)
+        raise ValueError(
+            f"{folder} holds no weights: no *.index.json, none of {names}, and no other *.safetensors, *.bin or *.pt; "
+            "fetch them into it"
+        )
+    return found
+
+
+def _check_once(archives: Iterable[Archive]) -> None:
+    where: dict[str, Path] = {}
+    twice = []
+    for archive in archives:
+        twice += [f"{n} in {where[n]} and {archive.path}" for n in archive.tensors if n in where]
+        where |= dict.fromkeys(archive.tensors, archive.path)
+    if twice:
+        raise ValueError(f"{len(twice)} tensors are in two files: {'; '.join(twice)}; keep one of the files")
+
+
+def _open_indexed(index: Path) -> list[Archive]:
+    files = _weight_map(index)
+    names = sorted(set(files.values()))
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names files that are missing: {', '.join(absent)}; fetch them into its folder")
+    archives = [open_archive(index.parent / name) for name in names]
+    _check_once(archives)
+    held = {name: archive.path.name for archive in archives for name in archive.tensors}
+    wrong = [f"{n} is not in {f} but in {held.get(n, 'none')}" for n, f in files.items() if held.get(n) != f]
+    wrong += [f"{n} is in {f} but not in the index" for n, f in held.items() if n not in files]
+    if wrong:
+        raise ValueError(f"{index} and its files differ: {'; '.join(wrong)}; fetch the folder again")
+    return archives
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of a tensor -> name of its file, in the same folder."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index: it is not JSON with a weight_map ({error}); fetch it again") from error
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} is no index: its weight_map names no tensor; fetch it again")
+    outside = sorted(str(f) for f in files.values() if not isinstance(f, str) or f in ("", "..") or Path(f).name != f)
+    if outside:
+        raise ValueError(f"{index} names {', '.join(outside)}; its files have to be in its own folder")
+    return files

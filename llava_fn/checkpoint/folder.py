@@ -1,0 +1,313 @@
+"""Checkpoints: a folder of safetensors, a JSON manifest and SHA256SUMS, which appears whole or not at all.
+
+    000100/params.safetensors   the leaves that this run trains, or a whole model
+    000100/optim.safetensors    AdamW's moments, if they were kept
+    000100/unused.safetensors   what a converted model brought that LLaVA never reads, so that it can go out again
+    000100/tokenizer.model      the sentencepiece model that the ids belong to
+    000100/manifest.json        model, image mode, template, step, recipe; the base: path and fingerprint
+    000100/SHA256SUMS           of all the others; `sha256sum -c SHA256SUMS` checks them too
+
+A checkpoint that several processes wrote holds boxes instead of the first two, see boxes.py; shares.py writes it.
+
+A folder is written under a temporary name, flushed to the disk, and renamed. Nothing in it is ever pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tensordict import TensorDict
+
+from llava_fn import llava, tree
+from llava_fn import spec as specs
+from llava_fn.checkpoint import boxes
+from llava_fn.checkpoint.boxes import digest
+from llava_fn.config import Llava, differences, plain, structure
+
+SUMS = "SHA256SUMS"
+TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
+ASIDE = ".old-"  # a whole checkpoint, while another takes its place
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that holds the parts which a run did not train."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    model: Llava
+    parts: tuple[str, ...]  # of the model, that this checkpoint holds: vision, projector, llama
+    image_mode: str
+    template: str
+    compat: str | None
+    step: int = 0
+    base: Base | None = None
+    recipe: dict | None = None  # the config of the run, as far as the numbers depend on it
+    data: list | None = None  # fingerprint of the records
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` returns."""
+
+    manifest: Manifest
+    params: TensorDict
+    moments: tuple[TensorDict, TensorDict] | None
+    tokenizer: bytes
+
+
+def _sum(path: Path) -> str:
+    return digest(path) if path.is_file() else "no file"
+
+
+def sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What SHA256SUMS says of a folder. known: digests that need not be computed again, file name -> hex."""
+    paths = sorted(p for p in folder.iterdir() if p.name != SUMS)
+    digests = [known.get(p.name) or _sum(p) for p in paths]
+    return "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, paths, strict=True))
+
+
+def fingerprint(folder: Path) -> str:
+    """One digest for the whole checkpoint: that of its SHA256SUMS."""
+    return digest(folder / SUMS)
+
+
+def verify(folder: Path) -> None:
+    """ValueError naming each file that is missing, added or changed since the checkpoint was written."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
+    said = (folder / SUMS).read_bytes()
+    found = sums(folder)
+    if said == found.encode():
+        return
+    changed = set(said.decode("utf-8", "replace").split("\n")) ^ set(found.split("\n"))
+    raise _damaged(folder, sorted({line.partition("  ")[2] for line in changed} - {""}))
+
+
+def _damaged(folder: Path, files: Iterable[str]) -> ValueError:
+    names = ", ".join(ascii(name)[1:-1] for name in files)
+    return ValueError(f"{folder} is damaged: {SUMS} does not agree with {names}; use another checkpoint")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flat(params: TensorDict) -> dict[str, torch.Tensor]:
+    return {"/".join(k): v.contiguous() for k, v in zip(tree.paths(params), tree.values(params), strict=True)}
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` to write a file or folder to; it becomes `target` at the end, and all at once.
+
+    A `target` that exists is replaced. OSError naming it if the disk is full. An error or an interrupt leaves nothing
+    behind; a process killed at any instant leaves the old one or the new one, and perhaps the temporary ones, which the
+    next attempt removes, or `clean` does.
+    """
+    part, aside = target.with_name(TEMPORARY + target.name), target.with_name(ASIDE + target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _discard(part)
+        yield part
+        for path in (*part.iterdir(), part) if part.is_dir() else (part,):
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        _discard(part)
+        raise OSError(f"could not write {target} ({free / 2**20:.0f} MiB free): {error}") from error
+    except BaseException:
+        _discard(part)
+        raise
+    if target.exists():
+        target.rename(aside)
+    part.rename(target)
+    _flush(target.parent)
+    remove(aside)
+
+
+def _discard(path: Path) -> None:
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def save(
+    folder: Path,
+    manifest: Manifest,
+    params: TensorDict,
+    moments: tuple[TensorDict, TensorDict] | None,
+    tokenizer: bytes,
+) -> None:
+    """Write a checkpoint to `folder`, replacing one of that name, as `appearing` does."""
+    with appearing(folder) as part:
+        part.mkdir()
+        save_file(_flat(params), part / "params.safetensors")
+        if moments is not None:
+            first, second = map(_flat, moments)
+            both = {f"first/{k}": v for k, v in first.items()} | {f"second/{k}": v for k, v in second.items()}
+            save_file(both, part / "optim.safetensors")
+        seal(part, manifest, tokenizer)
+
+
+def seal(part: Path, manifest: Manifest, tokenizer: bytes, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write what makes a folder of tensors a checkpoint: tokenizer, manifest and sums. known: as in `sums`."""
+    (part / "tokenizer.model").write_bytes(tokenizer)
+    (part / "manifest.json").write_text(json.dumps(plain(manifest), indent=1) + "\n")
+    (part / SUMS).write_text(sums(part, known))
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint or a file, if there, so that half of it is never found under its name."""
+    if folder.exists():
+        gone = folder.with_name(TEMPORARY + folder.name)
+        folder.rename(gone)
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+
+
+def clean(runs: Path) -> None:
+    """Remove what a killed process left unfinished in a folder of checkpoints, and put back what it had set aside."""
+    for part in runs.glob(TEMPORARY + "*"):
+        shutil.rmtree(part)
+    for aside in runs.glob(ASIDE + "*"):
+        folder = aside.with_name(aside.name.removeprefix(ASIDE))
+        remove(aside) if folder.exists() else aside.rename(folder)
+
+
+def steps(runs: Path) -> list[int]:
+    """The steps that have a checkpoint in this folder, rising."""
+    return sorted(int(p.name) for p in runs.glob("[0-9]*") if p.name.isdigit())
+
+
+def at(runs: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return runs / f"{step:06d}"
+
+
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; any other path as it is. ValueError if the run has saved none."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    found = steps(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path} is a run that has saved no checkpoint yet; let it train on, or name another folder")
+    return at(path / "checkpoints", found[-1])
+
+
+def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> TensorDict:
+    with safe_open(path, "pt", device=str(device)) as f:
+        want = {prefix + "/".join(k): p for k, p in specs.leaves(spec)}
+        have = {k for k in f.keys() if k.startswith(prefix)}
+        missing, extra = sorted(want.keys() - have), sorted(have - want.keys())
+        if missing or extra:
+            raise ValueError(f"{path} does not fit the config: missing {missing}, unexpected {extra}")
+        shapes = {k: tuple(f.get_slice(k).get_shape()) for k in want}
+        wrong = [f"{k} is {shapes[k]}, not {p.shape}" for k, p in want.items() if shapes[k] != p.shape]
+        if wrong:
+            raise ValueError(f"{path} does not fit the config: {'; '.join(wrong)}")
+        return specs.build(spec, lambda k, _: f.get_tensor(prefix + "/".join(k)))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, unverified. ValueError names the field that this version does not know."""
+    try:
+        return structure(Manifest, json.loads((folder / "manifest.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'manifest.json'}: {error}") from error
+
+
+def spec_of(manifest: Manifest) -> specs.Spec:
+    """The parameters that a checkpoint holds."""
+    return {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
+
+
+def open_boxes(folder: Path) -> boxes.Reader:
+    """A reader of boxes of any checkpoint; its base is a checkpoint of its own.
+
+    It checks that exactly the files are there that SHA256SUMS lists, the sums of the small ones, and that the tensors
+    are those of the model; the reader checks what it reads. ValueError names the file or tensor.
+    """
+    sums = _listed(folder)
+    changed = [name for name in sums if not name.endswith(".safetensors") and _sum(folder / name) != sums[name]]
+    if changed:
+        raise _damaged(folder, changed)
+    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(read_manifest(folder)))}
+    sharded = boxes.INDEX in sums
+    index = boxes.read_index(folder / boxes.INDEX) if sharded else boxes.index_of_whole(folder)
+    lines = []
+    for kind in sorted({"params", *index}):
+        have = {name: entry.tiling.shape for name, entry in index.get(kind, {}).items()}
+        lines += [f"{kind} of {line}" for line in differences(want, have)]
+    if lines:
+        raise ValueError(f"{folder} does not fit its manifest (want -> have): {'; '.join(lines)}")
+    return boxes.Reader(folder, index, {} if sharded else sums)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """File -> SHA-256, as SHA256SUMS says. ValueError naming files that are missing or added; none is read."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
+    rows = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8", "replace").splitlines()]
+    said = {row[-1]: row[0] for row in rows}
+    odd = sorted(said.keys() ^ {p.name for p in folder.iterdir() if p.name != SUMS})
+    if odd:
+        raise _damaged(folder, odd)
+    return said
+
+
+def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
+    """Read and verify a checkpoint, with the optimizer's moments if they are asked for. ValueError if it is damaged."""
+    verify(folder)
+    manifest = read_manifest(folder)
+    spec = spec_of(manifest)
+    sharded = (folder / boxes.INDEX).is_file()
+    if moments and not ("first" in open_boxes(folder).index if sharded else (folder / "optim.safetensors").exists()):
+        raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
+
+    def take(kind: str) -> TensorDict:
+        if sharded:
+            reader = open_boxes(folder)  # one a kind: of many ranks there are more files than a process may have open
+            return specs.build(spec, lambda path, _: reader.read(kind, path).to(device))
+        prefix = "" if kind == "params" else f"{kind}/"
+        return _read(folder / boxes.file_of(kind, None), spec, prefix, device)
+
+    pair = (take("first"), take("second")) if moments else None
+    return Checkpoint(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
+
+
+def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Checkpoint:
+    """A checkpoint with the parts that it lacks from its base. ValueError if that is gone or not the one trained on."""
+    own = load(folder, device=device)
+    if own.manifest.base is None:
+        return own
+    check_base(own.manifest.base)
+    base = load_model(Path(own.manifest.base.path), device).params
+    return dataclasses.replace(own, params=tree.merge(base.exclude(*own.manifest.parts), own.params))
+
+
+def check_base(base: Base) -> None:
+    """ValueError unless the folder is there and is the very checkpoint that was trained on."""
+    if not (Path(base.path) / SUMS).is_file():
+        raise ValueError(f"the base {base.path} is gone; put it back")
+    if fingerprint(Path(base.path)) != base.fingerprint:
+        raise ValueError(f"the base {base.path} is not the one that was trained on: its {SUMS} has changed")

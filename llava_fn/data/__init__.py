@@ -1,0 +1,1 @@
+"""Records, text and images, up to a batch."""

@@ -1,0 +1,374 @@
+"""LLaVA's data sets: records to batches, in worker processes, in an order that is a function of seed and step.
+
+    sources -> order(seed, epoch) -> the records of a step -> prepared by workers -> Step
+
+Nothing about the position in the data needs to be saved: the records of step t follow from the seed and t, whatever
+the number of workers. A record that cannot be used is never replaced: it stops the run, or is skipped and listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, islice
+from pathlib import Path
+from threading import Thread
+from typing import Literal
+
+import numpy as np
+import torch
+from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
+
+from llava_fn.batch import Batch, Sample, collate
+from llava_fn.data import image, text
+from llava_fn.errors import BadRecord
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set in LLaVA's layout."""
+
+    records: Path  # a JSON list, or JSON lines (.jsonl)
+    images: Path  # the folder that the records' "image" is relative to
+    weight: float = 1.0  # how often an epoch shows each record; 0.5 shows every second one, drawn anew each epoch
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.records}: weight={self.weight}; a weight is 0 or more")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, in which order, and how it is cut into updates. Defaults: LLaVA-1.5 pre-training."""
+
+    sources: tuple[Source, ...] = ()
+    template: str = "plain"
+    compat: Literal["llava_437", "llava_431", "legacy"] | None = None  # a historical tokenization; see text.py
+    image_mode: Literal["square", "pad"] = "square"
+    max_tokens: int = 2048  # of one sample, image positions included; a longer record is a bad record
+    samples: int = 256  # per update; ignored where `tokens` is set
+    tokens: int = 0  # per update at most: as many samples as fit, in order; 0: count samples instead
+    accumulate: int = 1  # micro-batches that an update is computed in
+    epochs: float = 1.0
+    on_bad_record: Literal["error", "skip"] = "error"
+    workers: int = 4  # processes that decode and tokenize; 0: a thread of this one
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("tokens", 0), ("accumulate", 1), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"data.epochs={self.epochs}; it must be above 0")
+
+
+def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
+    """ValueError if an update of so many samples leaves a micro-batch of `world` processes without one."""
+    parts = world // tp * accumulate
+    if parts > 1 and samples < parts:
+        most = samples // (world // tp)
+        other = f"lower accumulate to at most {most}" if most else "start fewer processes, or raise tp"
+        raise ValueError(
+            f"data.samples={samples} of an update cannot be shared out to {parts} micro-batches "
+            f"({world} processes / tp={tp} x accumulate={accumulate}); raise it to at least {parts}, or {other}"
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record and where it came from."""
+
+    name: str  # file, position and id, as errors call it
+    images: Path
+    value: dict
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that turns a record into a sample; picklable, since workers hold it."""
+
+    tokenizer: text.Tokenizer
+    template: str
+    compat: str | None
+    image_mode: str
+    image: int  # pixels per side
+    patches: int  # per image
+    max_tokens: int
+
+
+def preparation(tokenizer: text.Tokenizer, image: int, patches: int, data: Data) -> Preparation:
+    """How `data` wants its records prepared for a tower that sees `image` pixels per side as `patches` tokens."""
+    return Preparation(tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every update a process prepares: number `rank` of `size`, on the data axis."""
+
+    rank: int = 0
+    size: int = 1
+    multiple: int = 1  # of tokens in a batch, so that the tensor axis can share them
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process's batches of one update, and (name, reason) of each of its records that could not be used."""
+
+    step: int
+    batches: tuple[Batch, ...]
+    bad: tuple[tuple[str, str], ...]
+
+
+def read(source: Source) -> list[Record]:
+    """All records of a data set. ValueError if the file is missing, empty or not LLaVA's, or the folder is missing."""
+    if not source.records.is_file():
+        raise ValueError(f"{source.records}: no such file; give the JSON or JSONL file of the data set")
+    if not source.images.is_dir():
+        raise ValueError(f"{source.images}: no such folder; give the folder that the images of {source.records} lie in")
+    try:
+        content = source.records.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source.records}: not UTF-8 text ({error}); write it as UTF-8") from error
+    values = _lines(source.records, content) if source.records.suffix == ".jsonl" else _json(source.records, 0, content)
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{source.records}: not a list with at least one record")
+    return [Record(_name(source.records, i, v), source.images, v) for i, v in enumerate(values)]
+
+
+def _json(path: Path, line: int, content: str):
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line + error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def _lines(path: Path, content: str) -> list:
+    return [_json(path, i, line) for i, line in enumerate(content.split("\n")) if line.strip()]
+
+
+def _name(path: Path, i: int, value: object) -> str:
+    label = value.get("id") if isinstance(value, dict) else None
+    return f"{path.name}[{i}]" + (f" id {label}" if label is not None else "")
+
+
+def fingerprint(sources: Sequence[Source]) -> list[dict]:
+    """What a resumed run must find again: each file's SHA-256 and weight."""
+    return [
+        {"records": s.records.name, "sha256": hashlib.sha256(s.records.read_bytes()).hexdigest(), "weight": s.weight}
+        for s in sources
+    ]
+
+
+def encode(record: Record, how: Preparation) -> text.Encoded:
+    """Tokens and targets with each image's positions in place. BadRecord, with the record's name, if it is unusable."""
+    try:
+        turns = text.turns_of(record.value)
+        once = text.encode(turns, text.template_of(how.template), how.tokenizer, how.compat)
+        ids, supervised = [], []
+        for token, target in zip(once.ids, once.supervised, strict=True):
+            times = how.patches if token == text.IMAGE else 1
+            ids += [token] * times
+            supervised += [target] * times
+        if len(ids) > how.max_tokens:
+            raise BadRecord(f"{len(ids)} tokens, more than max_tokens={how.max_tokens}; shorten it or raise the limit")
+    except BadRecord as error:
+        raise BadRecord(f"{record.name}: {error}") from error
+    return text.Encoded(ids, supervised)
+
+
+def sample(record: Record, how: Preparation, encoded: text.Encoded | None = None) -> Sample:
+    """The record with its images decoded. BadRecord, with the record's name, if text or image is unusable.
+
+    encoded: what `encode` made of it, if that is known.
+    """
+    encoded = encoded or encode(record, how)
+    try:
+        paths = [record.images / name for name in text.images_of(record.value)]
+        pixels = [image.to_pixels(image.open_image(p), how.image, how.image_mode, str(p)) for p in paths]
+    except BadRecord as error:
+        raise BadRecord(f"{record.name}: {error}") from error
+    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, how.image, how.image, dtype=torch.uint8)
+    return Sample(record.name, tuple(encoded.ids), tuple(encoded.supervised), stacked)
+
+
+@lru_cache(maxsize=2)
+def order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
+    """The records of one epoch, int64[n], numbered through all sources: a function of its arguments alone.
+
+    A weight of 2.5 shows each record of a source twice and half of them, drawn for this epoch, a third time.
+    """
+    parts, start = [], 0
+    for j, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        whole, some = int(weight), round((weight - int(weight)) * size)
+        drawn = np.random.default_rng([seed, epoch, j]).permutation(size)[:some]
+        parts += [start + np.arange(size)] * whole + [start + drawn]
+        start += size
+    return np.random.default_rng([seed, epoch]).permutation(np.concatenate(parts))
+
+
+def cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where to cut a row of samples so that each piece holds as many as fit: [0, ..., n]. lengths: tokens of each."""
+    ends, used = [0], 0
+    for i, length in enumerate(lengths.tolist()):
+        if used + length > budget:
+            ends.append(i)
+            used = 0
+        used += length
+    return [*ends, len(lengths)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which records make up which update."""
+
+    sizes: tuple[int, ...]
+    data: Data
+    lengths: np.ndarray | None  # tokens of every record, if updates are cut by tokens
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The updates of one epoch, each the numbers of its records. The last may be smaller (HF: drop_last=False)."""
+        rows = order(self.sizes, tuple(s.weight for s in self.data.sources), self.data.seed, epoch)
+        ends = list(range(0, len(rows), self.data.samples)) + [len(rows)]
+        if self.lengths is not None:
+            ends = cuts(self.lengths[rows], self.data.tokens)
+        return [rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+    def steps(self) -> int:
+        """Updates in `epochs` epochs, rounded up."""
+        whole, part = divmod(self.data.epochs, 1)
+        full = sum(len(self.epoch(e)) for e in range(int(whole)))
+        return full + (int(np.ceil(part * len(self.epoch(int(whole))))) if part else 0)
+
+    def updates(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(step, its records) from update number start + 1 on, without end."""
+        done = 0
+        for epoch in count():
+            for rows in self.epoch(epoch):
+                done += 1
+                if done > start:
+                    yield done, rows
+
+
+def plan(records: Sequence[Sequence[Record]], data: Data, how: Preparation) -> Plan:
+    """The plan of a run. Cutting by tokens measures every record first. ValueError if no record is ever shown.
+
+    ValueError names a record longer than the token budget. A bad record stops here only under on_bad_record="error".
+    """
+    sizes = tuple(len(r) for r in records)
+    if not any(round(s.weight * n) for s, n in zip(data.sources, sizes, strict=True)):
+        raise ValueError("the data set is empty: no source with records and a weight above 0")
+    lengths = None
+    if data.tokens:
+        flat = [r for rs in records for r in rs]
+        lengths = np.array([_length(r, how, data.on_bad_record) for r in flat])
+        worst = int(lengths.argmax())
+        if lengths[worst] > data.tokens:
+            raise ValueError(
+                f"{flat[worst].name} has {lengths[worst]} tokens, more than the budget of tokens={data.tokens} an "
+                "update; raise the budget"
+            )
+    return Plan(sizes, data, lengths)
+
+
+def _length(record: Record, how: Preparation, on_bad_record: str) -> int:
+    try:
+        return len(encode(record, how).ids)
+    except BadRecord:
+        if on_bad_record == "error":
+            raise
+        return 0  # listed as skipped when its update comes
+
+
+@lru_cache(maxsize=1)
+def _end_with_parent() -> None:
+    """In a worker process: end when the training process is gone. Nothing tells a worker that it was killed."""
+    if parent := multiprocessing.parent_process():
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def balanced(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Which items go into which bin, so that the dearest bin is cheap: the dearest item left goes to the cheapest bin.
+
+    The items of a bin keep their order. A function of its arguments alone. Source: Graham 1969 (LPT), whose dearest bin
+    is at most 4/3 of the best possible.
+    """
+    loads, out = [(0.0, j) for j in range(bins)], [[] for _ in range(bins)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, j = heapq.heappop(loads)
+        out[j].append(i)
+        heapq.heappush(loads, (load + costs[i], j))
+    return [sorted(items) for items in out]
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    how: Preparation
+    accumulate: int
+    share: Share
+
+    def __call__(self, item: tuple[int, list[Record]]) -> Step:
+        _end_with_parent()
+        step, records = item
+        encoded = [self.encoded(r) for r in records]
+        parts = balanced([_tokens(e) for e in encoded], self.share.size * self.accumulate)
+        first = self.share.rank * self.accumulate
+        batches, bad = [], []
+        for part in parts[first : first + self.accumulate]:
+            good = []
+            for i in part:
+                try:
+                    good.append(self.sample(records[i], encoded[i]))
+                except BadRecord as error:
+                    bad.append((records[i].name, str(error)))
+            if good or self.share.size > 1:  # all processes have the same number of batches
+                batches.append(collate(good, self.share.multiple, self.how.image))
+        return Step(step, tuple(batches), tuple(bad))
+
+    def encoded(self, record: Record) -> text.Encoded | BadRecord:
+        try:
+            return encode(record, self.how)
+        except BadRecord as error:
+            return error
+
+    def sample(self, record: Record, encoded: text.Encoded | BadRecord) -> Sample:
+        if isinstance(encoded, BadRecord):
+            raise encoded
+        return sample(record, self.how, encoded)
+
+
+def _tokens(encoded: text.Encoded | BadRecord) -> int:
+    return 0 if isinstance(encoded, BadRecord) else len(encoded.ids)
+
+
+def steps(
+    records: Sequence[Sequence[Record]], plan: Plan, how: Preparation, start: int, stop: int, share: Share = Share()
+) -> Iterable[Step]:
+    """Updates start + 1 to stop, prepared ahead by `data.workers` processes, in order.
+
+    The samples of an update are shared out so that each process and micro-batch has about as many tokens, which follows
+    from the records alone. BadRecord if a record is unusable and the policy is "error", or if a lone process has no
+    usable record for an update.
+    """
+    flat, data = [r for rs in records for r in rs], plan.data
+    wanted = ((step, [flat[i] for i in rows]) for step, rows in islice(plan.updates(start), stop - start))
+    source = IterableWrapper(wanted)
+    work = _Prepare(how, data.accumulate, share)
+    if data.workers:
+        node = ParallelMapper(source, work, data.workers, method="process", multiprocessing_context="forkserver")
+    else:
+        node = Prefetcher(Mapper(source, work), 2)
+    for step in Loader(node):
+        if step.bad and (data.on_bad_record == "error" or not step.batches):
+            advice = "no usable record is left of this update; mend the data set"
+            if data.on_bad_record == "error":
+                advice = 'mend the data set, or run with on_bad_record="skip" to leave them out and list them'
+            reasons = "".join(f"\n  {reason}" for _, reason in step.bad)
+            raise BadRecord(f"step {step.step}: {len(step.bad)} bad records; {advice}{reasons}")
+        yield step

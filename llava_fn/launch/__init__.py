@@ -1,0 +1,1 @@
+"""The machine: environment, device, processes, command line."""

@@ -1,0 +1,1 @@
+"""What an update will need on a mesh, found without devices."""

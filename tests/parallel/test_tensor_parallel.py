@@ -1,0 +1,251 @@
+"""Answers of two processes (gloo) that share a decoder, against those of one: functions, and recipes/infer.py."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_infer import ENV, ROOT, infer
+
+from llava_fn import config, llama, llava, quantise, spec, tree
+from llava_fn.batch import IMAGE, Sample
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.generate import assistant
+from llava_fn.generate import decode as generate
+from llava_fn.generate.assistant import Chat, Place, ask, picture
+from llava_fn.generate.decode import Words
+from llava_fn.generate.sampling import Decoding
+from llava_fn.launch import cli, launch
+from llava_fn.parallel.collectives import TP
+from llava_fn.parallel.mesh import Axis, Mesh
+
+WORLD = 2
+C = config.Llava(
+    config.Vision(image=8, patch=4, width=8, blocks=3, heads=2, ffn=12),
+    config.Llama(vocab=24, width=16, blocks=3, heads=4, kv_heads=2, ffn=10, theta=30.0),
+)
+MODELS = {"grouped": C, "tied": replace(C, llama=replace(C.llama, kv_heads=4, blocks=2, tied=True))}
+PROMPTS = {"images": ("i4", "1i2", "2i3i", "i"), "text": ("1", "8", "3")}
+WAYS = {
+    "greedy": Decoding(tokens=12, logprobs=True),
+    "sampled": Decoding(tokens=12, temperature=0.9, top_p=0.95, repetition_penalty=1.2, samples=2, seed=4),
+    "beams": Decoding(tokens=8, beams=3, samples=2),
+}
+SHARED = config.Llava(
+    config.Vision(image=16, patch=8, width=16, blocks=2, heads=2, ffn=32),
+    config.Llama(vocab=512, width=16, blocks=2, heads=4, kv_heads=2, ffn=32),
+)
+
+
+def random(c, scale=1.0):
+    rng = torch.Generator().manual_seed(3)
+    shapes = spec.init(llava.spec(c), 0)
+    return tree.rebuild(shapes, [torch.randn(x.shape, generator=rng) * scale for x in tree.values(shapes)])
+
+
+def samples(layouts):
+    """layouts: "i" an image, a digit so many tokens."""
+    rng, out = torch.Generator().manual_seed(1), []
+    for layout in layouts:
+        ids, shape = (1,), (layout.count("i"), 3, 8, 8)
+        for kind in layout:
+            text = () if kind == "i" else torch.randint(3, 24, (int(kind),), generator=rng).tolist()
+            ids += (IMAGE,) * C.vision.patches if kind == "i" else tuple(text)
+        pixels = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+        out.append(Sample(layout, ids, (False,) * len(ids), pixels))
+    return out
+
+
+def share(p, c, mesh):
+    """This rank's blocks."""
+    params = [param for _, param in spec.leaves(llava.spec(c))]
+    return tree.rebuild(p, [x[spec.shard(s, mesh)].clone() for x, s in zip(tree.values(p), params, strict=True)])
+
+
+def say(model, mesh, int8, layouts, d, seeds=None):
+    c = MODELS[model]
+    p, run = share(random(c), c, mesh), llava.Execution(tp=TP(mesh.tp, sequence=False))
+    if int8:
+        p, run = quantise.quantise(p, axis=mesh.tp), quantise.execution(run)
+    many = generate.prompts(p, samples(layouts), c, run)
+    return generate.generate(p, many, d, Words(c.llama.vocab, (5,), str), c, seeds, run)
+
+
+def every(mesh):
+    """(model, prompts, way, int8) -> answers."""
+    return {
+        (model, prompts, way, int8): say(model, mesh, int8, PROMPTS[prompts], WAYS[way])
+        for model in MODELS for prompts in PROMPTS for way in WAYS for int8 in (False, True)
+    }  # fmt: skip
+
+
+def talk(weights, picture_path, mesh, int8=False):
+    """Two turns on one cache."""
+    source = assistant.opened([weights])
+    to = Place(torch.device("cpu"), torch.float32, mesh, int8)
+    a = assistant.place(source, assistant.form_of(source, None, None, None), to)
+    chat, said = ask(Chat(), "What is shown?", [picture(picture_path, a)]), []
+    for question in ("And what else?", None):
+        *_, last = assistant.reply(a, chat, Decoding(tokens=6))
+        said.append(last.chat.turns[-1][1])
+        chat = ask(last.chat, question) if question else chat
+    return said, last.chat.cache.k.shape, {path: x.shape for path, x in zip(*map(list, read(a.params)), strict=True)}
+
+
+def read(params):
+    return ("/".join(path) for path in tree.paths(params)), tree.values(params)
+
+
+def worker(rank, folder, weights, picture_path, port):
+    torch.set_num_threads(1)
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), launch.processes(WORLD, torch.device("cpu"), alone=True) as joined:
+        mesh = joined.mesh
+        print("an answer")
+        out = everything(mesh, weights, picture_path)
+        print("to show", file=sys.stderr)
+    torch.save(out | {"shown": shown.getvalue(), "over": not dist.is_initialized()}, Path(folder) / f"{rank}.pt")
+
+
+def everything(mesh, weights, picture_path):
+    d = replace(WAYS["sampled"], samples=1)
+    return {"every": {k: [[asdict(a) for a in row] for row in v] for k, v in every(mesh).items()},
+            "other seeds": [r[0].ids for r in say("grouped", mesh, False, PROMPTS["images"], d, [mesh.tp.rank] * 4)],
+            "talk": talk(weights, picture_path, mesh), "int8": tree_of_int8(mesh)}  # fmt: skip
+
+
+def tree_of_int8(mesh):
+    p = quantise.quantise(share(random(C), C, mesh), axis=mesh.tp)["llama", "blocks", "0"]
+    return {(n, part): p[n, part] for n in quantise.COLUMN + quantise.ROW for part in ("int8", "scale")}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("weights") / "shared"
+    manifest = checkpoint.Manifest(SHARED, ("vision", "projector", "llama"), "pad", "vicuna_v1", None, step=7)
+    checkpoint.save(folder, manifest, random(SHARED, 0.7), None, tokenizer.model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(emojis):
+    return sorted((emojis / "images").iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, weights, image):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(worker, (str(folder), weights, image, port), WORLD)
+    return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return every(Mesh())
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["whole", "int8"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_each_rank_says_what_one_process_says(ranks, alone, model, prompts, way, int8):
+    want = alone[model, prompts, way, int8]
+    assert len({a.ids for row in want for a in row}) >= len(want) - 1
+    for got in ranks:
+        for mine, row in zip(got["every"][model, prompts, way, int8], want, strict=True):
+            assert [a["ids"] for a in mine] == [a.ids for a in row]
+            assert [a["logprobs"] for a in mine] == [pytest.approx(a.logprobs, abs=1e-4) for a in row]
+
+
+def test_ranks_that_would_draw_differently_say_what_the_first_draws(ranks):
+    d = replace(WAYS["sampled"], samples=1)
+    zero, one = ([r[0].ids for r in say("grouped", Mesh(), False, PROMPTS["images"], d, [n] * 4)] for n in (0, 1))
+    assert zero != one and [got["other seeds"] for got in ranks] == [zero, zero]
+
+
+def test_each_rank_quantises_to_its_share_of_the_quantised_whole(ranks):
+    block = llama.spec(C.llama)["blocks"]["0"]
+    for (name, part), whole in tree_of_int8(Mesh()).items():
+        for rank, got in enumerate(ranks):
+            rows, columns = spec.shard(block[name], Mesh(tp=Axis("tp", WORLD, rank)))
+            torch.testing.assert_close(got["int8"][name, part], whole[rows, columns if part == "int8" else slice(None)])
+
+
+def test_a_conversation_is_shared_and_each_rank_holds_its_part_of_weights_and_cache(ranks, weights, image):
+    said, cache, shapes = talk(weights, image, Mesh())
+    split = {path for path, param in spec.leaves(llava.spec(SHARED)) if set(param.axes) - {None}}
+    assert len(said[0]) > 3 and said[0] != said[1]
+    for got, rank_cache, rank_shapes in (r["talk"] for r in ranks):
+        assert got == said
+        assert rank_cache == (*cache[:3], cache[3] // WORLD, cache[4])
+        for path, shape in shapes.items():
+            ratio = shape.numel() / rank_shapes[path].numel()
+            assert ratio == (WORLD if tuple(path.split("/")) in split else 1), path
+
+
+def test_only_the_first_rank_shows_anything_and_the_group_ends(ranks):
+    assert [got["shown"] for got in ranks] == ["an answer\n", ""] and all(got["over"] for got in ranks)
+
+
+@pytest.fixture
+def lines(tmp_path, image):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"prompt": "What is it?", "image": str(image)}, {"prompt": "Say a word."}, {"prompt": 3},
+            {"prompt": "Is <image> like <image>?", "image": [str(image)] * 2}]  # fmt: skip
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    return path
+
+
+def test_the_recipe_under_torchrun_goes_on_where_one_process_stopped_and_prints_once(weights, lines, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    one = infer.Infer(cli.Model((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
+    with pytest.raises(ValueError, match="1 of 4 lines"):
+        infer.main(one)
+    want = out.read_text()
+    out.write_text(want[: want.index("\n") + 30])  # a kill cut the second answer short
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+               ROOT / "recipes/infer.py", "--tp", 2, "--weights", weights, "--device", "cpu", "--json", lines,
+               "--out", out, "--tokens", 6, "--batch", 2]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and out.read_text() == want and done.stdout == "", done.stderr
+    assert done.stderr.count("line 3: 'prompt' is 3") == 1 and "1 of 3 lines" in done.stderr
+
+
+def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
+    with pytest.raises(ValueError, match=r"tp=4 does not divide the decoder's kv_heads=2; tp can be one of 1, 2$"):
+        llama.check_tp(SHARED.llama, 4)
+    source = assistant.opened([weights])
+    to = Place(torch.device("cpu"), torch.float32, Mesh(tp=Axis("tp", 3)))
+    with pytest.raises(ValueError, match="tp=3 .* heads=4 and kv_heads=2 and ffn=32 and vocab=512; .* 1, 2"):
+        assistant.place(source, assistant.form_of(source, None, None, None), to)
+    llama.check_tp(config.LLAVA_7B.llama, 8)
+
+
+def test_as_many_processes_as_tp(weights, monkeypatch):
+    started = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
+    launch.check_processes(1, {}, alone=True)
+    launch.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
+    with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
+        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x", tp=2))
+    monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
+    with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
+        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x"))
+
+
+@pytest.mark.parametrize("bad, match", [({"tp": 0}, "tp=0: must be"), ({"tp": 2, "json": Path("-")}, "into a file")])
+def test_options_that_cannot_be(bad, match):
+    with pytest.raises(ValueError, match=match):
+        infer.Infer(cli.Model((Path("x"),)), **bad)

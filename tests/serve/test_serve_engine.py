@@ -1,0 +1,306 @@
+"""Continuous batching: each answer is what its prompt alone gives, whatever comes and goes beside it."""
+
+import dataclasses
+import queue
+import threading
+
+import pytest
+import torch
+
+from llava_fn import llama
+from llava_fn.generate import assistant
+from llava_fn.generate.assistant import Chat, ask, picture
+from llava_fn.generate.sampling import Decoding
+from llava_fn.serve import engine
+from llava_fn.serve.ask import Limits, Refused
+from llava_fn.serve.engine import Job
+from llava_fn.serve.worker import Ticket, Worker
+
+CPU, F32 = torch.device("cpu"), torch.float32
+OPTIONS = (
+    Decoding(tokens=9),
+    Decoding(tokens=14, temperature=1.0, seed=5),
+    Decoding(tokens=11, temperature=1.5, top_p=0.7, seed=6, repetition_penalty=3.0),
+    Decoding(tokens=1, logprobs=True),
+    Decoding(tokens=17, temperature=1.0, seed=7, logprobs=True),
+)
+
+
+@pytest.fixture(scope="module")
+def a(weights):
+    return assistant.load([weights / "vicuna_v1"], CPU, F32, context=256)
+
+
+@pytest.fixture(scope="module")
+def chats(a, emojis):
+    """Of several lengths: an image, text alone, two images, a second turn, a system prompt of its own."""
+    shots = [picture(path, a) for path in sorted((emojis / "images").iterdir())[:4]]
+    first = ask(Chat(), "What is it?", shots[:1])
+    return [
+        first,
+        ask(Chat(), "Say a word or two about nothing."),
+        ask(Chat(), "Is <image> like <image>?", shots[1:3]),
+        ask(dataclasses.replace(first, turns=(*first.turns, ("gpt", "A cat"))), "And?"),
+        ask(Chat(system="Be brief."), "What?", shots[3:]),
+    ]
+
+
+def job(a, chat, d, name="x", sample=0):
+    none = a.params["llama"]["embed"][:0]
+    d = assistant.stops(a, d)
+    prompt, keys = assistant.prompt(a, dataclasses.replace(chat, feats={p.key: none for p in chat.pictures}), d)
+    return Job((name, sample), prompt.ids, keys, chat.pictures, d)
+
+
+def alone(a, chat, d):
+    """ids, text, logprobs, ended: by the functions that answer one batch at a time."""
+    chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
+    ((text,),) = assistant.answers(a, [chat], d)
+    return text.ids, text.text, text.logprobs, text.ended
+
+
+class Collected:
+    """The pieces of all answers, put together."""
+
+    def __init__(self):
+        self.ids, self.text, self.logprobs, self.finish = {}, {}, {}, {}
+
+    def add(self, pieces):
+        for p in pieces:
+            assert self.finish.get(p.name) is None, "a piece after the end"
+            self.ids[p.name] = self.ids.get(p.name, ()) + p.ids
+            self.text[p.name] = self.text.get(p.name, "") + p.new
+            self.logprobs[p.name] = self.logprobs.get(p.name, ()) + p.logprobs
+            self.finish[p.name] = p.finish
+
+
+def serve(a, jobs, slots, desk=None, every=1):
+    """A new job every so many steps, if a slot is free."""
+    desk, got, waiting, t = desk or engine.empty(a, slots), Collected(), list(jobs), 0
+    while waiting or desk.free < slots:
+        if waiting and desk.free and t % every == 0:
+            desk = engine.admit(a, desk, waiting.pop(0))
+        desk, pieces = engine.step(a, desk)
+        got.add(pieces)
+        t += 1
+    return desk, got
+
+
+@pytest.mark.parametrize("slots, every", [(1, 1), (3, 2), (16, 1)])
+def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every):
+    asked = {(f"{i}-{j}", 0): (chat, d) for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)}
+    _, got = serve(a, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, every=every)
+    assert got.ids.keys() == asked.keys() and len(set(got.ids.values())) > 15
+    for name, (chat, d) in asked.items():
+        ids, text, logprobs, ended = alone(a, chat, d)
+        assert (got.ids[name], got.text[name]) == (ids, text), name
+        assert got.finish[name] == ("stop" if ended else "length")
+        assert got.logprobs[name] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_a_stop_text_ends_one_answer_and_not_its_neighbours(a, chats):
+    d = Decoding(tokens=25)
+    free = alone(a, chats[1], d)[1]
+    stop = free[4:6]
+    _, got = serve(a, [job(a, chats[1], d, "free"), job(a, chats[1], dataclasses.replace(d, stop=(stop,)), "cut")], 2)
+    assert got.text == {("free", 0): free, ("cut", 0): free[: free.index(stop)]}
+    assert got.finish["cut", 0] == "stop"
+
+
+def test_an_answer_may_fill_the_context_to_the_last_token(a, chats):
+    chat = chats[1]
+    d = Decoding(tokens=a.context - len(job(a, chat, Decoding(tokens=1)).ids), temperature=1.0)
+    jobs = [job(a, chat, d, "full"), *(job(a, c, OPTIONS[1], f"{j}") for j, c in enumerate(chats * 2))]
+    _, got = serve(a, jobs, 2)
+    assert got.ids["full", 0] == alone(a, chat, d)[0]
+    assert got.finish["full", 0] == "length"
+    assert got.ids["4", 0] == alone(a, chats[4], OPTIONS[1])[0]
+
+
+def rows_computed(monkeypatch):
+    rows, prefill = [], llama.prefill
+    monkeypatch.setattr(llama, "prefill", lambda p, x, *rest: rows.append(len(x)) or prefill(p, x, *rest))
+    return rows
+
+
+def test_samples_of_a_question_compute_its_prompt_once(a, chats, monkeypatch):
+    d, rows = Decoding(tokens=8, temperature=1.5), rows_computed(monkeypatch)
+    jobs = [job(a, chats[2], dataclasses.replace(d, seed=s), "x", s) for s in range(3)]
+    _, got = serve(a, jobs, 4)
+    assert rows == [len(jobs[0].ids), 1, 1]
+    for s in range(3):
+        assert got.ids["x", s] == alone(a, chats[2], dataclasses.replace(d, seed=s))[0]
+    assert len(set(got.ids.values())) == 3
+
+
+def test_the_next_turn_computes_only_what_is_new(a, chats, monkeypatch):
+    d = Decoding(tokens=8)
+    desk, got = serve(a, [job(a, chats[0], d)], 3)
+    turns = (*chats[0].turns, ("gpt", got.text["x", 0].strip()))
+    after = ask(dataclasses.replace(chats[0], turns=turns), "And what else is there?")
+    want, rows = alone(a, after, d)[0], rows_computed(monkeypatch)
+    again = job(a, after, d, "y")
+    _, got = serve(a, [again], 3, desk)
+    assert got.ids["y", 0] == want
+    assert rows[0] <= len(again.ids) - len(job(a, chats[0], d).ids)
+
+
+def test_a_slot_keeps_a_long_conversation_when_a_short_beginning_is_all_that_is_common(a, chats):
+    long = job(a, ask(Chat(system="Be brief."), "What is the name of this and of that? " * 3), Decoding(tokens=20))
+    desk, _ = serve(a, [long], 2)
+    other = job(a, ask(Chat(system="Be brief."), "Why?"), Decoding(tokens=3), "y")
+    assert 0 < assistant.common(other.keys, long.keys) < len(long.keys) / 2
+    desk, _ = serve(a, [other], 2, desk)
+    assert desk.held[0][: len(long.keys)] == long.keys and desk.held[1][: len(other.keys)] == other.keys
+
+
+def test_a_released_slot_is_free_and_the_others_go_on(a, chats):
+    desk, got = engine.empty(a, 2), Collected()
+    for j in range(2):
+        desk = engine.admit(a, desk, job(a, chats[j], Decoding(tokens=12), f"{j}"))
+    desk, pieces = engine.step(a, desk)
+    got.add(pieces)
+    desk = engine.release(desk, "0")
+    assert desk.free == 1
+    _, rest = serve(a, [job(a, chats[2], Decoding(tokens=5), "2")], 2, desk)
+    assert ("0", 0) not in rest.ids and rest.ids["2", 0] == alone(a, chats[2], Decoding(tokens=5))[0]
+    assert got.ids["1", 0] + rest.ids["1", 0] == alone(a, chats[1], Decoding(tokens=12))[0]
+
+
+def test_features_of_a_picture_are_computed_once(a, chats, monkeypatch):
+    counts, features = [], assistant.generate.features
+    monkeypatch.setattr(assistant.generate, "features", lambda p, x, c: counts.append(len(x)) or features(p, x, c))
+    serve(a, [job(a, chats[i], Decoding(tokens=2), f"{j}") for j, i in enumerate((0, 0, 3, 2))], 1)
+    assert counts == [1, 2]
+
+
+def test_a_desk_has_a_slot(a):
+    with pytest.raises(ValueError, match="slots=0"):
+        engine.empty(a, 0)
+
+
+class Client:
+    """What a worker sends to one request."""
+
+    def __init__(self, worker, jobs, name, seconds=60.0):
+        self.got = queue.Queue()
+        worker.submit(Ticket.of(name, tuple(jobs), self.got.put, seconds))
+
+    def next(self):
+        return self.got.get(timeout=20)
+
+    def all(self, answers=1):
+        """All pieces, or why there are no more."""
+        out, left = [], answers
+        while left:
+            out.append(self.next())
+            left = 0 if isinstance(out[-1], Refused) else left - (out[-1].finish is not None)
+        return out
+
+
+@pytest.fixture
+def worker(a):
+    made = []
+
+    def make(**more):
+        made.append(Worker(a, more.pop("slots", 2), Limits(**more)))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for w in made:
+        w.stop()
+
+
+def text_of(pieces):
+    return "".join(p.new for p in pieces)
+
+
+def hold(monkeypatch):
+    """The engine stands still before a step until the event is set."""
+    go, step = threading.Event(), engine.step
+    monkeypatch.setattr(engine, "step", lambda a, desk: go.wait(20) and step(a, desk))
+    return go
+
+
+def test_requests_wait_for_a_slot_and_are_all_answered(a, chats, worker):
+    w = worker()
+    clients = [Client(w, [job(a, chats[i % 5], OPTIONS[1], f"{i}")], f"{i}") for i in range(12)]
+    want = [alone(a, chat, OPTIONS[1])[1] for chat in chats]
+    assert [text_of(c.all()) for c in clients] == [want[i % 5] for i in range(12)]
+    assert w.figures() == {"slots": 2, "free": 2, "waiting": 0}
+
+
+def test_too_long_a_queue_is_refused(a, chats, worker, monkeypatch):
+    go, w = hold(monkeypatch), worker(slots=1, queue=2)
+    jobs = [[job(a, chats[1], OPTIONS[0], f"{i}")] for i in range(4)]
+    first = Client(w, jobs[0], "0")
+    while w.figures()["waiting"]:
+        pass
+    waiting = [Client(w, jobs[i], f"{i}") for i in (1, 2)]
+    with pytest.raises(Refused, match="2 requests are waiting already") as refused:
+        Client(w, jobs[3], "3")
+    assert refused.value.status == 429
+    go.set()
+    assert len({text_of(c.all()) for c in (first, *waiting)}) == 1
+    assert Client(w, jobs[3], "3").all()
+
+
+def test_a_cancelled_request_frees_its_slot_and_its_place_in_the_queue(a, chats, worker):
+    w = worker(slots=1, queue=1)
+    endless = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "long")], "long")
+    endless.next()
+    waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w")
+    w.cancel("w")
+    w.cancel("long")
+    w.cancel("never was")
+    assert text_of(Client(w, [job(a, chats[0], OPTIONS[0], "y")], "y").all()) == alone(a, chats[0], OPTIONS[0])[1]
+    assert waiting.got.empty()
+
+
+def test_a_request_has_so_much_time_in_the_queue_and_in_its_slot(a, chats, worker, monkeypatch):
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda a, desk: threading.Event().wait(0.02) or step(a, desk))
+    w = worker(slots=1)
+    slow = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "slow")], "slow", 0.4)
+    waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w", 0.1)
+    *pieces, last = slow.all()
+    assert last.status == 504 and 0 < len(pieces) < 100
+    (refused,) = waiting.all()
+    assert refused.status == 504
+    assert text_of(Client(w, [job(a, chats[1], OPTIONS[0], "z")], "z").all()) == alone(a, chats[1], OPTIONS[0])[1]
+
+
+def test_samples_end_each_for_itself(a, chats, worker):
+    jobs = [job(a, chats[0], Decoding(tokens=3 + 4 * j, temperature=1.0, seed=j), "x", j) for j in range(3)]
+    pieces = Client(worker(), jobs, "x").all(3)
+    for j in range(3):
+        mine = [p for p in pieces if p.name == ("x", j)]
+        assert text_of(mine) == alone(a, chats[0], Decoding(tokens=3 + 4 * j, temperature=1.0, seed=j))[1]
+        assert [p.finish is None for p in mine] == [True] * (len(mine) - 1) + [False]
+
+
+def test_a_stopped_worker_refuses_what_it_has_and_what_comes(a, chats):
+    w = Worker(a, 1, Limits())
+    w.start()
+    running = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "r")], "r")
+    waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w")
+    running.next()
+    w.stop()
+    assert running.all()[-1].status == waiting.all()[-1].status == 503
+    with pytest.raises(Refused, match="stopping"):
+        Client(w, [job(a, chats[1], OPTIONS[0], "l")], "l")
+    assert w.error is None
+
+
+def test_a_model_that_fails_is_told_to_everybody(a, chats, monkeypatch):
+    crashed = threading.Event()
+    w = Worker(a, 1, Limits(), crashed.set)
+    monkeypatch.setattr(engine, "step", lambda a, desk: 1 / 0)
+    w.start()
+    clients = [Client(w, [job(a, chats[1], OPTIONS[0], f"{j}")], f"{j}") for j in range(1)]
+    assert [c.all()[-1].status for c in clients] == [500]
+    assert crashed.wait(10) and isinstance(w.error, ZeroDivisionError)
+    with pytest.raises(Refused, match="has failed"):
+        Client(w, [job(a, chats[1], OPTIONS[0], "z")], "z")
+    w.stop()

@@ -1,0 +1,200 @@
+"""The recipe that converts weights, as a person runs it; what it leaves when it is stopped, and what it says."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import layouts
+import pytest
+import torch
+from layouts import C
+from test_mindspeed import data_json, model_json
+
+from llava_fn import config, tree
+from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.launch import cli
+from llava_fn.weights import configs, export, model
+from llava_fn.weights.source import open_source
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded(recipe: str):
+    """The module of a recipe."""
+    found = importlib.util.spec_from_file_location(f"{recipe}_recipe", ROOT / f"recipes/{recipe}.py")
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+pretrain = loaded("pretrain")
+convert = loaded("convert")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+
+
+def recipe(*args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "recipes/convert.py", *args]
+    return subprocess.run([str(a) for a in command], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return layouts.hub(layouts.hf_model())
+
+
+@pytest.fixture(scope="module")
+def seed(state, tokenizer, tmp_path_factory):
+    """The files that MindSpeed-MM's guide names."""
+    root = tmp_path_factory.mktemp("seed")
+    layouts.write_openai(root / "ViT-L-14-336px.pt", state)
+    layouts.write_vicuna(root / "vicuna-7b-v1.5", state, "bin", tokenizer.model)
+    layouts.write_projector(root / "mm_projector.bin", state)
+    return root
+
+
+def test_the_files_of_the_guide_become_a_model_and_go_out_to_transformers(seed, state, tmp_path):
+    files = [seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5", "mm_projector.bin")]
+    done = recipe(*files, tmp_path / "weights/model")
+    assert done.returncode == 0, done.stderr
+    assert "3 of 4 blocks of CLIP, projector, 2 blocks of Llama, 512 pieces" in done.stdout
+    assert f"{files[0]} is NOT the file that OpenAI published" in done.stderr
+    loaded = checkpoint.load_model(tmp_path / "weights/model")
+    want = model.from_state_dict(layouts.text_rows(state), C)
+    assert loaded.manifest.model == C
+    for path in tree.paths(want):
+        assert torch.equal(loaded.params[path].float(), want[path].float())
+    done = recipe("--to", "llava-hf", tmp_path / "weights/model", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    theirs = layouts.HFLlava.from_pretrained(tmp_path / "out").state_dict()
+    row = "model.language_model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(theirs[row], state["language_model.model.layers.1.mlp.down_proj.weight"])
+
+
+def test_the_published_file_is_not_complained_of(seed, monkeypatch, capsys):
+    path = seed / "ViT-L-14-336px.pt"
+    monkeypatch.setitem(convert.OPENAI, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    convert.check_published(path)
+    assert not capsys.readouterr().err
+
+
+def mindspeed_json(folder: Path, weights: list[Path], data: Path) -> list[Path]:
+    """model.json and data.json of the example, for this tiny model and a data set."""
+    v, t = C.vision, C.llama
+    model, train = model_json(), data_json()
+    heads = {"num_attention_heads": t.heads, "num_query_groups": t.kv_heads, "ffn_hidden_size": t.ffn}
+    sizes = {"num_layers": t.blocks, "hidden_size": t.width, "language_vocab_size": t.vocab}
+    model["text_decoder"] |= {**heads, **sizes, "ckpt_path": str(weights[1])}
+    encoder, projector = (model["image_encoder"][name] for name in ("vision_encoder", "vision_projector"))
+    encoder |= {"num_layers": v.blocks, "hidden_size": v.width, "num_attention_heads": v.heads, "image_size": v.image,
+                "num_query_groups": v.heads, "ffn_hidden_size": v.ffn, "ckpt_path": str(weights[0])}  # fmt: skip
+    projector |= {"input_size": v.width, "hidden_size": t.width, "ffn_hidden_size": t.width}
+    projector["ckpt_path"] = str(weights[2])
+    dataset = train["dataset_param"]
+    dataset["basic_parameters"] = {"data_path": str(data / "train.json"), "data_folder": str(data)}
+    dataset["tokenizer_config"]["from_pretrained"] = str(weights[0].parent)
+    dataset["preprocess_parameters"]["train_pipeline"] |= {
+        "crop_size": {"height": v.image, "width": v.image}, "size": {"shortest_edge": v.image},
+    }  # fmt: skip
+    for name, values in (("model.json", model), ("data.json", train)):
+        (folder / name).write_text(json.dumps(values))
+    return [folder / "model.json", folder / "data.json"]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["converted", "save_dir"])
+def test_users_of_mindspeed_mm_move_in_one_command(trained, state, tokenizer, emojis, tmp_path):
+    weights = layouts.write_mindspeed(tmp_path / "ms", state, C.vision.blocks, tokenizer.model)
+    sources = mindspeed_json(tmp_path, weights, emojis)
+    if trained:
+        sources.append(layouts.write_megatron(tmp_path / "save_dir", state))
+    done = recipe(*sources, tmp_path / "moved")
+    assert done.returncode == 0, done.stderr
+    assert "no meaning here: " in done.stderr and "persist_layer_norm" in done.stderr
+    assert ("converted_clip.pt is left out: vision comes from another source" in done.stderr) == trained
+    loaded = checkpoint.load_model(tmp_path / "moved")
+    want = model.from_state_dict(layouts.text_rows(state), C)
+    assert (loaded.manifest.model, loaded.manifest.image_mode) == (C, "pad")
+    for path in tree.paths(want):
+        assert torch.equal(loaded.params[path], want[path])
+    how = cli.read(pretrain.Pretrain, tmp_path / "moved-pretrain.json")
+    assert (how.base, how.train, how.data.image_mode) == (tmp_path / "moved", "projector", "pad")
+    assert how.data.sources[0].records == emojis / "train.json"
+
+
+def test_what_a_person_can_set_right_is_one_line(seed, tmp_path):
+    (tmp_path / "there").mkdir()
+    words = {"tokenizer": seed / "vicuna-7b-v1.5/tokenizer.model"}
+    projector, out = seed / "mm_projector.bin", tmp_path / "out"
+    cases = {
+        "exists; name another place": ((projector, tmp_path / "there"), {}),
+        "no such file or folder": ((seed / "nothing", out), {}),
+        "does not bring the vision and the llama; name a source": ((projector, out), words),
+        "has no tokenizer.model; give one": ((projector, out), {}),
+        "give at least one source": ((projector,), {}),
+    }
+    for said, (paths, options) in cases.items():
+        with pytest.raises(ValueError, match=said):
+            convert.main(convert.Convert(paths, **options))
+    done = recipe(seed / "nothing", out)
+    assert done.returncode == 1 and done.stderr == f"error: {seed / 'nothing'}: no such file or folder\n"
+    assert not out.exists()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from llava_fn.weights import export, model
+from llava_fn.weights.source import open_source
+left = [40]
+def wrote(size):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), 9)
+export.export(model.merge([open_source(Path(a)) for a in sys.argv[2:]]), Path(sys.argv[1]), "llava_fn", wrote)
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_under_its_name(seed, tmp_path):
+    sources = [seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5")]
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "out", *sources], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".part-out"]
+    source = model.merge([open_source(path) for path in sources])
+    export.export(source, tmp_path / "out", "llava_fn")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_nothing_at_all(seed, tmp_path):
+    source = model.merge([open_source(seed / name) for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5")])
+
+    def stop(size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export.export(source, tmp_path / "out", "llava_fn", stop)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scales its rotary embedding"),
+        ({"attention_bias": True}, "has biases"),
+        ({"head_dim": 64}, "heads are 64 wide, not width / heads = 128"),
+    ],
+)
+def test_llamas_that_compute_something_else_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        configs.llama_config(change)
+
+
+def test_published_configs_give_the_7b_model():
+    values = json.loads('{"hidden_size": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32000, "rope_scaling": null}')
+    assert configs.llama_config(values) == config.LLAVA_7B.llama
+    clip = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
+            "num_hidden_layers": 24, "patch_size": 14}  # fmt: skip
+    assert configs.vision_config(clip) == config.LLAVA_7B.vision
