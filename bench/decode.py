@@ -29,14 +29,12 @@ from step import HF_IMAGE, MODELS, peer_model
 from tensordict import TensorDict
 from transformers.generation.streamers import BaseStreamer
 
-from llava_fn import config, llava, tree
-from llava_fn.batch import Sample
+from llava_fn import config, llava, tree, vit
+from llava_fn.batch import IMAGE, Sample
 from llava_fn.cache import Cache
-from llava_fn.data import image
-from llava_fn.data.text import IMAGE
 from llava_fn.generate import decode as generate
-from llava_fn.generate.decode import Words
 from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.types import Words
 from llava_fn.kernels import check
 from llava_fn.weights.model import from_state_dict
 
@@ -128,7 +126,7 @@ def theirs(peer: torch.nn.Module, samples: list[Sample], n: int, clock: Clock) -
     """The same by transformers."""
     ids, pixels = torch.tensor([s.ids for s in samples]), torch.cat([s.pixels for s in samples])
     ids = torch.where(ids == IMAGE, HF_IMAGE, ids).to(pixels.device)
-    pixels, mask = image.normalise(pixels).to(peer.dtype), torch.ones_like(ids)
+    pixels, mask = vit.normalise(pixels).to(peer.dtype), torch.ones_like(ids)
 
     def answer() -> tuple[list[list[int]], list[float]]:
         seen, began = Marks(clock), clock()

@@ -37,7 +37,7 @@ from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.records import Dataset, Prediction, Question
 from llava_fn.generate.assistant import Assistant, Form
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import launch
+from llava_fn.launch.device import pick_device
 
 ROOT = Path(__file__).parents[1]
 ROWS = 5349  # of DocVQA's validation set
@@ -129,7 +129,7 @@ def pages(c: Bench) -> Iterator[bytes]:
 
 def assistant(folder: Path, c: Bench) -> Assistant:
     """Random weights."""
-    model, device = MODELS[c.model], launch.pick_device(c.device)
+    model, device = MODELS[c.model], pick_device(c.device)
     words = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
     params = spec.init(llava.spec(model), 0)
     params = tree.rebuild(params, [x.to(device, getattr(torch, c.dtype)) for x in tree.values(params)])

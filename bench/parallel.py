@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_fn import llava, optim, spec, tree
 from llava_fn.batch import collate
-from llava_fn.launch import launch
+from llava_fn.launch import processes
+from llava_fn.launch.device import pick_device
 from llava_fn.parallel.collectives import total
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.parallel.zero import Zero
@@ -98,7 +99,7 @@ def rounds(pair: dict[str, Callable[[], float] | None], mesh: Mesh, many: int, d
 def main(c: Bench) -> None:
     """Print the ratios."""
     torch.set_num_threads(1)
-    with launch.processes(c.tp, launch.pick_device(c.device)) as joined:
+    with processes.processes(c.tp, pick_device(c.device)) as joined:
         mesh, first = joined.mesh, joined.first
         alone = stepper(c, Mesh(), 0)
         if mesh.all.size > 1:

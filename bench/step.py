@@ -29,10 +29,8 @@ from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_fn import config, llava, optim, tree
-from llava_fn.batch import Batch, Sample, collate
-from llava_fn.data import image
-from llava_fn.data.text import IMAGE
+from llava_fn import config, llava, optim, tree, vit
+from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import STAGES, State, Task, train_step
 from llava_fn.weights.model import from_state_dict
@@ -109,7 +107,7 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
         ids[row, :n] = torch.where(tokens == IMAGE, HF_IMAGE, tokens)
         labels[row, :n] = torch.where(torch.tensor(s.label), tokens, -100)
         mask[row, :n] = 1
-    pixels = image.normalise(torch.cat([s.pixels for s in samples]))
+    pixels = vit.normalise(torch.cat([s.pixels for s in samples]))
     ids, labels, mask, pixels = (x.to(c.device) for x in (ids, labels, mask, pixels))
     for name, p in model.named_parameters():
         p.requires_grad = "multi_modal_projector" in name or (c.stage != "projector" and "vision_tower" not in name)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from llava_fn.data.text import IMAGE
 from llava_fn.kernels import Segments
+
+IMAGE = -200  # stands for an image: once in a text, at each of its positions in a stream (LLaVA constants.py)
 
 
 @dataclass(frozen=True)

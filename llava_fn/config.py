@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import dacite
 
@@ -23,6 +23,9 @@ class Vision:
     `feature_layer` counts hidden states as HF does: 0 is the input of the first block, -1 the output of the last.
     LLaVA reads -2, so the last block has no parameters here: nothing that it computes is ever used.
     """
+
+    mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, 0 to 1
+    std: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
 
     image: int = 336  # pixels per side
     patch: int = 14  # pixels per side

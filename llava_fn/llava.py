@@ -14,7 +14,6 @@ from llava_fn import llama, projector, vit
 from llava_fn.batch import Batch
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
-from llava_fn.data import image
 from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
@@ -87,7 +86,7 @@ def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution
     i, size = len(pixels), run.tp.axis.size if run.tp.sequence else 1
     black = pixels.new_zeros(max(run.images - i, -i % size), *pixels.shape[1:])
     pixels = run.tp.split(torch.cat([pixels, black]) if len(black) else pixels)
-    pixels = image.normalise(pixels).to(p["vision"]["patch"].dtype)
+    pixels = vit.normalise(pixels).to(p["vision"]["patch"].dtype)
     x = projector.project(p["projector"], vit.encode(p["vision"], pixels, c.vision, run.vit_blocks))
     return rearrange(run.tp.join(x)[:i], "i p d -> (i p) d")
 

@@ -54,6 +54,18 @@ def block(p: TensorDict, x: Tensor, segments: Segments, c: Vision) -> Tensor:
     return x + linear(h, p["w_down"], p["b_down"])
 
 
+def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """pixels: uint8[i, 3, h, w] -> dtype[i, 3, h, w] on the same device: (pixels / 255 - mean) / std in float32.
+
+    In float32 on the CPU bit for bit what transformers' CLIPImageProcessorPil gives. Raises ValueError for pixels of
+    another shape, or not uint8 (they may be normalised already).
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}: must be uint8[images, 3, height, width]")
+    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (Vision.mean, Vision.std))
+    return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
 def encode(p: TensorDict, pixels: Tensor, c: Vision, blocks: Callable = scan(block)) -> Tensor:
     """Patch features without the class token: hidden state `c.feature_layer`, no final norm.
 

@@ -27,10 +27,11 @@ from llava_fn.evaluate.records import Kind
 from llava_fn.evaluate.run import Asked
 from llava_fn.evaluate.tally import Summary
 from llava_fn.evaluate.tsv import Table
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Form
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import cli, launch
+from llava_fn.launch import cli, processes
+from llava_fn.launch.device import environment
 from llava_fn.parallel.mesh import Axis
 from llava_fn.runs.progress import Progress
 from llava_fn.weights import model
@@ -69,7 +70,7 @@ class Rules:
 class Evaluate:
     """Which model answers which questions, and what becomes of it."""
 
-    model: Annotated[cli.Weights, tyro.conf.arg(name="")]
+    model: Annotated[options.Weights, tyro.conf.arg(name="")]
     data: tuple[Path, ...]  # TSVs
     out: Path = Path("results")
     name: str = ""  # of the model, in the names of files; that of its folder, unless given
@@ -132,8 +133,8 @@ def settings(c: Evaluate, source: Source, weights: str) -> Settings:
 
 def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     """Open the folders of the runs, on one process."""
-    environment = launch.environment(c.model.place)
-    versions = {"python": environment["python"]} | {k: v for k, v in environment["packages"].items() if v}
+    place = environment(c.model.place)
+    versions = {"python": place["python"]} | {k: v for k, v in place["packages"].items() if v}
     for table in tables:
         at = c.place(table)
         old = [*(c.out / (at.name + end) for end in RESULTS), *c.out.glob(f"{glob.escape(at.name)}_vs_*.html")]
@@ -209,18 +210,18 @@ def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[dict[str, 
     source = assistant.opened(c.model.weights)
     if axis.rank == 0:
         begin(c, tables, settings(c, source, folder.fingerprint(c.model.weights)))
-    launch.meet(axis)
+    processes.meet(axis)
     s = folder.read_manifest(c.place(tables[0])).settings
-    a = cli.place(c.model, source, s.style.form)
+    a = options.place(c.model, source, s.style.form)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     work = [left(c, table, s, a) for table in tables]
-    launch.meet(axis)  # nobody writes before everybody has read
+    processes.meet(axis)  # nobody writes before everybody has read
     for w in work:
         answer(c, w, s, a, axis)
     if axis.rank == 0:
         for w in work:
             wait(c, w)
-    launch.meet(axis)
+    processes.meet(axis)
     return [w.keys for w in work]
 
 
@@ -299,7 +300,7 @@ def main(c: Evaluate) -> None:
     if c.dry_run:
         dry_run(c, read(c))
         return
-    with launch.replicas(c.model.place) as axis:
+    with processes.replicas(c.model.place) as axis:
         tables = read(c)
         for table in tables if c.compare else ():
             folder.read_manifest(_other(c, table))  # a mistake is told before the work, not after it

@@ -30,10 +30,11 @@ from torch import Tensor
 from llava_fn.checkpoint.folder import newest
 from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Chat, Text
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import cli, launch
+from llava_fn.launch import cli, processes
+from llava_fn.launch.device import pick_device
 from llava_fn.parallel.collectives import agree
 from llava_fn.runs.progress import Progress
 
@@ -44,7 +45,7 @@ BEGIN = b'{"line": '  # of each line of answers
 class Infer:
     """What is asked of which model."""
 
-    model: Annotated[cli.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.Model, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
     prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     image: tuple[Path, ...] = ()
@@ -258,8 +259,8 @@ def main(c: Infer) -> None:
         raise ValueError("nothing is asked; give --prompt, --image or both, or --json")
     if c.decoding.logprobs and not c.json:
         raise ValueError("--logprobs goes with --json: a line has room for them")
-    with launch.processes(c.tp, launch.pick_device(c.model.device), alone=True) as joined:
-        respond(cli.open_assistant(c.model, joined.mesh), c)
+    with processes.processes(c.tp, pick_device(c.model.device), alone=True) as joined:
+        respond(options.open_assistant(c.model, joined.mesh), c)
 
 
 def respond(a: Assistant, c: Infer) -> None:

@@ -28,8 +28,9 @@ from llava_fn.checkpoint.folder import Manifest
 from llava_fn.config import LLAVA_EMOJI, Llava, plain
 from llava_fn.data import emoji
 from llava_fn.data import records as data
-from llava_fn.launch import agreement, cli, launch
-from llava_fn.launch.launch import Joined
+from llava_fn.launch import agreement, cli, processes
+from llava_fn.launch.device import pick_device
+from llava_fn.launch.processes import Joined
 from llava_fn.launch.watchdog import Watch, watching
 from llava_fn.optim import Optim
 from llava_fn.parallel.collectives import texts
@@ -115,9 +116,9 @@ def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:
 
 def main(c: Pretrain) -> State:
     """Train to the end, from wherever the run folder stands, and return the last state."""
-    device, tp = launch.pick_device(c.device), c.parallel.tp
-    check(c, launch.check_processes(tp, os.environ))
-    with launch.processes(tp, device, c.run_dir / "log") as joined:
+    device, tp = pick_device(c.device), c.parallel.tp
+    check(c, processes.check_processes(tp, os.environ))
+    with processes.processes(tp, device, c.run_dir / "log") as joined:
         with watching(joined.store, joined.mesh.all.rank, joined.mesh.all.size, c.parallel.silence) as watch:
             return train(c, device, joined, watch)
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.launch import cli
 from llava_fn.serve.ask import Limits
 from llava_fn.serve.worker import Worker
@@ -28,7 +28,7 @@ from llava_fn.serve.worker import Worker
 class Serve:
     """Which model, where, and how much a request may ask for."""
 
-    model: Annotated[cli.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.Model, tyro.conf.arg(name="")]
     name: str | None = None  # of the model in requests; that of its folder, unless given
     host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
     port: int = 8000  # 0: one that is free
@@ -65,15 +65,15 @@ def main(c: Serve) -> None:
     except ImportError as error:
         raise ValueError(f"the server wants more packages ({error}): pip install 'llava_fn[serve]'") from error
     sock = bind(c.host, c.port)
-    a = cli.open_assistant(c.model)
+    a = options.open_assistant(c.model)
     if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
         print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     name = c.name or c.model.weights[-1].resolve().name
     worker = Worker(a, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
     app = build(Service(a, name, worker, c.limits, c.api_key), c.host)
-    options = {"log_level": "warning", "ws": "none", "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=c.grace, **options))
+    quiet = {"log_level": "warning", "ws": "none", "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=c.grace, **quiet))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again when it is done
     sock.listen()

@@ -1,10 +1,9 @@
-"""Image files to normalised pixels: decode, make square, resize, normalise (the CLIP image processor of LLaVA-1.5).
+"""Image files to pixels: decode, make square, resize (the CLIP image processor of LLaVA-1.5, but for `vit.normalise`).
 
 open_image    file or bytes              -> RGB PIL image, full size
 from_base64   base64 or data URL         -> the same
 to_rgb        PIL image of any mode      -> the same
 to_pixels     RGB PIL image              -> uint8[3, size, size]      on the CPU, in the data loader
-normalise     uint8[i, 3, size, size]    -> float[i, 3, size, size]   on the training device
 i images; size in pixels (336 for CLIP ViT-L/14-336). Resizing is Pillow's bicubic filter on 8-bit values: torch's
 interpolate gives other numbers, and LLaVA's weights were trained with these.
 
@@ -21,11 +20,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from llava_fn.config import Vision
 from llava_fn.errors import BadRecord
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-FILL = tuple(int(255 * mean) for mean in MEAN)
+FILL = tuple(int(255 * mean) for mean in Vision.mean)
 """The mean colour, (122, 116, 104): what LLaVA pads with (mm_utils.py expand2square)."""
 
 MAX_PIXELS = 89_478_485
@@ -199,15 +197,3 @@ def to_pixels(img: Image.Image, size: int, mode: str, name: str = "image") -> to
     if mode == "pad":
         img = pad_to_square(img, FILL, name)
     return torch.from_numpy(np.array(resize_crop(img, size, name))).permute(2, 0, 1).contiguous()
-
-
-def normalise(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """pixels: uint8[i, 3, h, w] -> dtype[i, 3, h, w] on the same device: (pixels / 255 - MEAN) / STD in float32.
-
-    In float32 on the CPU bit for bit what transformers' CLIPImageProcessorPil gives. Raises ValueError for pixels of
-    another shape, or not uint8 (they may be normalised already).
-    """
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}: must be uint8[images, 3, height, width]")
-    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, STD))
-    return ((pixels.float() / 255 - mean) / std).to(dtype)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
 
-from llava_fn.batch import Batch, Sample, collate
+from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.data import image, text
 from llava_fn.errors import BadRecord
 
@@ -173,7 +173,7 @@ def encode(record: Record, how: Preparation) -> text.Encoded:
         once = text.encode(turns, text.template_of(how.template), how.tokenizer, how.compat)
         ids, supervised = [], []
         for token, target in zip(once.ids, once.supervised, strict=True):
-            times = how.patches if token == text.IMAGE else 1
+            times = how.patches if token == IMAGE else 1
             ids += [token] * times
             supervised += [target] * times
         if len(ids) > how.max_tokens:

@@ -33,9 +33,9 @@ from types import MappingProxyType
 
 import sentencepiece
 
+from llava_fn.batch import IMAGE
 from llava_fn.errors import BadRecord
 
-IMAGE = -200  # stands for an image: once in a text, at each of its positions in a stream (LLaVA constants.py)
 MARK = "<image>"
 COMPAT = ("llava_437", "llava_431", "legacy", "hf")
 ROLES = ("human", "gpt")  # as the records call them

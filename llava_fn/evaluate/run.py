@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from llava_fn.batch import IMAGE
 from llava_fn.data import text
-from llava_fn.data.text import IMAGE, Tokenizer
+from llava_fn.data.text import Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.evaluate import folder, prompts
 from llava_fn.evaluate.folder import Settings

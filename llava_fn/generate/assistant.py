@@ -24,14 +24,15 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import llama, llava, quantise, tree
+from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.data import image, text
-from llava_fn.data.text import IMAGE, MARK, Tokenizer
+from llava_fn.data.text import MARK, Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import decode as generate
-from llava_fn.generate.decode import Prompt, Row, Words
 from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.types import Answer, Prompt, Row, Words
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
@@ -343,5 +344,5 @@ def answers_to(
     return [[_text(a, r, d) for r in row] for row in rows]
 
 
-def _text(a: Assistant, r: generate.Answer, d: Decoding) -> Text:
+def _text(a: Assistant, r: Answer, d: Decoding) -> Text:
     return Text(shown(a.tokenizer.decode(r.ids), d.stop, True), *(getattr(r, f.name) for f in dataclasses.fields(r)))

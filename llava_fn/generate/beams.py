@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_fn.generate.sampling import Decoding, penalise
 
 if TYPE_CHECKING:
-    from llava_fn.generate.decode import State, Words
+    from llava_fn.generate.types import State, Words
 
 Found = tuple[tuple[int, ...], bool, float]  # ids, whether it ended by itself, score
 

@@ -20,16 +20,16 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import llama
-from llava_fn.batch import Stream
+from llava_fn.batch import IMAGE, Stream
 from llava_fn.config import Llama
 from llava_fn.data import text
-from llava_fn.data.text import IMAGE, Tokenizer
+from llava_fn.data.text import Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Assistant, Chat
-from llava_fn.generate.decode import Prompt
 from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.types import Prompt
 from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention
 

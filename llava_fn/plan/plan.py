@@ -18,10 +18,9 @@ from typing import Literal
 import torch
 
 from llava_fn import config, llama, llava, train
-from llava_fn.batch import Batch, Sample, collate
+from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.config import Llava, plain
 from llava_fn.data import records as data
-from llava_fn.data.text import IMAGE
 from llava_fn.parallel.mesh import Parallel, check_world
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, trace

@@ -28,8 +28,8 @@ from llava_fn.checkpoint.boxes import Piece
 from llava_fn.checkpoint.folder import Base, Manifest
 from llava_fn.config import Llava, differences, plain
 from llava_fn.data.text import Tokenizer
-from llava_fn.launch import launch
-from llava_fn.launch.launch import Joined
+from llava_fn.launch.device import environment
+from llava_fn.launch.processes import Joined
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import report
 from llava_fn.train import STAGES, State
@@ -193,7 +193,7 @@ def open_run(
     """Make or reopen the folder, write config and environment."""
     run = Run(folder, saving, manifest, tokenizer, zero, joined)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    for name, value in (("config", plain(config)), ("environment", launch.environment(device))):
+    for name, value in (("config", plain(config)), ("environment", environment(device))):
         if joined.first:
             report.write(folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
     return run

@@ -19,8 +19,9 @@ from llava_fn.cache import Cache
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Assistant, Picture
-from llava_fn.generate.decode import ROOM, Prompt, Row, State, Words
+from llava_fn.generate.decode import ROOM
 from llava_fn.generate.sampling import Decoding, sample, uniforms
+from llava_fn.generate.types import Prompt, Row, State, Words
 
 Name = tuple[str, int]  # of an answer: its request's, and which of its samples
 Key = int | str  # a token, or the picture's key at one of its positions

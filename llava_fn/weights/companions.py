@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.data.image import MEAN, STD
 from llava_fn.data.text import MARK, Template, Tokenizer, template_of
 
 PAD = "<pad>"
@@ -388,8 +387,8 @@ _PIXELS = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(MEAN),
-    "image_std": list(STD),
+    "image_mean": list(Vision.mean),
+    "image_std": list(Vision.std),
 }
 # Image processors by the name of their class: do they pad to a square when do_pad asks for it?
 _PROCESSORS = {

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_fn.config import Llama, Llava, Vision, differences, plain
-from llava_fn.data.image import MEAN, STD
 from llava_fn.data.records import Source
 
 MODEL, DATA = ("text_decoder", "image_encoder"), ("dataset_param",)  # blocks that tell what a file is
@@ -80,8 +79,8 @@ DATA_CHECKS = (
         (f"{PIPELINE}.do_{step}", True, True)
         for step in ("center_crop", "convert_rgb", "normalize", "rescale", "resize")
     ),
-    (f"{PIPELINE}.image_mean", list(MEAN), REQUIRED),
-    (f"{PIPELINE}.image_std", list(STD), REQUIRED),
+    (f"{PIPELINE}.image_mean", list(Vision.mean), REQUIRED),
+    (f"{PIPELINE}.image_std", list(Vision.std), REQUIRED),
     (f"{PIPELINE}.resample", 3, 3),  # Pillow's number of the bicubic filter
     (f"{PIPELINE}.rescale_factor", 1 / 255, 1 / 255),
     ("dataset_param.mm_use_im_start_end", False, True),

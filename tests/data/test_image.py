@@ -16,8 +16,9 @@ from PIL import Image, ImageFile
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_fn.data.image import FILL, MAX_PIXELS, normalise, open_image, pad_to_square, resize_crop, to_pixels
+from llava_fn.data.image import FILL, MAX_PIXELS, open_image, pad_to_square, resize_crop, to_pixels
 from llava_fn.errors import BadRecord
+from llava_fn.vit import normalise
 
 SIZES = [(640, 480), (480, 640), (336, 336), (337, 336), (336, 501), (335, 334), (37, 1000), (1000, 38), (5, 3), (1, 1)]
 

@@ -19,8 +19,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_fn.batch import IMAGE
 from llava_fn.data import text
-from llava_fn.data.text import IMAGE, TEMPLATES, Tokenizer, encode, images_of, prompt, render, template_of, turns_of
+from llava_fn.data.text import TEMPLATES, Tokenizer, encode, images_of, prompt, render, template_of, turns_of
 from llava_fn.errors import BadRecord
 
 GOLDEN = [("human", "<image>\nWhat is shown?"), ("gpt", "A dog."), ("human", "Why?"), ("gpt", "Because.")]

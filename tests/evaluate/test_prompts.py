@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 import tsvs
 
+from llava_fn.batch import IMAGE
 from llava_fn.data import text
-from llava_fn.data.text import IMAGE
 from llava_fn.evaluate import prompts, tsv
 from llava_fn.evaluate.records import Question
 from llava_fn.generate.assistant import Form

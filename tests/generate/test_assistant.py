@@ -15,13 +15,12 @@ from transformers import LlamaTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_fn import llama
-from llava_fn.data.text import IMAGE
+from llava_fn.batch import IMAGE
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat, ask, picture, reply, undo
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import cli
 
 CPU, F32 = torch.device("cpu"), torch.float32
 D = Decoding(tokens=12)
@@ -366,13 +365,13 @@ def test_what_ends_an_answer_in_a_template_is_a_stop_text(a, template, end):
 
 
 def test_a_step_is_compiled_if_that_is_asked_for(a, weights, pictures):
-    m = cli.Model((weights / "vicuna_v1",), device="cpu", compile="eager")
-    compiled, d = cli.open_assistant(m), Decoding(tokens=3)
+    m = options.Model((weights / "vicuna_v1",), device="cpu", compile="eager")
+    compiled, d = options.open_assistant(m), Decoding(tokens=3)
     assert a.run.decode_step is llama.decode_step and compiled.run.decode_step is not llama.decode_step
     chat = ask(Chat(), "What?", pictures[:1])
     assert last(reply(compiled, chat, d)).turns == last(reply(a, chat, d)).turns
     with pytest.raises(ValueError, match="compile=nothing is no backend of torch.compile; there are: .*inductor"):
-        cli.open_assistant(dataclasses.replace(m, compile="nothing"))
+        options.open_assistant(dataclasses.replace(m, compile="nothing"))
 
 
 def test_an_answer_that_grows_has_no_beams(a, pictures):

@@ -20,8 +20,8 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.generate import beams, sampling
 from llava_fn.generate import decode as generate
-from llava_fn.generate.decode import Answer, Prompt, Words
 from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.types import Answer, Prompt, Words
 from llava_fn.weights.model import from_state_dict
 
 C = config.Llava(

@@ -11,12 +11,12 @@ from test_parity import CONFIGS, HF_IMAGE, hf_inputs, hf_llava, ours, sample
 
 from llava_fn import llama, llava, quantise
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat
 from llava_fn.generate.look import answer_ids, attention_maps, look, words
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import cli
+from llava_fn.generate.types import Prompt
 
 draw, infer = recipe("look"), recipe("infer")
 
@@ -45,7 +45,7 @@ def test_more_positions_than_there_are_cannot_be_read(read, lively, tiny):
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return cli.open_assistant(cli.Model((weights / "vicuna_v1",), device="cpu"))
+    return options.open_assistant(options.Model((weights / "vicuna_v1",), device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_word_looks_where_the_positions_look_that_choose_its_tokens(a, images)
     seen = look(a, chat, ids)
     chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
     asked, keys = assistant.prompt(a, chat, Decoding(tokens=99))
-    whole = generate.Prompt((*asked.ids, *ids), asked.feats)
+    whole = Prompt((*asked.ids, *ids), asked.feats)
     x = generate.embed(a.params, [whole])
     _, every = attention_maps(a.params["llama"], x, len(x), a.model.llama)  # of all positions, one by one
     for row, (_, start, end) in zip(seen.maps, spans, strict=True):
@@ -87,7 +87,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_answers(a, images):
         with_feats = dataclasses.replace(chat, feats=feats)
         ((found,),) = assistant.answers(model, [with_feats], Decoding(tokens=5))
         asked, _ = assistant.prompt(model, with_feats, Decoding(tokens=5))
-        x = generate.embed(model.params, [generate.Prompt((*asked.ids, *found.ids[:-1]), asked.feats)])
+        x = generate.embed(model.params, [Prompt((*asked.ids, *found.ids[:-1]), asked.feats)])
         hidden, _ = attention_maps(model.params["llama"], x, 5, model.model.llama, model.run.weights)
         assert tuple(llama.logits(model.params["llama"], hidden, model.model.llama).argmax(-1).tolist()) == found.ids
 
@@ -98,7 +98,7 @@ def test_an_answer_in_training_form_is_read_back(a):
 
 
 def config(weights, images, tmp_path, **more):
-    model = cli.Model((weights / "vicuna_v1",), device="cpu")
+    model = options.Model((weights / "vicuna_v1",), device="cpu")
     return draw.Draw(model, tuple(images), tmp_path / "out/look.png", **{"prompt": "What?", "tokens": 6, **more})
 
 

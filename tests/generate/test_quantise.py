@@ -9,8 +9,8 @@ from llava_fn import llama, llava, quantise, spec, tree
 from llava_fn.batch import Stream, collate
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
-from llava_fn.generate.decode import Words
 from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.types import Words
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from llava_fn.errors import BadRecord
-from llava_fn.launch.launch import ASCEND_VARIABLES, check_environment, check_processes, environment, pick_device
+from llava_fn.launch.ascend import ASCEND_VARIABLES, check_environment
+from llava_fn.launch.device import environment, pick_device
+from llava_fn.launch.processes import check_processes
 
 LEGAL = {
     "ASCEND_RT_VISIBLE_DEVICES": ["0", "0,1,2,3", "11,10"],

@@ -195,7 +195,7 @@ def rendezvous(monkeypatch, port, attempt):
 
 
 def test_processes_that_torchrun_starts_again_find_the_addresses_of_those_before(monkeypatch):
-    """They share torchrun's store, and nothing in it is theirs alone. Instead: launch.check_processes wants
+    """They share torchrun's store, and nothing in it is theirs alone. Instead: processes.check_processes wants
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with rendezvous(monkeypatch, agent.port, 0) as store:

@@ -200,42 +200,6 @@ def test_a_sample_without_a_label_is_refused_by_name():
         collate([Sample("lonely", (1, 2), (False, False), torch.zeros(0, 3, 8, 8, dtype=torch.uint8))])
 
 
-ALLOWED = {  # what each module may import of this package; a package stands for all that is in it
-    "kernels": {"kernels"},
-    "tree": {"kernels"},
-    "grad": {"tree"},
-    "spec": {"parallel"},
-    "config": set(),
-    "batch": {"data", "kernels"},
-    "cache": {"config", "kernels"},
-    "vit": {"batch", "config", "grad", "kernels", "spec"},
-    "projector": {"kernels", "spec"},
-    "llama": {"batch", "cache", "config", "grad", "kernels", "parallel", "spec"},
-    "data": {"batch", "data", "errors"},
-    "weights": {
-        "checkpoint", "config", "data", "llama", "llava", "parallel", "projector", "spec", "vit", "weights",
-    },  # fmt: skip
-}
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llava_fn":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
-    return found
-
-
-@pytest.mark.parametrize("module", ALLOWED)
-def test_imports_go_one_way(module):
-    files = [ROOT / "llava_fn" / f"{module}.py"]
-    if not files[0].exists():
-        files = sorted((ROOT / "llava_fn" / module).rglob("*.py"))
-    for path in files:
-        assert imports(path) <= ALLOWED[module], path
-
-
 def test_functions_fit_on_a_screen():
     for path in sorted((ROOT / "llava_fn").rglob("*.py")) + sorted((ROOT / "recipes").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

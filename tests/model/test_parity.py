@@ -15,7 +15,6 @@ from transformers import (
 
 from llava_fn import config, llama, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample, Stream, collate
-from llava_fn.data import image
 from llava_fn.grad import value_and_grad
 from llava_fn.weights.model import from_state_dict
 
@@ -100,7 +99,7 @@ def hf_inputs(c: config.Llava, samples: list[Sample]) -> dict[str, torch.Tensor]
         labels[row, :n] = torch.where(label, tokens, -100)
         mask[row, :n] = 1
     pixels = torch.cat([s.pixels for s in samples])
-    extra = {"pixel_values": image.normalise(pixels)} if len(pixels) else {}
+    extra = {"pixel_values": vit.normalise(pixels)} if len(pixels) else {}
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, **extra}
 
 

@@ -19,12 +19,12 @@ from test_infer import ENV, ROOT, infer
 from llava_fn import config, llama, llava, quantise, spec, tree
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.generate import assistant
+from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat, Place, ask, picture
-from llava_fn.generate.decode import Words
 from llava_fn.generate.sampling import Decoding
-from llava_fn.launch import cli, launch
+from llava_fn.generate.types import Words
+from llava_fn.launch import processes
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
 
@@ -110,7 +110,7 @@ def worker(rank, folder, weights, picture_path, port):
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()})
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), launch.processes(WORLD, torch.device("cpu"), alone=True) as joined:
+    with contextlib.redirect_stdout(shown), processes.processes(WORLD, torch.device("cpu"), alone=True) as joined:
         mesh = joined.mesh
         print("an answer")
         out = everything(mesh, weights, picture_path)
@@ -211,7 +211,7 @@ def lines(tmp_path, image):
 
 def test_the_recipe_under_torchrun_goes_on_where_one_process_stopped_and_prints_once(weights, lines, tmp_path):
     out = tmp_path / "answers.jsonl"
-    one = infer.Infer(cli.Model((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
+    one = infer.Infer(options.Model((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
     with pytest.raises(ValueError, match="1 of 4 lines"):
         infer.main(one)
     want = out.read_text()
@@ -236,16 +236,16 @@ def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
 
 def test_as_many_processes_as_tp(weights, monkeypatch):
     started = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
-    launch.check_processes(1, {}, alone=True)
-    launch.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
+    processes.check_processes(1, {}, alone=True)
+    processes.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
-        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x", tp=2))
+        infer.main(infer.Infer(options.Model((weights,), device="cpu"), prompt="x", tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
-        infer.main(infer.Infer(cli.Model((weights,), device="cpu"), prompt="x"))
+        infer.main(infer.Infer(options.Model((weights,), device="cpu"), prompt="x"))
 
 
 @pytest.mark.parametrize("bad, match", [({"tp": 0}, "tp=0: must be"), ({"tp": 2, "json": Path("-")}, "into a file")])
 def test_options_that_cannot_be(bad, match):
     with pytest.raises(ValueError, match=match):
-        infer.Infer(cli.Model((Path("x"),)), **bad)
+        infer.Infer(options.Model((Path("x"),)), **bad)

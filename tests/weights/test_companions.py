@@ -27,6 +27,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from llava_fn import vit
 from llava_fn.config import LLAVA_13B, Llama, Llava, Vision
 from llava_fn.data import image
 from llava_fn.data.text import TEMPLATES, Tokenizer, render
@@ -300,7 +301,7 @@ def test_processor_gives_our_pixels_and_an_image_token_for_each_patch(processor,
     noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(sum(size)))
     picture = Image.fromarray(noise.to(torch.uint8).numpy())
     out = processor(images=picture, text="USER: <image>\nWhat is shown? ASSISTANT:", return_tensors="pt")
-    assert torch.equal(out["pixel_values"], image.normalise(image.to_pixels(picture, SMALL.vision.image, mode)[None]))
+    assert torch.equal(out["pixel_values"], vit.normalise(image.to_pixels(picture, SMALL.vision.image, mode)[None]))
     ours = Tokenizer(STAND_IN)
     question = ours.encode("\nWhat is shown? ASSISTANT:")
     want = [1, *ours.encode(" USER: "), *[32000] * SMALL.vision.patches, *question]

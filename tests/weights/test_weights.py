@@ -20,7 +20,6 @@ from llava_fn.batch import IMAGE, Sample
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.leaf import Leaf
-from llava_fn.data import image
 from llava_fn.generate.decode import greedy
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.weights import export, model, placing
@@ -154,7 +153,7 @@ def test_transformers_loads_the_export_and_computes_the_same(name, folders, peer
     rng = torch.Generator().manual_seed(0)
     ids = [1, 5, *[C.llama.vocab] * C.vision.patches, 7, 8, 9]
     pixels = torch.randint(0, 256, (1, 3, C.vision.image, C.vision.image), generator=rng, dtype=torch.uint8)
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": image.normalise(pixels)}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": vit.normalise(pixels)}
     with torch.no_grad():
         want, got = reference(**inputs).logits, theirs(**inputs).logits
         torch.testing.assert_close(got[..., : C.llama.vocab], want[..., : C.llama.vocab], rtol=0, atol=1e-5)

@@ -1,0 +1,144 @@
+"""The processes that torchrun starts: their environment, their mesh, and where their output goes."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llava_fn.launch.ascend import is_integer
+from llava_fn.parallel.collectives import total
+from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
+
+T = TypeVar("T")
+BACKENDS = {"npu": "hccl", "cuda": "nccl"}  # the CPU has mesh.gloo
+WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
+LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies, torchrun ends the others
+
+
+@dataclass(frozen=True)
+class Joined:
+    """This process among those that torchrun started. store: None for a process alone."""
+
+    mesh: Mesh = Mesh()
+    store: dist.Store | None = None
+    attempt: str = ""  # a word that all processes of this start share, and those of no other start
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes what stands once in a run, and shows it."""
+        return self.mesh.all.rank == 0
+
+    def in_turn(self, make: Callable[[], T], device: torch.device) -> T:
+        """make() by the first process, and then by the others, which may count on what it left on the disk."""
+        made = make() if self.first else None
+        total(torch.zeros(1, device=device), self.mesh.all)
+        return made if self.first else make()
+
+
+def rank_of_several() -> str:
+    """" (rank 3)" for one of several processes, for messages; nothing for one alone."""
+    return f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+
+
+def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) -> int:
+    """How many processes there are. alone: whether exactly `tp` are wanted, not a multiple.
+
+    ValueError before any collective, and so on every process, if tp does not divide them, if it reaches across
+    machines, and if torchrun may start them again in a way in which they cannot find each other.
+    """
+    wrong = [name for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if not is_integer(environ.get(name, "1"), 1)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}={environ[wrong[0]]!r} is no number of processes; torchrun sets it, or nobody")
+    world, local = (int(environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if alone and world != tp:
+        several = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}"
+        how = several if tp > 1 else f"without torchrun, or with --tp {world}"
+        raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
+    check_world(world, tp, local if "LOCAL_WORLD_SIZE" in environ else world)
+    lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if world > 1 and lost:
+        raise ValueError(f"WORLD_SIZE={world} but {', '.join(lost)} is not set; torchrun sets them, start it with that")
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts}: processes that it starts again would look for each other at the old "
+            "addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, with --rdzv-backend c10d"
+        )
+    return world
+
+
+@contextlib.contextmanager
+def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bool = False) -> Iterator[Joined]:
+    """The processes that torchrun started as a mesh of dp x `tp`, each with a device of its own; or one without it.
+
+    device: as `pick_device` gives it; afterwards it means this process's card. What processes above 0 print goes to
+    logs/rank-00001.log, or nowhere if there is no such folder, except an error that ends them. alone and ValueError: as
+    of `check_processes`; also where a machine has fewer cards than processes. After an error the group is not ended:
+    another rank may wait in a collective, and it is the launcher that ends it.
+    """
+    if check_processes(tp, os.environ, alone) == 1:
+        yield Joined()
+        return
+    with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
+        mesh = make_mesh(tp)
+        for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
+            total(torch.zeros(1, device=device), axis)
+        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
+        yield Joined(mesh, store, attempt)
+
+
+@contextlib.contextmanager
+def replicas(device: torch.device) -> Iterator[Axis]:
+    """The processes that torchrun started, on any number of machines, each with a model and a device of its own.
+
+    One process without it. They meet where `meet` is called and nowhere else, so the group is of the hosts' and its
+    wait is long. Ranks above 0 print nothing, except an error that ends them. ValueError as of `processes`.
+    """
+    if check_processes(1, os.environ) == 1:
+        yield Axis("dp")
+        return
+    with _joined(device, gloo(), LONG_WAIT, None):
+        yield Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+
+
+@contextlib.contextmanager
+def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | None) -> Iterator[dist.Store]:
+    """This process in the group of all, with its card, and silent above rank 0. Gives a store that all share."""
+    if device.type != "cpu":
+        _take_card(device, int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
+    own = dist.PrefixStore("llava_fn", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    with contextlib.ExitStack() as stack:
+        if rank:
+            out = stack.enter_context(open(_log(logs, rank), "a", buffering=1))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(out))
+        yield own
+    dist.destroy_process_group()
+
+
+def _log(logs: Path | None, rank: int) -> Path:
+    if logs is None:
+        return Path(os.devnull)
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"rank-{rank:05d}.log"
+
+
+def meet(axis: Axis) -> None:
+    """Wait until every rank is here."""
+    if axis.size > 1:
+        dist.barrier(axis.group)
+
+
+def _take_card(device: torch.device, local: int) -> None:
+    cards = torch.get_device_module(device).device_count()
+    if local >= cards:
+        raise ValueError(f"process {local} of this machine finds {cards} {device.type} card(s); start one for each")
+    torch.get_device_module(device).set_device(local)
