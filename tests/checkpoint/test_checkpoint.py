@@ -285,7 +285,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from llava_fn import checkpoint, llava, spec
+from llava_fn import llava, spec
+from llava_fn.checkpoint import folder as checkpoint
 source, folder = map(Path, sys.argv[1:])
 loaded = checkpoint.load(source, moments=True)
 print("ready", flush=True)

@@ -213,7 +213,7 @@ PACKAGES = {
 PROBE = """
 import importlib, json, sys
 import torch
-from llava_fn.parallel.launch import environment, pick_device
+from llava_fn.launch.device import environment, pick_device
 
 def attempt(name):
     try:

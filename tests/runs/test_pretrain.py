@@ -29,7 +29,7 @@ ZYGOTE = """
 import json, os, runpy, sys, traceback
 sys.path[:0] = [sys.argv[1]]
 script = sys.argv[2]
-import llava_fn.captions, llava_fn.cli, llava_fn.data, llava_fn.report, llava_fn.runs
+import llava_fn.runs.captions, llava_fn.runs.run, llava_fn.launch.cli
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
