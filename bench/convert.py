@@ -33,7 +33,7 @@ from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import LLAVA_7B, Llava
 from llava_fn.launch import cli
 from llava_fn.weights import export, placing
-from llava_fn.weights.source import OURS, PARTS, Source
+from llava_fn.weights.source import OURS, PARTS, Weights
 
 ROOT = Path(__file__).parents[1]
 F16 = torch.float16
@@ -70,7 +70,7 @@ def make(folder: Path, c: Llava) -> int:
     parts = {part: placing.shapes(part, c.vision, c.llama, (c.llama.width, c.vision.width)) for part in PARTS}
     leaves = {f"{part}/{k}": random_leaf(shape, rng) for part, inner in parts.items() for k, shape in inner.items()}
     words = (words / "data/tokenizer.model.v1").read_bytes()
-    source = Source("random", OURS, leaves, {}, (), c.vision, c.llama, {}, words, "pad", "v1")
+    source = Weights("random", OURS, leaves, {}, (), c.vision, c.llama, {}, words, "pad", "v1")
     export.export(source, folder, "llava-hf")
     return max(x.nbytes for x in leaves.values())
 

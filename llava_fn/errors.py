@@ -1,4 +1,4 @@
-"""The one exception that a data policy may catch."""
+"""Errors that callers tell apart from others."""
 
 
 class BadRecord(ValueError):
@@ -6,3 +6,7 @@ class BadRecord(ValueError):
 
     `on_bad_record="skip"` (llava_fn/data/records.py) catches this and nothing else, counts it and lists it.
     """
+
+
+class NonFinite(ArithmeticError):
+    """The loss or a gradient is NaN or infinite. The message names the step, the records and the first such leaf."""

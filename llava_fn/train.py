@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_fn import llava, optim, tree
 from llava_fn.batch import Batch
 from llava_fn.config import Llava
+from llava_fn.errors import NonFinite
 from llava_fn.grad import value_and_grad
 from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
@@ -56,10 +57,6 @@ class Metrics:
     tokens: int
     labelled: int
     samples: int
-
-
-class NonFinite(ArithmeticError):
-    """The loss or a gradient is NaN or infinite. The message names the step, the records and the first such leaf."""
 
 
 def loss(weights: TensorDict, batch: Batch, share: float, task: Task):

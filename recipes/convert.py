@@ -23,7 +23,7 @@ from llava_fn.data.text import Tokenizer
 from llava_fn.launch import cli
 from llava_fn.runs.progress import Bytes
 from llava_fn.weights import export, mindspeed, model
-from llava_fn.weights.source import Source, open_source
+from llava_fn.weights.source import Weights, open_source
 
 OPENAI = {"ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}  # clip/clip.py
 
@@ -73,7 +73,7 @@ def is_json(path: Path) -> bool:
         return f.read(64).lstrip().startswith(b"{")
 
 
-def moved_sources(moved: mindspeed.Moved, given: list[Source]) -> list[Source]:
+def moved_sources(moved: mindspeed.Moved, given: list[Weights]) -> list[Weights]:
     """The files that MindSpeed-MM's JSON names, but for parts that a source on the command line brings."""
     out = []
     for path in moved.weights:
@@ -86,7 +86,7 @@ def moved_sources(moved: mindspeed.Moved, given: list[Source]) -> list[Source]:
     return out
 
 
-def read(c: Convert) -> tuple[Source, mindspeed.Moved | None]:
+def read(c: Convert) -> tuple[Weights, mindspeed.Moved | None]:
     """All sources put together. ValueError names what is missing, has no place, or does not fit."""
     texts = [path for path in c.sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
@@ -123,7 +123,7 @@ def main(c: Convert) -> None:
     print(f"{c.out}: {summary(source, written)}")
 
 
-def summary(source: Source, parts: tuple[str, ...]) -> str:
+def summary(source: Weights, parts: tuple[str, ...]) -> str:
     """What these parts are, in one line."""
     said = {
         "vision": lambda: f"{source.vision.used} of {source.vision.blocks} blocks of CLIP",

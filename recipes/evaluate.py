@@ -35,7 +35,7 @@ from llava_fn.launch.device import environment
 from llava_fn.parallel.mesh import Axis
 from llava_fn.runs.progress import Progress
 from llava_fn.weights import model
-from llava_fn.weights.source import Source
+from llava_fn.weights.source import Weights
 
 POLL = 0.5  # seconds between two looks at what the other processes have done
 RESULTS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
@@ -124,7 +124,7 @@ def read(c: Evaluate) -> list[Table]:
     return [t.part(c.indices, c.limit) for t in tables]
 
 
-def settings(c: Evaluate, source: Source, weights: str) -> Settings:
+def settings(c: Evaluate, source: Weights, weights: str) -> Settings:
     """What the answers of this command depend on. weights: fingerprint."""
     own = assistant.form_of(source, None, None, None) if c.template == "own" else Form("", "")
     style = prompts.style(c.template, own)

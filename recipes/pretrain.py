@@ -38,6 +38,7 @@ from llava_fn.parallel.mesh import Mesh, Parallel
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import captions, report
 from llava_fn.runs import run as runs
+from llava_fn.runs.options import Saving
 from llava_fn.runs.progress import Progress
 from llava_fn.train import State, Task, train_step
 
@@ -57,7 +58,7 @@ class Pretrain:
     base: Path | None = None  # a checkpoint with the image tower and the decoder
     unpack: Path | None = None  # where to put the data set that comes with the package
     heldout: data.Source | None = None  # captioned at the end
-    saving: runs.Saving = runs.Saving()
+    saving: Saving = Saving()
     seed: int = 42  # of random weights; the order of the data has its own
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; masters and optimizer are float32

@@ -36,7 +36,7 @@ from llava_fn.generate.types import Answer, Prompt, Row, Words
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
-from llava_fn.weights.source import Source, open_source
+from llava_fn.weights.source import Weights, open_source
 
 KEPT = 256  # images whose features are kept for when they come again
 
@@ -93,7 +93,7 @@ def load(
     return place(source, form_of(source, preset, template, image_mode), Place(device, dtype), context)
 
 
-def opened(paths: Sequence[Path]) -> Source:
+def opened(paths: Sequence[Path]) -> Weights:
     """Files and folders as one source of a whole model, of which nothing is read yet. ValueError as of `load`."""
     source = model.merge([open_source(path) for path in paths])
     model.config(source)
@@ -104,7 +104,7 @@ def opened(paths: Sequence[Path]) -> Source:
     return source
 
 
-def place(source: Source, form: Form, to: Place, context: int = 4096) -> Assistant:
+def place(source: Weights, form: Form, to: Place, context: int = 4096) -> Assistant:
     """The model in memory, or this rank's share of it.
 
     ValueError if the decoder does not divide over the mesh, or if there is no such backend.
@@ -121,7 +121,7 @@ def place(source: Source, form: Form, to: Place, context: int = 4096) -> Assista
     return Assistant(params, c, tokenizer, form, source.template or form.template, context, run)
 
 
-def form_of(source: Source, preset: str | None, template: str | None, image_mode: str | None) -> Form:
+def form_of(source: Weights, preset: str | None, template: str | None, image_mode: str | None) -> Form:
     """What the files say, or what the preset says, and over it template and image_mode. ValueError if none does."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")

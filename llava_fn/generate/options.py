@@ -11,7 +11,7 @@ import torch
 from llava_fn.generate import assistant
 from llava_fn.launch.device import pick_device
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights.source import Source
+from llava_fn.weights import source as opened
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def open_assistant(m: Model, mesh: Mesh = Mesh()) -> assistant.Assistant:
     return place(m, source, assistant.form_of(source, m.preset, m.template, m.image_mode), mesh)
 
 
-def place(m: Weights, source: Source, form: assistant.Form, mesh: Mesh = Mesh()) -> assistant.Assistant:
+def place(m: Weights, source: opened.Weights, form: assistant.Form, mesh: Mesh = Mesh()) -> assistant.Assistant:
     """The model of a source in memory, or this rank's share of it."""
     to = assistant.Place(m.place, getattr(torch, m.precision), mesh, m.quantise == "int8", m.compile)
     return assistant.place(source, form, to, m.context)

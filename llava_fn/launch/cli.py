@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from llava_fn.config import structure
-from llava_fn.launch import processes
-from llava_fn.train import NonFinite
+from llava_fn.errors import NonFinite
 
 C = TypeVar("C")
 
@@ -46,14 +45,19 @@ def command(kind: type[C], doc: str, args: Sequence[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], config: C) -> None:
-    """Call main(config). What a person can set right ends with the error's message alone, and exit status 1.
+    """Call main(config). An error that a person can set right ends with its message alone, and exit status 1.
 
-    Under torchrun any other error is recorded, so that it can show which process failed first, and where.
+    Under torchrun every other error is recorded, so that torchrun can show which process failed first, and where.
     """
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    if rank:
+        from torch.distributed.elastic.multiprocessing.errors import record  # torch takes seconds to import
+
+        main = record(main)
     try:
-        (record(main) if processes.rank_of_several() else main)(config)
+        main(config)
     except (ValueError, OSError, NonFinite) as error:
-        sys.exit(f"error{processes.rank_of_several()}: {error}")
+        sys.exit(f"error{rank}: {error}")
 
 
 def read(kind: type[C], path: Path) -> C:

@@ -41,11 +41,6 @@ class Joined:
         return made if self.first else make()
 
 
-def rank_of_several() -> str:
-    """" (rank 3)" for one of several processes, for messages; nothing for one alone."""
-    return f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-
-
 def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) -> int:
     """How many processes there are. alone: whether exactly `tp` are wanted, not a multiple.
 

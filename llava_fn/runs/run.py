@@ -32,24 +32,12 @@ from llava_fn.launch.device import environment
 from llava_fn.launch.processes import Joined
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import report
+from llava_fn.runs.options import Saving
 from llava_fn.train import STAGES, State
 from llava_fn.weights import model as weights
 from llava_fn.weights.source import open_source
 
 SHARE_SECONDS = 600.0  # that the first process waits for the others' parts of a checkpoint
-
-
-@dataclass(frozen=True)
-class Saving:
-    """When checkpoints are written, what is in them, and which one a run starts from."""
-
-    save_interval: int = 500  # updates; the last update is always saved
-    keep: int = 2  # newest checkpoints that stay; 0: all
-    background: bool = False  # go on training while a checkpoint is written, from a copy in the machine's memory
-    save_optim: bool = True  # without, a checkpoint is for inference: training cannot go on exactly
-    load_optim: bool = True  # without, AdamW's moments start from zero again
-    resume: str = "auto"  # auto: the newest checkpoint of the run, if any; no; a step, and those after it are dropped;
-    # or a checkpoint's path
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
 from llava_fn.weights import companions, model, placing, tables
-from llava_fn.weights.source import OURS, UNUSED, Source
+from llava_fn.weights.source import OURS, UNUSED, Weights
 from llava_fn.weights.tables import Row
 
 Wrote = Callable[[int], None]  # called with the bytes of every tensor that has been written
@@ -28,7 +28,7 @@ def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
     return Leaf(shape, ours[0].dtype, lambda: row.how.join(*[o.read() for o in ours]))
 
 
-def names(layout: str, source: Source, c: Llava) -> dict[str, Leaf]:
+def names(layout: str, source: Weights, c: Llava) -> dict[str, Leaf]:
     """Name in the layout -> leaf, for every tensor of the layout's parts. ValueError names a part that is not there."""
     leaves, out = {**source.spare, **source.leaves}, {}
     for place in tables.WRITTEN[layout]:
@@ -40,7 +40,7 @@ def names(layout: str, source: Source, c: Llava) -> dict[str, Leaf]:
     return out
 
 
-def _padded(source: Source, rows: int) -> dict[str, Leaf]:
+def _padded(source: Weights, rows: int) -> dict[str, Leaf]:
     """The embedding and the head with `rows` rows: those that llava-hf brought, else the mean, as in HF's script."""
     out = {}
     for path in {"llama/embed", "llama/head"} & source.leaves.keys():
@@ -59,7 +59,7 @@ def _mean_row(t: Tensor) -> Tensor:
     return (sum(part.float().sum(0) for part in t.split(4096)) / len(t)).to(t.dtype)
 
 
-def _complete(source: Source, c: Llava) -> tuple[Source, Llava]:
+def _complete(source: Weights, c: Llava) -> tuple[Weights, Llava]:
     """With CLIP's last norm and a config of as many blocks as there are: no reader of HF's layouts does without.
 
     Where the source has no norm it is the identity; LLaVA never reads it.
@@ -74,12 +74,12 @@ def _complete(source: Source, c: Llava) -> tuple[Source, Llava]:
     return dataclasses.replace(source, spare=norm | dict(source.spare)), dataclasses.replace(c, vision=vision)
 
 
-def size(source: Source) -> int:
+def size(source: Weights) -> int:
     """Bytes of all leaves, for a progress bar."""
     return sum(x.nbytes for x in (*source.leaves.values(), *source.spare.values()))
 
 
-def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
+def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
     """Write `source` in `layout` (one of `LAYOUTS`) to a folder, or to a file for mm_projector; it must not exist.
 
     It appears whole or not at all. ValueError if the layout holds a part that the source does not bring, or if there is
@@ -103,7 +103,7 @@ def export(source: Source, to: Path, layout: str, wrote: Wrote = lambda n: None)
         _ours(source, part, done) if layout == OURS else _theirs(source, layout, part, done)
 
 
-def _ours(source: Source, part: Path, wrote: Wrote) -> None:
+def _ours(source: Weights, part: Path, wrote: Wrote) -> None:
     c = model.config(source)
     files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
     digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
@@ -112,7 +112,7 @@ def _ours(source: Source, part: Path, wrote: Wrote) -> None:
     checkpoint.seal(part, manifest, source.tokenizer, digests)
 
 
-def _theirs(source: Source, layout: str, part: Path, wrote: Wrote) -> None:
+def _theirs(source: Weights, layout: str, part: Path, wrote: Wrote) -> None:
     source, c = _complete(source, model.config(source))
     dtype = source.leaves["llama/embed"].dtype
     image_mode, template = source.image_mode or "square", source.template or "plain"

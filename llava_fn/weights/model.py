@@ -13,10 +13,10 @@ from llava_fn.config import Llava
 from llava_fn.data.text import Tokenizer
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import lora
-from llava_fn.weights.source import Source, interpret
+from llava_fn.weights.source import Weights, interpret
 
 
-def _one(sources: Sequence[Source], what: str):
+def _one(sources: Sequence[Weights], what: str):
     """The value that the sources agree on, or None if none says. ValueError names two that do not agree."""
     said = [(source, getattr(source, what)) for source in sources if getattr(source, what) is not None]
     other = [source for source, value in said if value != said[0][1]]
@@ -25,12 +25,12 @@ def _one(sources: Sequence[Source], what: str):
     return said[0][1] if said else None
 
 
-def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
+def merge(sources: Sequence[Weights], merge_lora: bool = False) -> Weights:
     """One source of all parts.
 
     ValueError if two bring the same part, if parts do not fit each other, or if there is LoRA and it is not asked for.
     """
-    owner: dict[str, Source] = {}
+    owner: dict[str, Weights] = {}
     for source in sources:
         for part in source.parts:
             if part in owner:
@@ -44,7 +44,7 @@ def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
     leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
     for source in adapted:
         leaves |= lora.merge(leaves, source.lora, source.where)
-    whole = Source(
+    whole = Weights(
         " + ".join(source.where for source in sources), "merged", leaves,
         {path: leaf for source in sources for path, leaf in source.spare.items()},
         tuple(archive for source in sources for archive in source.archives),
@@ -55,7 +55,7 @@ def merge(sources: Sequence[Source], merge_lora: bool = False) -> Source:
     return whole
 
 
-def _check_widths(source: Source) -> None:
+def _check_widths(source: Weights) -> None:
     if "projector" in source.parts:
         out, inp = source.leaves["projector/w1"].shape
         for side, width, part in ((inp, source.vision, "vision"), (out, source.llama, "llama")):
@@ -67,7 +67,7 @@ def _check_widths(source: Source) -> None:
             raise ValueError(f"{source.where}: the tokenizer has {pieces} pieces, the decoder {source.llama.vocab}")
 
 
-def config(source: Source) -> Llava:
+def config(source: Weights) -> Llava:
     """The whole model's config. ValueError if the image tower or the decoder is not there."""
     missing = [part for part in ("vision", "llama") if getattr(source, part) is None]
     if missing:
@@ -75,7 +75,7 @@ def config(source: Source) -> Llava:
     return Llava(source.vision, source.llama)
 
 
-def spec(source: Source) -> specs.Spec:
+def spec(source: Weights) -> specs.Spec:
     """Parameters of the parts that the source brings, in our order."""
     make = {
         "vision": lambda: vit.spec(source.vision),
@@ -93,12 +93,12 @@ def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
     return load(interpret("the state dict", tensors, {}, c))
 
 
-def load(source: Source, mesh: Mesh = Mesh()) -> TensorDict:
+def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
     """The parameters in memory, locked: this rank's block of each."""
     return specs.build(spec(source), lambda path, p: block(source, path, p, mesh))
 
 
-def block(source: Source, path: tuple[str, ...], p: specs.Param, mesh: Mesh) -> Tensor:
+def block(source: Weights, path: tuple[str, ...], p: specs.Param, mesh: Mesh) -> Tensor:
     """This rank's block of a leaf, in the dtype that it has in its file. Of a plain file no other block is read."""
     mine = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
     source.release()

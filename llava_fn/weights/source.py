@@ -29,7 +29,7 @@ UNUSED = "unused.safetensors"  # in a checkpoint: what LLaVA never reads, kept s
 
 
 @dataclass(frozen=True)
-class Source:
+class Weights:
     """What files or folders bring. A config is None where its part is not there; so is all that nothing says."""
 
     where: str
@@ -57,7 +57,7 @@ class Source:
             archive.release()
 
 
-def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Source:
+def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Weights:
     """The source that these tensors are. values: of the config.json beside them. given: the model, if it is known.
 
     ValueError lists every tensor that is missing, unexpected, there twice, or of a wrong shape or dtype.
@@ -88,10 +88,10 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava
         raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
     spare = {k: leaf for k, leaf in leaves.items() if vision and placing.is_spare(k, vision)}
     kept = {k: leaf for k, leaf in leaves.items() if k not in spare}
-    return _trim(Source(where, layout.name, kept, spare, (), vision, llama), values)
+    return _trim(Weights(where, layout.name, kept, spare, (), vision, llama), values)
 
 
-def _trim(source: Source, values: configs.Values) -> Source:
+def _trim(source: Weights, values: configs.Values) -> Weights:
     """llava-hf's rows for `<image>`, `<pad>` and padding become spare: no id of the text vocabulary points to them."""
     first = values.get("image_token_index", values.get("image_token_id"))
     if source.llama is None or first is None or first >= source.llama.vocab:
@@ -106,7 +106,7 @@ def _trim(source: Source, values: configs.Values) -> Source:
     )
 
 
-def open_source(path: Path, given: Llava | None = None) -> Source:
+def open_source(path: Path, given: Llava | None = None) -> Weights:
     """One file or folder; a run's folder stands for its newest checkpoint.
 
     given: the model, where the file itself cannot tell (MindSpeed-MM's model.json).
@@ -131,7 +131,7 @@ def _model(archive: Archive) -> Tensors:
     return inner or archive.tensors
 
 
-def _with(source: Source, archives: list[Archive], **more: Any) -> Source:
+def _with(source: Weights, archives: list[Archive], **more: Any) -> Weights:
     return dataclasses.replace(source, archives=tuple(archives), **more)
 
 
@@ -159,7 +159,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _hugging_face(folder: Path, given: Llava | None) -> Source:
+def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     """A folder with config.json and weights, or one of PEFT's with an adapter."""
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
@@ -167,7 +167,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Source:
     adapter = _json(folder / "adapter_config.json")
     pairs = {name: t for name, t in tensors.items() if ".lora_" in name} if adapter else {}
     rest = {name: t for name, t in tensors.items() if name not in pairs}
-    source = Source(str(folder), "PEFT", {}, {}, ())
+    source = Weights(str(folder), "PEFT", {}, {}, ())
     if rest:
         source = interpret(str(folder), rest, files["config.json"], given)
     words = folder / "tokenizer.model"
@@ -181,7 +181,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Source:
     )  # fmt: skip
 
 
-def _ours(folder: Path) -> Source:
+def _ours(folder: Path) -> Weights:
     """A checkpoint of ours, with the parts that it lacks from its base."""
     checkpoint.verify(folder)
     m = checkpoint.read_manifest(folder)
@@ -205,7 +205,7 @@ def _ours(folder: Path) -> Source:
         leaves |= {path: leaf for path, leaf in base.leaves.items() if path.partition("/")[0] not in m.parts}
         spare = {**base.spare, **spare}
     words = (folder / "tokenizer.model").read_bytes()
-    return Source(
+    return Weights(
         str(folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, words,
         m.image_mode, m.template, m.compat,
     )  # fmt: skip

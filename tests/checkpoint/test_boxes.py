@@ -25,6 +25,7 @@ from llava_fn.checkpoint.shares import Background
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import run as runs
+from llava_fn.runs.options import Saving
 from llava_fn.weights import export
 from llava_fn.weights.source import open_source
 
@@ -242,7 +243,7 @@ def test_a_sharded_part_is_put_together_with_its_base(one, tmp_path, manifest, t
 def test_a_run_resumes_from_shares(saved, manifest, trees, tiny, tokenizer):
     none = trees[0].exclude("vision", "projector", "llama")
     begin = runs.Start(tiny, tokenizer, trees[0], none, None, (), Zero(llava.spec(tiny)))
-    state = runs.resume(saved, replace(manifest, step=0), begin, runs.Saving())
+    state = runs.resume(saved, replace(manifest, step=0), begin, Saving())
     assert state.step == 7
     same(state.params, trees[0])
     same(state.moments.second, trees[2])

@@ -24,6 +24,7 @@ from llava_fn.checkpoint.folder import Base, Manifest
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import trace
 from llava_fn.runs import run as runs
+from llava_fn.runs.options import Saving
 from llava_fn.train import State
 
 FILES = ["SHA256SUMS", "manifest.json", "optim.safetensors", "params.safetensors", "tokenizer.model"]
@@ -189,7 +190,7 @@ def test_another_config_lists_each_field_with_both_values(saved, manifest, begin
     now = replace(manifest, step=0, image_mode="pad", recipe={"optim": {"lr": 5e-4}, "loss": "token_mean"})
     now = replace(now, model=replace(tiny, llama=replace(tiny.llama, theta=5e5)))
     with pytest.raises(ValueError, match="000007 belongs to another config") as caught:
-        runs.resume(saved, now, begin, runs.Saving())
+        runs.resume(saved, now, begin, Saving())
     lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
     model = "model.llama.theta: 10000.0 -> 500000.0"
     assert lines == [model, "image_mode: square -> pad", "recipe.optim.lr: 0.001 -> 0.0005"]
@@ -200,7 +201,7 @@ def test_another_tokenizer_is_another_config(saved, tmp_path, manifest, begin):
     (folder / "tokenizer.model").write_bytes(b"other")
     (folder / "SHA256SUMS").write_text(checkpoint.sums(folder))
     with pytest.raises(ValueError, match="tokenizer: another sentencepiece model"):
-        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving())
+        runs.resume(folder, replace(manifest, step=0), begin, Saving())
 
 
 def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifest, begin):
@@ -208,16 +209,16 @@ def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifes
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace("0.001", "0.002"))
     with pytest.raises(ValueError, match="000007 is damaged: .*manifest.json"):
-        runs.resume(folder, replace(manifest, step=0), begin, runs.Saving())
+        runs.resume(folder, replace(manifest, step=0), begin, Saving())
 
 
 def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, manifest, begin, params, moments):
     now = replace(manifest, step=0)
-    state = runs.resume(saved, now, begin, runs.Saving())
+    state = runs.resume(saved, now, begin, Saving())
     assert state.step == 7
     same(state.params, params)
     same(state.moments.second, moments[1])
-    fresh = runs.resume(saved, now, begin, runs.Saving(load_optim=False))
+    fresh = runs.resume(saved, now, begin, Saving(load_optim=False))
     same(fresh.moments.first, optim.init(params).first)
 
 
@@ -227,7 +228,7 @@ def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, ma
 @pytest.fixture
 def a_run(tmp_path, manifest, tokenizer):
     zero, cpu = Zero(llava.spec(manifest.model)), torch.device("cpu")
-    return runs.open_run(tmp_path / "run", runs.Saving(keep=2), manifest, tokenizer.model, manifest, cpu, zero)
+    return runs.open_run(tmp_path / "run", Saving(keep=2), manifest, tokenizer.model, manifest, cpu, zero)
 
 
 def state(step, params, moments):
@@ -236,7 +237,7 @@ def state(step, params, moments):
 
 @pytest.mark.parametrize("keep, stay", [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5])])
 def test_the_newest_checkpoints_stay(a_run, params, moments, keep, stay):
-    run = replace(a_run, saving=runs.Saving(keep=keep))
+    run = replace(a_run, saving=Saving(keep=keep))
     for step in range(1, 6):
         run.save(state(step, params, moments))
     assert checkpoint.steps(run.checkpoints) == stay
