@@ -28,7 +28,7 @@ from llava_fn.launch.device import pick_device
 from llava_fn.parallel.collectives import total
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.parallel.zero import Zero
-from llava_fn.train import STAGES, State, Task, train_step
+from llava_fn.train import Task, TrainState, train_step, trains
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
     """A step on this mesh, which returns its seconds."""
     model, device, dtype = MODELS[c.model], torch.device(c.device), getattr(torch, c.dtype)
     zero = Zero(llava.spec(model), mesh, level, dtype)
-    mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), STAGES[c.stage])
+    mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), trains(c.stage))
     mine = tree.rebuild(mine, [leaf.to(device) for leaf in tree.values(zero.store(mine))])
     frozen = tree.rebuild(frozen, [leaf.to(device, dtype) for leaf in tree.values(frozen)])
     run = llava.execution(c.recompute, "", zero, {path[0] for path in tree.paths(mine)})
     task = Task(frozen, model, optim.Optim(lr=1e-4), 100, zero, run=run)
-    state = [State(0, mine, optim.init(mine))]
+    state = [TrainState(0, mine, optim.init(mine))]
     batch = collate(make_samples(model, c.stage, c.samples), mesh.tp.size).to(device)
 
     def step() -> float:

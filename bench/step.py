@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from llava_fn import config, llava, optim, tree, vit
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.parallel.zero import Zero
-from llava_fn.train import STAGES, State, Task, train_step
+from llava_fn.train import Task, TrainState, train_step, trains
 from llava_fn.weights.model import from_state_dict
 
 LLAMA = {"width": 512, "blocks": 8, "heads": 8, "kv_heads": 8, "ffn": 1376}
@@ -130,10 +130,10 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
 def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o: optim.Optim) -> Callable[[int], float]:
     """One step of ours, from its number to its loss."""
     dtype = getattr(torch, c.dtype)
-    mine, frozen = tree.split(params, STAGES[c.stage])
+    mine, frozen = tree.split(params, trains(c.stage))
     mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
     task = Task(tree.cast(frozen, dtype), model, o, 100, Zero(dtype=dtype), run=llava.execution(backend=c.compile))
-    state = [State(0, mine, optim.init(mine))]
+    state = [TrainState(0, mine, optim.init(mine))]
 
     def step(number: int) -> float:
         state[0], metrics = train_step(state[0], [batch], task)

@@ -1,4 +1,7 @@
-"""What a model is: frozen dataclasses of plain numbers, checked when they are made; and how any config meets JSON."""
+"""Frozen dataclasses of plain numbers: the model, the optimizer, the mesh; and how any config is read and written.
+
+Nothing here imports torch, so that a recipe can show its options at once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import dacite
 
@@ -96,6 +99,44 @@ LLAVA_EMOJI = Llava(
     Vision(image=32, patch=8, width=128, blocks=5, heads=4, ffn=512),
     Llama(vocab=512, width=128, blocks=4, heads=4, kv_heads=4, ffn=384),
 )  # small enough to learn from nothing in minutes on a laptop
+
+Stage = Literal["projector", "projector+llama", "all"]
+STAGES: Mapping[str, tuple[str, ...]] = {  # the parts that a stage trains; the other parts are frozen
+    "projector": ("projector",),  # LLaVA's pre-training
+    "projector+llama": ("projector", "llama"),  # LLaVA's fine-tuning
+    "all": ("vision", "projector", "llama"),
+}
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Hyperparameters. Defaults: LLaVA-1.5 pre-training (scripts/v1_5/pretrain.sh, HF Trainer)."""
+
+    lr: float = 1e-3  # peak
+    warmup: float = 0.03  # share of all steps, rounded up
+    min_lr: float = 0.0  # share of the peak that the cosine ends at
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # of weights and embeddings; never of norms and biases
+    clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the processes of a run share it. Losses and updates do not depend on it, but for rounding."""
+
+    tp: int = 1  # ranks that share the decoder of each sample, neighbours on one machine; the others share the samples
+    zero: Literal[0, 1, 3] = 1  # what is sharded over ranks; see llava_fn/parallel/zero.py
+    ahead: bool = True  # zero 3: prefetch the next block's weights while one block runs
+    check_interval: int = 100  # updates between two comparisons of what must be equal on all ranks
+    silence: float = 1800.0  # seconds that a rank may be silent before the run ends with an error that names it
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "check_interval", "silence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)}; it must be at least 1")
+
 
 C = TypeVar("C")
 

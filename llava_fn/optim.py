@@ -10,20 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import kernels, tree
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Hyperparameters. Defaults: LLaVA-1.5 pre-training (scripts/v1_5/pretrain.sh, HF Trainer)."""
-
-    lr: float = 1e-3  # peak
-    warmup: float = 0.03  # share of all steps, rounded up
-    min_lr: float = 0.0  # share of the peak that the cosine ends at
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of weights and embeddings; never of norms and biases
-    clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+from llava_fn.config import Optim
 
 
 @dataclass(frozen=True)

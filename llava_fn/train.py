@@ -11,22 +11,16 @@ from torch import Tensor
 
 from llava_fn import llava, optim, tree
 from llava_fn.batch import Batch
-from llava_fn.config import Llava
+from llava_fn.config import STAGES, Llava, Optim, Stage
 from llava_fn.errors import NonFinite
 from llava_fn.grad import value_and_grad
 from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
 from llava_fn.parallel.zero import Zero
 
-STAGES: dict[str, Callable[[tree.Path], bool]] = {  # what is trained, by the first names of a path
-    "projector": lambda path: path[0] == "projector",  # LLaVA's pre-training
-    "projector+llama": lambda path: path[0] in ("projector", "llama"),  # LLaVA's fine-tuning
-    "all": lambda path: True,
-}
-
 
 @dataclass(frozen=True)
-class State:
+class TrainState:
     """Everything that an update reads and that changes. params: the trainable fp32 masters, as Task.zero keeps them."""
 
     step: int  # updates done
@@ -40,7 +34,7 @@ class Task:
 
     frozen: TensorDict
     model: Llava
-    optim: optim.Optim
+    optim: Optim
     steps: int  # updates in the whole run: the schedule depends on it
     zero: Zero = Zero()  # and the mesh, and the dtype of the computation
     loss: str = "token_mean"  # or "rank_mean"
@@ -59,6 +53,11 @@ class Metrics:
     samples: int
 
 
+def trains(stage: Stage) -> Callable[[tree.Path], bool]:
+    """Whether a path is one that `stage` trains; for tree.split."""
+    return lambda path: path[0] in STAGES[stage]
+
+
 def loss(weights: TensorDict, batch: Batch, share: float, task: Task):
     """This micro-batch's part of the update's loss, and nothing else.
 
@@ -69,7 +68,7 @@ def loss(weights: TensorDict, batch: Batch, share: float, task: Task):
     return llava.nll(tree.merge(weights, task.frozen), batch, task.model, task.run).sum() * share, None
 
 
-def train_step(state: State, batches: Sequence[Batch], task: Task) -> tuple[State, Metrics]:
+def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple[TrainState, Metrics]:
     """One update from the micro-batches of one step, of which each rank has its own. The state is consumed.
 
     Its tensors are updated in place. Raises NonFinite before anything is changed, and ValueError if no rank has a

@@ -25,22 +25,21 @@ from llava_fn import llama, llava, spec, tree
 from llava_fn.batch import Sample
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Manifest
-from llava_fn.config import LLAVA_EMOJI, Llava, plain
+from llava_fn.config import LLAVA_EMOJI, Llava, Optim, Parallel, Stage, plain
 from llava_fn.data import emoji
 from llava_fn.data import records as data
 from llava_fn.launch import agreement, cli, processes
 from llava_fn.launch.device import pick_device
 from llava_fn.launch.processes import Joined
 from llava_fn.launch.watchdog import Watch, watching
-from llava_fn.optim import Optim
 from llava_fn.parallel.collectives import texts
-from llava_fn.parallel.mesh import Mesh, Parallel
+from llava_fn.parallel.mesh import Mesh
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import captions, report
 from llava_fn.runs import run as runs
 from llava_fn.runs.options import Saving
 from llava_fn.runs.progress import Progress
-from llava_fn.train import State, Task, train_step
+from llava_fn.train import Task, TrainState, train_step
 
 EMOJI_DATA = Path("runs/emoji-data")
 
@@ -52,7 +51,7 @@ class Pretrain:
     run_dir: Path
     data: data.Data
     optim: Optim
-    train: Literal["projector", "projector+llama", "all"]  # the others are frozen
+    train: Stage  # the others are frozen
     model: Llava | None = None  # of random weights; a base brings its own
     tokenizer: Path | None = None  # a sentencepiece model; a base brings its own
     base: Path | None = None  # a checkpoint with the image tower and the decoder
@@ -115,7 +114,7 @@ def timed(items: Iterable) -> Iterator[tuple[float, float, object]]:
         began = time.monotonic()
 
 
-def main(c: Pretrain) -> State:
+def main(c: Pretrain) -> TrainState:
     """Train to the end, from wherever the run folder stands, and return the last state."""
     device, tp = pick_device(c.device), c.parallel.tp
     check(c, processes.check_processes(tp, os.environ))
@@ -124,7 +123,7 @@ def main(c: Pretrain) -> State:
             return train(c, device, joined, watch)
 
 
-def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> State:
+def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> TrainState:
     """The run of this process, as one of `joined`."""
     mesh = joined.mesh
     if c.unpack:
@@ -163,9 +162,9 @@ def train(c: Pretrain, device: torch.device, joined: Joined, watch: Watch) -> St
 
 
 def fit(
-    run: runs.Run, state: State, task: Task, steps: Iterable[data.Step], device: torch.device, watch: Watch,
+    run: runs.Run, state: TrainState, task: Task, steps: Iterable[data.Step], device: torch.device, watch: Watch,
     check_interval: int,
-) -> State:  # fmt: skip
+) -> TrainState:  # fmt: skip
     """The loop: an update, its figures, now and then a checkpoint."""
     first, everyone = run.joined.first, run.joined.mesh
     skipped = 0
@@ -199,7 +198,7 @@ def fit(
 
 
 def summary(
-    begin: runs.Start, records: list[list[data.Record]], state: State, task: Task, path: Path | None, mesh: Mesh
+    begin: runs.Start, records: list[list[data.Record]], state: TrainState, task: Task, path: Path | None, mesh: Mesh
 ) -> str:
     """What is about to happen, for the log."""
     shapes = [(path, math.prod(p.shape)) for path, p in spec.leaves(begin.zero.spec)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch.distributed as dist
 
@@ -28,22 +27,6 @@ class Mesh:
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
     all: Axis = Axis("all")  # dp x tp: over it is summed what neither axis shards
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How the processes of a run share it. Losses and updates do not depend on it, but for rounding."""
-
-    tp: int = 1  # processes that share the decoder of a sample, neighbours on one machine; the others share the samples
-    zero: Literal[0, 1, 3] = 1  # what is sharded over processes; see llava_fn/parallel/zero.py
-    ahead: bool = True  # zero 3: gather the next block's weights while one runs
-    check_interval: int = 100  # updates between two comparisons of what must be equal on all processes
-    silence: float = 1800.0  # seconds that a process may take for a phase before the run is ended and it is named
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "check_interval", "silence"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)}; it must be at least 1")
 
 
 def gloo() -> str:

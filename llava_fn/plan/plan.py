@@ -19,9 +19,9 @@ import torch
 
 from llava_fn import config, llama, llava, train
 from llava_fn.batch import IMAGE, Batch, Sample, collate
-from llava_fn.config import Llava, plain
+from llava_fn.config import Llava, Parallel, Stage, plain
 from llava_fn.data import records as data
-from llava_fn.parallel.mesh import Parallel, check_world
+from llava_fn.parallel.mesh import check_world
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, trace
 from llava_fn.plan.estimate import DEVICES, GIB, Assumed, Traffic
@@ -58,7 +58,7 @@ class Plan:
     world: int = 8  # processes, one a device
     machine: int = 8  # devices of one machine
     device: Literal["910B", "A100", "H200"] = "910B"
-    train: Literal["projector", "projector+llama", "all"] = "projector+llama"  # the others are frozen
+    train: Stage = "projector+llama"  # the others are frozen
     data: Sizes = Sizes()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and optimizer are float32
     recompute: bool = True  # keep only each block's input for the backward pass
@@ -140,7 +140,7 @@ def check(c: Plan, model: Llava) -> None:
     check_world(c.world, c.parallel.tp, min(c.world, c.machine))
     llama.check_tp(model.llama, c.parallel.tp)
     whole = llava.spec(model)
-    parts = [name for name in whole if train.STAGES[c.train]((name,))]
+    parts = [name for name in whole if train.trains(c.train)((name,))]
     llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts)
     data.Data(samples=c.data.samples, accumulate=c.data.accumulate)
     for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):

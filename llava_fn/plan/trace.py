@@ -25,8 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import Batch
-from llava_fn.config import Llava
-from llava_fn.parallel.mesh import Axis, Mesh, Parallel, make_mesh
+from llava_fn.config import Llava, Parallel
+from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 
 TRACED = 3  # micro-batches of an update at most: those after the second all do the same
@@ -267,17 +267,17 @@ def update(job: Job, batches: Sequence[Batch]) -> Traced:
     return Traced(tuple(recorder.events), len(batches), second, third, recorder.alive(kept), peak, highs)
 
 
-def _start(job: Job, mesh: Mesh) -> tuple[train.State, train.Task]:
+def _start(job: Job, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     """As runs.start makes them, without memory."""
     whole = llava.spec(job.model)
     zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead)
     params = spec.build(whole, lambda path, p: torch.empty([s.stop - s.start for s in spec.shard(p, mesh)]))
-    trainable, frozen = tree.split(params, train.STAGES[job.train])
+    trainable, frozen = tree.split(params, train.trains(job.train))
     kept: TensorDict = zero.store(trainable)
     parts = tuple(dict.fromkeys(path[0] for path in tree.paths(trainable)))
     run = llava.execution(job.recompute, "", zero, parts)
     task = train.Task(tree.cast(frozen, job.dtype), job.model, optim.Optim(), 100, zero, run=run)
-    return train.State(0, kept, optim.init(kept)), task
+    return train.TrainState(0, kept, optim.init(kept)), task
 
 
 def without_memory(batch: Batch | object):

@@ -33,7 +33,7 @@ from llava_fn.launch.processes import Joined
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import report
 from llava_fn.runs.options import Saving
-from llava_fn.train import STAGES, State
+from llava_fn.train import TrainState, trains
 from llava_fn.weights import model as weights
 from llava_fn.weights.source import open_source
 
@@ -82,7 +82,7 @@ def start(
     llama.check_tp(model.llama, zero.mesh.tp.size)
     whole = llava.spec(model)
     missing = {name: part for name, part in whole.items() if base is None or name not in brought.parts}
-    lost = [name for name in missing if not STAGES[train]((name,))]
+    lost = [name for name in missing if not trains(train)((name,))]
     if lost:
         names = ", ".join(lost)
         raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
@@ -91,10 +91,10 @@ def start(
     def leaf(path: tree.Path, p: spec.Param) -> Tensor:
         new = path[0] in missing
         x = spec.fresh(path, p, seed, zero.mesh) if new else weights.block(brought, path, p, zero.mesh)
-        return zero.keep(p, x).to(device, torch.float32) if STAGES[train](path) else x.to(device, zero.dtype)
+        return zero.keep(p, x).to(device, torch.float32) if trains(train)(path) else x.to(device, zero.dtype)
 
     # leaf by leaf: a rank never holds much more than it keeps; in the model's order, in which sums are taken
-    trainable, frozen = tree.split(spec.build(whole, leaf), STAGES[train])
+    trainable, frozen = tree.split(spec.build(whole, leaf), trains(train))
     return Start(model, words, trainable, frozen, origin, tuple(missing), zero)
 
 
@@ -115,7 +115,7 @@ class Run:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainState) -> None:
         """Write the checkpoint of this step, then remove all but the newest `keep`. OSError if the disk is full.
 
         Every process writes what it answers for, and the first one makes a checkpoint of it; in the background, if that
@@ -205,13 +205,13 @@ def source(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving) -> State:
+def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving) -> TrainState:
     """The state to go on from: that of the checkpoint, or step 0. ValueError lists what differs in the config.
 
     A checkpoint of any mesh serves; of it only what this process keeps is read.
     """
     if path is None:
-        return State(0, begin.trainable, optim.init(begin.trainable))
+        return TrainState(0, begin.trainable, optim.init(begin.trainable))
     reader, saved = checkpoint.open_boxes(path), checkpoint.read_manifest(path)
     changed = differences(plain(dataclasses.replace(saved, step=0)), plain(manifest))
     if (path / "tokenizer.model").read_bytes() != begin.tokenizer.model:
@@ -223,4 +223,4 @@ def resume(path: Path | None, manifest: Manifest, begin: Start, saving: Saving) 
         raise ValueError(f"{path} was saved without optimizer state; resume it with --saving.no-load-optim")
     kinds = boxes.KINDS if saving.load_optim else boxes.KINDS[:1]
     params, *moments = [begin.zero.read(begin.trainable, partial(reader.read, kind)) for kind in kinds]
-    return State(saved.step, params, optim.Moments(*moments) if moments else optim.init(params))
+    return TrainState(saved.step, params, optim.Moments(*moments) if moments else optim.init(params))

@@ -25,7 +25,7 @@ from llava_fn.parallel.zero import Zero
 from llava_fn.plan import trace
 from llava_fn.runs import run as runs
 from llava_fn.runs.options import Saving
-from llava_fn.train import State
+from llava_fn.train import TrainState
 
 FILES = ["SHA256SUMS", "manifest.json", "optim.safetensors", "params.safetensors", "tokenizer.model"]
 
@@ -232,7 +232,7 @@ def a_run(tmp_path, manifest, tokenizer):
 
 
 def state(step, params, moments):
-    return State(step, params, optim.Moments(*moments))
+    return TrainState(step, params, optim.Moments(*moments))
 
 
 @pytest.mark.parametrize("keep, stay", [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5])])

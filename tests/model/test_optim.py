@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from transformers import get_cosine_schedule_with_warmup
 
 from llava_fn import llava, optim, spec, tree
-from llava_fn.optim import Optim
+from llava_fn.config import Optim
 
 STEPS = 5198  # LLaVA-1.5: 665 k records of stage 2 in updates of 128
 

@@ -7,10 +7,10 @@ import torch
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
+from llava_fn.config import Optim
 from llava_fn.grad import value_and_grad
-from llava_fn.optim import Optim
 from llava_fn.parallel.zero import Zero
-from llava_fn.train import STAGES, NonFinite, State, Task
+from llava_fn.train import NonFinite, Task, TrainState, trains
 
 OPTIM = Optim(lr=1e-2, warmup=0.0, weight_decay=0.1)
 
@@ -26,8 +26,8 @@ def copy(params):
 
 def begin(params, model, stage="all", **fields):
     """(state, task) of a run of 20 updates; the state owns its tensors."""
-    mine, frozen = tree.split(copy(params), STAGES[stage])
-    return State(0, mine, optim.init(mine)), Task(frozen, model, **{"optim": OPTIM, "steps": 20} | fields)
+    mine, frozen = tree.split(copy(params), trains(stage))
+    return TrainState(0, mine, optim.init(mine)), Task(frozen, model, **{"optim": OPTIM, "steps": 20} | fields)
 
 
 def grouped(samples, *sizes):

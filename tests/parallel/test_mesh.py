@@ -77,10 +77,10 @@ def learn(mesh, level=0, recompute=True, stage="all", layout="mixed", micro=1, m
     """Loss and gradient norm of each update; the first gradient, and the parameters in the end, in pieces."""
     kind, model = getattr(torch, dtype), {"whole": C, "tied": TIED}[model]
     how = Zero(llava.spec(model), mesh, level, kind, ahead)
-    mine, frozen = tree.split(share(random(model, kind), model, mesh), train.STAGES[stage])
+    mine, frozen = tree.split(share(random(model, kind), model, mesh), train.trains(stage))
     parts = {path[0] for path in tree.paths(mine)}
     mine = how.store(mine)
-    state = train.State(0, mine, optim.init(mine))
+    state = train.TrainState(0, mine, optim.init(mine))
     run = llava.execution(recompute, backend, how, parts)
     task = train.Task(frozen, model, OPTIM, 20, how, loss, run)
     seen = []
@@ -94,7 +94,7 @@ def learn(mesh, level=0, recompute=True, stage="all", layout="mixed", micro=1, m
 
 
 CASES = [  # what varies besides the mesh
-    *({"level": level, "stage": stage} for level in zero.LEVELS for stage in train.STAGES),
+    *({"level": level, "stage": stage} for level in zero.LEVELS for stage in config.STAGES),
     *({"level": level, "layout": layout} for level in zero.LEVELS for layout in ("text alone", "fewer than ranks")),
     {"level": 1, "stage": "projector", "layout": "text alone"},
     *({"level": level, "recompute": False} for level in (0, 1)),

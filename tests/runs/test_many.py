@@ -16,8 +16,8 @@ from test_pretrain import ROOT, SCRIPT, Zygote, figures, rows, run_of, same, wri
 
 from llava_fn import config
 from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.config import Parallel
 from llava_fn.launch import agreement, watchdog
-from llava_fn.parallel.mesh import Parallel
 
 MODEL = config.Llava(
     config.Vision(image=16, patch=8, width=16, blocks=3, heads=2, ffn=32),

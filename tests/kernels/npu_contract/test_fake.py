@@ -242,8 +242,8 @@ def make_batch(c: config.Llava, captions=(20, 40)) -> Batch:
 
 def step_ops(c: config.Llava, stage: str) -> Log:
     """Every op of one whole train_step."""
-    mine, frozen = tree.split(params(c, torch.float32), train.STAGES[stage])
-    state = train.State(0, mine, optim.init(mine))
+    mine, frozen = tree.split(params(c, torch.float32), train.trains(stage))
+    state = train.TrainState(0, mine, optim.init(mine))
     task = train.Task(tree.cast(frozen, BF16), c, optim.Optim(), 100, Zero(dtype=BF16))
     with Log() as log:
         after, metrics = train.train_step(state, [make_batch(c)], task)
