@@ -21,6 +21,7 @@ from PIL import Image
 from llava_fn import config
 from llava_fn.data import emoji, text
 from llava_fn.data import records as data
+from llava_fn.data.options import Data, Source
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Bench:
     goal: float = 32.0  # samples a second of one device
 
 
-def write(folder: Path, c: Bench) -> data.Source:
+def write(folder: Path, c: Bench) -> Source:
     """A data set of smooth noise, which JPEG compresses about as photographs."""
     rng, records = np.random.default_rng(0), []
     for j in range(c.records):
@@ -44,7 +45,7 @@ def write(folder: Path, c: Bench) -> data.Source:
         values = [{"from": role, "value": value} for role, value in turns]
         records.append({"id": str(j), "image": f"{j}.jpg", "conversations": values})
     (folder / "records.json").write_text(json.dumps(records))
-    return data.Source(folder / "records.json", folder)
+    return Source(folder / "records.json", folder)
 
 
 def main(c: Bench) -> None:
@@ -52,7 +53,7 @@ def main(c: Bench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write(folder, c)
-        how = data.Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
+        how = Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
         vision = config.LLAVA_7B.vision
         tokenizer = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
         prepare = data.preparation(tokenizer, vision.image, vision.patches, how)

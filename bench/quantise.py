@@ -34,6 +34,7 @@ from llava_fn.batch import Stream, collate
 from llava_fn.cache import Cache
 from llava_fn.data import emoji
 from llava_fn.data import records as data
+from llava_fn.data.options import Source
 from llava_fn.data.text import Tokenizer
 from llava_fn.generate import assistant
 from llava_fn.kernels.check import show
@@ -96,7 +97,7 @@ def captions(folder: Path) -> dict:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         emoji.unpack(Path(place) / "emoji")
-        records = data.read(data.Source(Path(place) / "emoji/heldout.json", Path(place) / "emoji"))
+        records = data.read(Source(Path(place) / "emoji/heldout.json", Path(place) / "emoji"))
         batch = collate([data.sample(record, how) for record in records])
 
     def score(p: TensorDict, run: llava.Execution) -> Tensor:

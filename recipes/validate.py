@@ -17,6 +17,7 @@ from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
 from llava_fn import config
 from llava_fn.data import emoji, text
 from llava_fn.data import records as data
+from llava_fn.data.options import Data, Source
 from llava_fn.errors import BadRecord
 from llava_fn.launch import cli
 from llava_fn.runs.progress import Progress
@@ -26,11 +27,11 @@ from llava_fn.runs.progress import Progress
 class Validate:
     """What is checked, and against which model."""
 
-    source: data.Source = data.Source(Path("runs/emoji-data/train.json"), Path("runs/emoji-data"))
+    source: Source = Source(Path("runs/emoji-data/train.json"), Path("runs/emoji-data"))
     tokenizer: Path = Path("runs/emoji-data/tokenizer.model")
     unpack: Path | None = Path("runs/emoji-data")  # where to put the data set that comes with the package, if anywhere
     vision: config.Vision = config.LLAVA_EMOJI.vision
-    data: data.Data = data.Data(workers=1)  # template, image mode, longest sample; its sources are not read
+    data: Data = Data(workers=1)  # template, image mode, longest sample; its sources are not read
 
 
 @dataclass(frozen=True)

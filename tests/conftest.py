@@ -13,6 +13,7 @@ from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.data import emoji
 from llava_fn.data import records as data
+from llava_fn.data.options import Source
 from llava_fn.data.text import Tokenizer
 
 hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)  # the machine may be busy
@@ -62,7 +63,7 @@ def how(tiny, tokenizer):
 
 @pytest.fixture(scope="session")
 def samples(emojis, how):
-    return [data.sample(r, how) for r in data.read(data.Source(emojis / "train.json", emojis))]
+    return [data.sample(r, how) for r in data.read(Source(emojis / "train.json", emojis))]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,6 @@ from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from threading import Thread
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,45 +26,8 @@ from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Pre
 
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.data import image, text
+from llava_fn.data.options import Data, Source
 from llava_fn.errors import BadRecord
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data set in LLaVA's layout."""
-
-    records: Path  # a JSON list, or JSON lines (.jsonl)
-    images: Path  # the folder that the records' "image" is relative to
-    weight: float = 1.0  # how often an epoch shows each record; 0.5 shows every second one, drawn anew each epoch
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"{self.records}: weight={self.weight}; a weight is 0 or more")
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is read, in which order, and how it is cut into updates. Defaults: LLaVA-1.5 pre-training."""
-
-    sources: tuple[Source, ...] = ()
-    template: str = "plain"
-    compat: Literal["llava_437", "llava_431", "legacy"] | None = None  # a historical tokenization; see text.py
-    image_mode: Literal["square", "pad"] = "square"
-    max_tokens: int = 2048  # of one sample, image positions included; a longer record is a bad record
-    samples: int = 256  # per update; ignored where `tokens` is set
-    tokens: int = 0  # per update at most: as many samples as fit, in order; 0: count samples instead
-    accumulate: int = 1  # micro-batches that an update is computed in
-    epochs: float = 1.0
-    on_bad_record: Literal["error", "skip"] = "error"
-    workers: int = 4  # processes that decode and tokenize; 0: a thread of this one
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("tokens", 0), ("accumulate", 1), ("workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; it must be above 0")
 
 
 def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:

@@ -21,6 +21,7 @@ from llava_fn import config, llama, llava, train
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.config import Llava, Parallel, Stage, plain
 from llava_fn.data import records as data
+from llava_fn.data.options import Data
 from llava_fn.parallel.mesh import check_world
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, trace
@@ -142,7 +143,7 @@ def check(c: Plan, model: Llava) -> None:
     whole = llava.spec(model)
     parts = [name for name in whole if train.trains(c.train)((name,))]
     llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts)
-    data.Data(samples=c.data.samples, accumulate=c.data.accumulate)
+    Data(samples=c.data.samples, accumulate=c.data.accumulate)
     for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):
         if value is not None and value < least:
             raise ValueError(f"data.{name}={value}; it must be at least {least}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fn.config import Llama, Llava, Vision, differences, plain
-from llava_fn.data.records import Source
+from llava_fn.data.options import Source
 
 MODEL, DATA = ("text_decoder", "image_encoder"), ("dataset_param",)  # blocks that tell what a file is
 LLAMA, VISION, PROJECTOR = "text_decoder", "image_encoder.vision_encoder", "image_encoder.vision_projector"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llava_fn.batch import IMAGE, Sample, collate
 from llava_fn.data import records as data
+from llava_fn.data.options import Data, Source
 from llava_fn.errors import BadRecord
 
 PATCHES = 4  # of the tiny model
@@ -31,7 +32,7 @@ def source(emojis, tmp_path):
     def make(values, name="some.json", weight=1.0):
         path = tmp_path / name
         path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
-        return data.Source(path, emojis, weight)
+        return Source(path, emojis, weight)
 
     return make
 
@@ -39,7 +40,7 @@ def source(emojis, tmp_path):
 def run(source, how, start=0, stop=None, **fields):
     """The steps of one source, or of several."""
     sources = source if isinstance(source, tuple) else (source,)
-    config = data.Data(sources, **{"workers": 0, "samples": 4, **fields})
+    config = Data(sources, **{"workers": 0, "samples": 4, **fields})
     records = [data.read(s) for s in sources]
     plan = data.plan(records, config, how)
     return list(data.steps(records, plan, how, start, plan.steps() if stop is None else stop))
@@ -50,7 +51,7 @@ def names(steps):
 
 
 def whole(emojis):
-    return data.Source(emojis / "train.json", emojis)
+    return Source(emojis / "train.json", emojis)
 
 
 def same(a: data.Step, b: data.Step) -> None:
@@ -91,25 +92,25 @@ def test_a_file_that_is_no_data_set_is_refused_with_its_name_and_line(source, na
 
 def test_what_is_missing_or_not_text_is_named(source, tmp_path):
     with pytest.raises(ValueError, match="gone.json: no such file"):
-        data.read(data.Source(tmp_path / "gone.json", tmp_path))
+        data.read(Source(tmp_path / "gone.json", tmp_path))
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         data.read(replace(source([say("a")]), images=tmp_path / "nowhere"))
     (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
     with pytest.raises(ValueError, match="latin.json: not UTF-8"):
-        data.read(data.Source(tmp_path / "latin.json", tmp_path))
+        data.read(Source(tmp_path / "latin.json", tmp_path))
 
 
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda: data.Data(samples=0), "data.samples=0"),
-        (lambda: data.Data(accumulate=0), "data.accumulate=0"),
-        (lambda: data.Data(tokens=-1), "data.tokens=-1"),
-        (lambda: data.Data(workers=-1), "data.workers=-1"),
-        (lambda: data.Data(epochs=0.0), "data.epochs=0.0"),
-        (lambda: data.Data(epochs=float("inf")), "data.epochs=inf"),
-        (lambda: data.Source(Path("a"), Path("b"), -0.5), "a: weight=-0.5"),
-        (lambda: data.Source(Path("a"), Path("b"), float("nan")), "a: weight=nan"),
+        (lambda: Data(samples=0), "data.samples=0"),
+        (lambda: Data(accumulate=0), "data.accumulate=0"),
+        (lambda: Data(tokens=-1), "data.tokens=-1"),
+        (lambda: Data(workers=-1), "data.workers=-1"),
+        (lambda: Data(epochs=0.0), "data.epochs=0.0"),
+        (lambda: Data(epochs=float("inf")), "data.epochs=inf"),
+        (lambda: Source(Path("a"), Path("b"), -0.5), "a: weight=-0.5"),
+        (lambda: Source(Path("a"), Path("b"), float("nan")), "a: weight=nan"),
     ],
 )
 def test_numbers_that_make_no_run_are_refused_by_name(make, said):
@@ -165,7 +166,7 @@ def test_every_record_is_shown_once_an_epoch_and_the_rest_makes_a_smaller_update
 
 @pytest.mark.parametrize("epochs, updates", [(0.5, 2), (1.0, 3), (1.1, 4), (2.4, 8)])
 def test_steps_counts_the_updates_of_whole_and_part_epochs(emojis, how, epochs, updates):
-    config = data.Data((whole(emojis),), samples=5, epochs=epochs)
+    config = Data((whole(emojis),), samples=5, epochs=epochs)
     assert data.plan([data.read(whole(emojis))], config, how).steps() == updates
 
 
@@ -210,7 +211,7 @@ def test_cuts_keep_the_budget_and_the_order_and_fill_each_piece(lengths, budget)
 
 
 def test_updates_by_tokens_keep_the_budget_are_full_and_are_counted(emojis, how):
-    config = data.Data((whole(emojis),), tokens=45, epochs=2.0, workers=0)
+    config = Data((whole(emojis),), tokens=45, epochs=2.0, workers=0)
     records = [data.read(whole(emojis))]
     plan = data.plan(records, config, how)
     steps = list(data.steps(records, plan, how, 0, plan.steps()))
@@ -339,7 +340,7 @@ def test_skipped_records_are_all_listed_and_the_others_all_used(source, how, tok
 
 
 def test_cutting_by_tokens_meets_bad_text_before_the_first_update(source, how):
-    config = data.Data((source(MIXED),), tokens=500)
+    config = Data((source(MIXED),), tokens=500)
     with pytest.raises(BadRecord, match=pattern(REASONS["some.json[2] id mute"])):
         data.plan([data.read(source(MIXED))], config, how)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llava_fn.config import LLAVA_7B, LLAVA_13B, Llama, Vision
-from llava_fn.data.records import Source
+from llava_fn.data.options import Source
 from llava_fn.launch import cli
 from llava_fn.weights import mindspeed
 
