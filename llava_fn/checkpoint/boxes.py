@@ -239,7 +239,7 @@ class Reader:
         rank, box = entry.tiling.ranks[number], entry.tiling.boxes[number]
         file, key = file_of(kind, rank), key_of(kind, name, None if rank is None else box)
         where = f"{self.folder / file}: {key}"
-        value = self._archive(file).tensors.get(key)
+        value = self.archive(file).tensors.get(key)
         if value is None:
             raise ValueError(f"{where} is not in it; use another checkpoint")
         have, want = (value.dtype, *value.shape), (entry.dtype, *extent(box))
@@ -249,7 +249,8 @@ class Reader:
             raise ValueError(f"{where} is damaged: its CRC-32 is not that of {INDEX}; use another checkpoint")
         return value
 
-    def _archive(self, file: str) -> Archive:
+    def archive(self, file: str) -> Archive:
+        """One of the files, mapped. ValueError if it is to be verified and is damaged."""
         if file not in self.opened:
             path = self.folder / file
             if file in self.sums and digest(path) != self.sums[file]:

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -66,7 +67,35 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` returns."""
+    """An open checkpoint: what its small files say, and a reader of its tensors. All of it is verified, see `verified`.
+
+    verified: whether all files have been hashed. If not, a file of tensors is hashed, or a box checked by its CRC, when
+    it is read.
+    """
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: bytes
+    fingerprint: str
+    tensors: boxes.Reader
+    verified: bool
+
+    @cached_property
+    def base(self) -> Checkpoint | None:
+        """The checkpoint that holds the parts which this one lacks. ValueError if it is gone or another one by now."""
+        if self.manifest.base is None:
+            return None
+        check_base(self.manifest.base)
+        return open_checkpoint(Path(self.manifest.base.path), self.verified)
+
+    def holders(self) -> dict[str, Checkpoint]:
+        """Part of the model -> the checkpoint that holds it: this one, else its base."""
+        return (self.base.holders() if self.base else {}) | dict.fromkeys(self.manifest.parts, self)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory."""
 
     manifest: Manifest
     params: TensorDict
@@ -92,14 +121,14 @@ def fingerprint(folder: Path) -> str:
 
 def verify(folder: Path) -> None:
     """ValueError naming each file that is missing, added or changed since the checkpoint was written."""
-    if not (folder / SUMS).is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
-    said = (folder / SUMS).read_bytes()
-    found = sums(folder)
-    if said == found.encode():
-        return
-    changed = set(said.decode("utf-8", "replace").split("\n")) ^ set(found.split("\n"))
-    raise _damaged(folder, sorted({line.partition("  ")[2] for line in changed} - {""}))
+    sums = _listed(folder)
+    _check(folder, sums, sums)
+
+
+def _check(folder: Path, sums: Mapping[str, str], files: Iterable[str]) -> None:
+    changed = [name for name in files if _sum(folder / name) != sums[name]]
+    if changed:
+        raise _damaged(folder, changed)
 
 
 def _damaged(folder: Path, files: Iterable[str]) -> ValueError:
@@ -241,18 +270,16 @@ def spec_of(manifest: Manifest) -> specs.Spec:
     return {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
 
 
-def open_boxes(folder: Path) -> boxes.Reader:
-    """A reader of boxes of any checkpoint; its base is a checkpoint of its own.
+def open_checkpoint(folder: Path, verified: bool = False) -> Checkpoint:
+    """Any checkpoint, whoever wrote it. The tensors stay in their files until they are read.
 
-    It checks that exactly the files are there that SHA256SUMS lists, the sums of the small ones, and that the tensors
-    are those of the model; the reader checks what it reads. ValueError names the file or tensor.
+    verified: hash all files now; else the small ones now, and the tensors when they are read. ValueError names each
+    file that is missing, added or damaged, and each tensor that the model of the manifest lacks or wants.
     """
     sums = _listed(folder)
-    changed = [name for name in sums if not name.endswith(".safetensors") and _sum(folder / name) != sums[name]]
-    if changed:
-        raise _damaged(folder, changed)
-    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(read_manifest(folder)))}
-    sharded = boxes.INDEX in sums
+    _check(folder, sums, [name for name in sums if verified or not name.endswith(".safetensors")])
+    manifest, sharded = read_manifest(folder), boxes.INDEX in sums
+    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(manifest))}
     index = boxes.read_index(folder / boxes.INDEX) if sharded else boxes.index_of_whole(folder)
     lines = []
     for kind in sorted({"params", *index}):
@@ -260,42 +287,44 @@ def open_boxes(folder: Path) -> boxes.Reader:
         lines += [f"{kind} of {line}" for line in differences(want, have)]
     if lines:
         raise ValueError(f"{folder} does not fit its manifest (want -> have): {'; '.join(lines)}")
-    return boxes.Reader(folder, index, {} if sharded else sums)
+    reader = boxes.Reader(folder, index, {} if sharded or verified else sums)
+    words = (folder / "tokenizer.model").read_bytes()
+    return Checkpoint(folder, manifest, words, fingerprint(folder), reader, verified)
 
 
 def _listed(folder: Path) -> dict[str, str]:
     """File -> SHA-256, as SHA256SUMS says. ValueError naming files that are missing or added; none is read."""
     if not (folder / SUMS).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
-    rows = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8", "replace").splitlines()]
-    said = {row[-1]: row[0] for row in rows}
-    odd = sorted(said.keys() ^ {p.name for p in folder.iterdir() if p.name != SUMS})
+    lines = (folder / SUMS).read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # each ends with a newline
+    sums = {row[-1]: row[0] for row in (line.split("  ", 1) for line in lines)}
+    odd = sorted(sums.keys() ^ {p.name for p in folder.iterdir() if p.name != SUMS})
     if odd:
         raise _damaged(folder, odd)
-    return said
+    return sums
 
 
-def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Checkpoint:
+def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Snapshot:
     """Read and verify a checkpoint, with the optimizer's moments if they are asked for. ValueError if it is damaged."""
     verify(folder)
-    manifest = read_manifest(folder)
-    spec = spec_of(manifest)
-    sharded = (folder / boxes.INDEX).is_file()
-    if moments and not ("first" in open_boxes(folder).index if sharded else (folder / "optim.safetensors").exists()):
+    manifest, sharded = read_manifest(folder), (folder / boxes.INDEX).is_file()
+    spec, optim = spec_of(manifest), folder / boxes.file_of("first", None)
+    if moments and not ("first" in open_checkpoint(folder).tensors.index if sharded else optim.exists()):
         raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
 
     def take(kind: str) -> TensorDict:
         if sharded:
-            reader = open_boxes(folder)  # one a kind: of many ranks there are more files than a process may have open
+            # a reader for each kind: many ranks wrote more files than a process may have open
+            reader = open_checkpoint(folder).tensors
             return specs.build(spec, lambda path, _: reader.read(kind, path).to(device))
         prefix = "" if kind == "params" else f"{kind}/"
         return _read(folder / boxes.file_of(kind, None), spec, prefix, device)
 
     pair = (take("first"), take("second")) if moments else None
-    return Checkpoint(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
+    return Snapshot(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
 
 
-def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Checkpoint:
+def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snapshot:
     """A checkpoint with the parts that it lacks from its base. ValueError if that is gone or not the one trained on."""
     own = load(folder, device=device)
     if own.manifest.base is None:

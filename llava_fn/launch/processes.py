@@ -22,22 +22,28 @@ LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies,
 
 
 @dataclass(frozen=True)
-class Joined:
-    """This process among those that torchrun started. store: None for a process alone."""
+class World:
+    """This process among those that torchrun started: its place in their mesh, and its device.
 
+    store: torchrun's, for what all processes may read; None for a process alone. attempt: a word that all processes of
+    this launch share, and no other launch has.
+    """
+
+    device: torch.device = torch.device("cpu")
     mesh: Mesh = Mesh()
     store: dist.Store | None = None
-    attempt: str = ""  # a word that all processes of this start share, and those of no other start
+    attempt: str = ""
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes what stands once in a run, and shows it."""
+        """Whether this is rank 0, which alone writes a run's files and shows its results."""
         return self.mesh.all.rank == 0
 
-    def in_turn(self, make: Callable[[], T], device: torch.device) -> T:
-        """make() by the first process, and then by the others, which may count on what it left on the disk."""
-        made = make() if self.first else None
-        total(torch.zeros(1, device=device), self.mesh.all)
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """make() on rank 0 and then on the others, which find on the disk what rank 0 left there."""
+        if self.first:
+            made = make()
+        total(torch.zeros(1, device=self.device), self.mesh.all)
         return made if self.first else make()
 
 
@@ -69,7 +75,7 @@ def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) ->
 
 
 @contextlib.contextmanager
-def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bool = False) -> Iterator[Joined]:
+def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bool = False) -> Iterator[World]:
     """The processes that torchrun started as a mesh of dp x `tp`, each with a device of its own; or one without it.
 
     device: as `pick_device` gives it; afterwards it means this process's card. What processes above 0 print goes to
@@ -78,14 +84,14 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
     another rank may wait in a collective, and it is the launcher that ends it.
     """
     if check_processes(tp, os.environ, alone) == 1:
-        yield Joined()
+        yield World(device)
         return
     with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
         mesh = make_mesh(tp)
         for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
             total(torch.zeros(1, device=device), axis)
         attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
-        yield Joined(mesh, store, attempt)
+        yield World(device, mesh, store, attempt)
 
 
 @contextlib.contextmanager

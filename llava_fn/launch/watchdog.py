@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from llava_fn.launch.processes import World
+
 PERIOD = 1.0  # seconds between two looks
 STATUS = 124  # of a process that was ended, as of timeout(1)
 Heard = tuple[int, str, int]  # of a rank: phases begun, the last one's name, looks that its thread has taken
@@ -38,14 +40,15 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(store: dist.Store | None, rank: int, world: int, limit: float) -> Iterator[Watch]:
-    """A Watch whose process is ended after `limit` seconds in one phase. store: None, and nothing is watched."""
+def watching(world: World, limit: float) -> Iterator[Watch]:
+    """A Watch that ends this process after `limit` seconds in one phase. A process alone is not watched."""
     watch = Watch(since=time.monotonic())
-    if store is None:
+    if world.store is None:
         yield watch
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_look, args=(watch, store.clone(), rank, world, limit, over), daemon=True)
+    axis, over = world.mesh.all, threading.Event()
+    args = (watch, world.store.clone(), axis.rank, axis.size, limit, over)
+    thread = threading.Thread(target=_look, args=args, daemon=True)
     thread.start()
     try:
         yield watch

@@ -19,17 +19,17 @@ CHUNK = 64  # samples at a time
 
 @dataclass(frozen=True)
 class Captions:
-    """truth and said: one text a sample. nll: nats per caption token; shuffled: the same with other samples' images."""
+    """truth, answers: one text a sample. nll: nats per caption token; shuffled: the same with other samples' images."""
 
     truth: tuple[str, ...]
-    said: tuple[str, ...]
+    answers: tuple[str, ...]
     nll: float
     shuffled: float
 
     @property
     def exact(self) -> float:
         """Share of captions that are right to the letter."""
-        return sum(a == b for a, b in zip(self.truth, self.said, strict=True)) / len(self.truth)
+        return sum(a == b for a, b in zip(self.truth, self.answers, strict=True)) / len(self.truth)
 
 
 def prompt(s: Sample) -> Sample:
@@ -57,11 +57,11 @@ def caption(p: TensorDict, samples: Sequence[Sample], c: Llava, tokenizer: Token
     half = len(samples) // 2
     swapped = [replace(s, pixels=samples[(j + half) % len(samples)].pixels) for j, s in enumerate(samples)]
     with torch.no_grad():
-        said = []
+        answers = []
         for i in range(0, len(samples), CHUNK):
             prompts = [prompt(s) for s in samples[i : i + CHUNK]]
             prompts = [replace(s, pixels=s.pixels.to(p["projector"]["w1"].device)) for s in prompts]
-            said += generate.greedy(p, prompts, samples[0].ids[-1], limit, c)
+            answers += generate.greedy(p, prompts, samples[0].ids[-1], limit, c)
         nll, shuffled = mean_nll(p, samples, c), mean_nll(p, swapped, c)
-    texts = [tuple(tokenizer.decode(ids) for ids in many) for many in (map(target, samples), said)]
+    texts = [tuple(tokenizer.decode(ids) for ids in many) for many in (map(target, samples), answers)]
     return Captions(*texts, nll, shuffled)

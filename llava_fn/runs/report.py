@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from llava_fn.batch import Sample
 from llava_fn.runs.captions import Captions
 
 
@@ -51,8 +52,9 @@ def append(path: Path, row: Mapping) -> None:
         f.write(json.dumps(row) + "\n")
 
 
-def plot_loss(rows: Sequence[Mapping], path: Path) -> None:
-    """Draw the loss of each update and its running mean, and the learning rate below."""
+def plot_loss(folder: Path, until: int) -> None:
+    """Draw a run's loss.png up to update `until`: the loss, its running mean, and the learning rate below."""
+    rows = read_metrics(folder / "metrics.jsonl", until)
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth = []
     for loss in losses:
@@ -65,7 +67,7 @@ def plot_loss(rows: Sequence[Mapping], path: Path) -> None:
     top.legend()
     bottom.plot(steps, [r["lr"] for r in rows], color="C1")
     bottom.set(xlabel="update", ylabel="learning rate")
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "loss.png", dpi=120)
 
 
 STYLE = """body{font:15px system-ui,sans-serif;margin:2em;color:#222}table{border-collapse:collapse}
@@ -79,12 +81,12 @@ def _picture(pixels: torch.Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def samples_page(captions: Captions, pixels: Sequence[torch.Tensor], path: Path) -> None:
-    """A page of held-out images, each with the truth and what the model said. pixels: uint8[3, h, w] each."""
+def samples_page(captions: Captions, samples: Sequence[Sample], path: Path) -> None:
+    """A page of held-out images, each with the truth and the model's answer."""
     rows = "".join(
-        f'<tr><td><img alt="" src="data:image/png;base64,{_picture(image)}"><td>{html.escape(truth)}'
-        f'<td class="{"right" if truth == said else "wrong"}">{html.escape(said)}\n'
-        for image, truth, said in zip(pixels, captions.truth, captions.said, strict=True)
+        f'<tr><td><img alt="" src="data:image/png;base64,{_picture(sample.pixels[0])}"><td>{html.escape(truth)}'
+        f'<td class="{"right" if truth == answer else "wrong"}">{html.escape(answer)}\n'
+        for sample, truth, answer in zip(samples, captions.truth, captions.answers, strict=True)
     )
     path.write_text(
         f'<!doctype html><meta charset="utf-8"><title>Held-out captions</title><style>{STYLE}</style>\n'
@@ -92,6 +94,15 @@ def samples_page(captions: Captions, pixels: Sequence[torch.Tensor], path: Path)
         f"<table><tr><th>image<th>truth<th>model\n{rows}</table>\n",
         encoding="utf-8",
     )
+
+
+def show(captions: Captions, samples: Sequence[Sample], folder: Path) -> None:
+    """Write all captions to folder/samples.html; print some of them, and the result."""
+    samples_page(captions, samples, folder / "samples.html")
+    for truth, answer in list(zip(captions.truth, captions.answers, strict=True))[:: max(1, len(samples) // 12)]:
+        print(f"  {'right' if truth == answer else 'WRONG'}  {truth}" + ("" if truth == answer else f"  |  {answer}"))
+    print(headline(captions))
+    print(f"all of them: {folder / 'samples.html'}; loss: {folder / 'loss.png'}")
 
 
 def headline(captions: Captions) -> str:

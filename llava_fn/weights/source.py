@@ -16,8 +16,9 @@ from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.archive import Archive, open_archive, open_folder
+from llava_fn.checkpoint.folder import Checkpoint
 from llava_fn.checkpoint.leaf import Leaf
-from llava_fn.config import Llama, Llava, Vision, differences
+from llava_fn.config import Llama, Llava, Vision
 from llava_fn.weights import configs, lora, placing
 from llava_fn.weights.companions import image_mode_of
 from llava_fn.weights.placing import Tensors
@@ -119,7 +120,7 @@ def open_source(path: Path, given: Llava | None = None) -> Weights:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if (path / checkpoint.SUMS).is_file():
-        return _ours(path)
+        return _ours(checkpoint.open_checkpoint(path, verified=True))
     if (rank := _megatron(path)) is not None:
         return open_source(rank, given)
     return _hugging_face(path, given)
@@ -181,39 +182,32 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     )  # fmt: skip
 
 
-def _ours(folder: Path) -> Weights:
+def _ours(c: Checkpoint) -> Weights:
     """A checkpoint of ours, with the parts that it lacks from its base."""
-    checkpoint.verify(folder)
-    m = checkpoint.read_manifest(folder)
-    unused = open_archive(folder / UNUSED) if (folder / UNUSED).is_file() else None
-    archives = [unused] if unused else []
-    if (folder / boxes.INDEX).is_file():
-        leaves = _sharded(checkpoint.open_boxes(folder), checkpoint.spec_of(m))
-    else:
-        params = open_archive(folder / "params.safetensors")
-        archives.append(params)
-        want = {"/".join(path): p.shape for path, p in specs.leaves(checkpoint.spec_of(m))}
-        lines = differences(want, {name: tuple(t.shape) for name, t in params.tensors.items()})
-        if lines:
-            raise ValueError(f"{params.path} does not fit its manifest (want -> have): {'; '.join(lines)}")
-        leaves = {name: Leaf.of(params.tensors[name]) for name in want}
+    m = c.manifest
+    unused = open_archive(c.folder / UNUSED) if (c.folder / UNUSED).is_file() else None
+    leaves, archives = _leaves(c)
     spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
-    if m.base:
-        checkpoint.check_base(m.base)
-        base = _ours(Path(m.base.path))
+    archives = ([unused] if unused else []) + archives
+    if c.base:
+        base = _ours(c.base)
         archives += base.archives
         leaves |= {path: leaf for path, leaf in base.leaves.items() if path.partition("/")[0] not in m.parts}
         spare = {**base.spare, **spare}
-    words = (folder / "tokenizer.model").read_bytes()
     return Weights(
-        str(folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, words,
+        str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, c.tokenizer,
         m.image_mode, m.template, m.compat,
     )  # fmt: skip
 
 
-def _sharded(reader: boxes.Reader, spec: specs.Spec) -> dict[str, Leaf]:
-    """The leaves of a checkpoint that several ranks wrote; each is put together when it is read."""
-    return {
-        "/".join(path): Leaf(p.shape, torch.float32, partial(reader.read, "params", path))
-        for path, p in specs.leaves(spec)
-    }
+def _leaves(c: Checkpoint) -> tuple[dict[str, Leaf], list[Archive]]:
+    """The leaves that a checkpoint itself holds, and the files that are mapped for them.
+
+    What several ranks wrote is put together when it is read.
+    """
+    params = [(path, p.shape) for path, p in specs.leaves(checkpoint.spec_of(c.manifest))]
+    if (c.folder / boxes.INDEX).is_file():
+        read = c.tensors.read
+        return {"/".join(k): Leaf(shape, torch.float32, partial(read, "params", k)) for k, shape in params}, []
+    archive = c.tensors.archive(boxes.file_of("params", None))
+    return {(name := "/".join(path)): Leaf.of(archive.tensors[name]) for path, _ in params}, [archive]

@@ -24,8 +24,8 @@ from llava_fn.checkpoint.folder import Manifest
 from llava_fn.checkpoint.shares import Background
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.parallel.zero import Zero
-from llava_fn.runs import run as runs
 from llava_fn.runs.options import Saving
+from llava_fn.runs.run import Run
 from llava_fn.weights import export
 from llava_fn.weights.source import open_source
 
@@ -158,7 +158,7 @@ def one(tmp_path_factory, manifest, trees, tokenizer):
 def test_what_any_mesh_writes_any_other_reads(written, tmp_path, manifest, trees, tokenizer):
     folder = tmp_path / "000007"
     save(folder, manifest, trees[0], trees[1:], tokenizer.model, written)
-    reader = checkpoint.open_boxes(folder)
+    reader = checkpoint.open_checkpoint(folder).tensors
     empty = 0
     for read in ((1, 2), (3, 1), (5, 2)):
         for rank in range(read[0] * read[1]):
@@ -173,7 +173,7 @@ def test_what_any_mesh_writes_any_other_reads(written, tmp_path, manifest, trees
 def test_any_box_of_any_checkpoint_is_read(saved, one, trees):
     rng = torch.Generator().manual_seed(0)
     for folder in (saved, one):
-        reader = checkpoint.open_boxes(folder)
+        reader = checkpoint.open_checkpoint(folder).tensors
         for path in tree.paths(trees[0]):
             for kind, params in zip(boxes.KINDS, trees, strict=True):
                 box = inside(rng, params[path].shape)
@@ -187,14 +187,14 @@ def test_any_box_of_any_checkpoint_is_read(saved, one, trees):
 def test_what_is_read_may_be_written_to(saved, one):
     for folder in (saved, one):
         before = checkpoint.fingerprint(folder)
-        checkpoint.open_boxes(folder).read("params", ("llama", "embed")).zero_()
-        assert checkpoint.open_boxes(folder).read("params", ("llama", "embed")).any()
+        checkpoint.open_checkpoint(folder).tensors.read("params", ("llama", "embed")).zero_()
+        assert checkpoint.open_checkpoint(folder).tensors.read("params", ("llama", "embed")).any()
         checkpoint.verify(folder)
         assert checkpoint.fingerprint(folder) == before
 
 
 def test_only_files_that_hold_the_box_are_opened(saved, trees):
-    reader = checkpoint.open_boxes(saved)
+    reader = checkpoint.open_checkpoint(saved).tensors
     assert not reader.opened
     want = reader.read("params", ("llama", "embed"), ((0, 100), (2, 9)))
     assert torch.equal(want, trees[0]["llama", "embed"][:100, 2:9])
@@ -204,7 +204,7 @@ def test_only_files_that_hold_the_box_are_opened(saved, trees):
 def test_a_process_loads_half_precision_of_a_converted_checkpoint_by_boxes(tmp_path, manifest, trees, tokenizer):
     half = tree.cast(trees[0], torch.float16)
     checkpoint.save(tmp_path / "a", manifest, half, None, tokenizer.model)
-    reader = checkpoint.open_boxes(tmp_path / "a")
+    reader = checkpoint.open_checkpoint(tmp_path / "a").tensors
     part = reader.read("params", ("llama", "head"), ((7, 9), (0, 16)))
     assert part.dtype == torch.float16 and torch.equal(part, half["llama", "head"][7:9])
     assert reader.read("params", ("llama", "head"), ((7, 7), (0, 16))).dtype == torch.float16
@@ -225,7 +225,7 @@ def test_a_sharded_checkpoint_without_moments_says_so(tmp_path, manifest, trees,
     with pytest.raises(ValueError, match="saved without optimizer state; .*--saving.no-load-optim"):
         checkpoint.load(tmp_path / "a", moments=True)
     with pytest.raises(ValueError, match="holds no first of llama/norm"):
-        checkpoint.open_boxes(tmp_path / "a").read("first", ("llama", "norm"))
+        checkpoint.open_checkpoint(tmp_path / "a").tensors.read("first", ("llama", "norm"))
 
 
 def test_a_sharded_part_is_put_together_with_its_base(one, tmp_path, manifest, trees, tokenizer):
@@ -241,9 +241,8 @@ def test_a_sharded_part_is_put_together_with_its_base(one, tmp_path, manifest, t
 
 
 def test_a_run_resumes_from_shares(saved, manifest, trees, tiny, tokenizer):
-    none = trees[0].exclude("vision", "projector", "llama")
-    begin = runs.Start(tiny, tokenizer, trees[0], none, None, (), Zero(llava.spec(tiny)))
-    state = runs.resume(saved, replace(manifest, step=0), begin, Saving())
+    run = Run(saved.parent, Saving(), replace(manifest, step=0), tokenizer.model, Zero(llava.spec(tiny)))
+    state = run.resume(saved, trees[0])
     assert state.step == 7
     same(state.params, trees[0])
     same(state.moments.second, trees[2])
@@ -253,7 +252,7 @@ def test_a_run_resumes_from_shares(saved, manifest, trees, tiny, tokenizer):
 
 
 def read_all(folder, manifest):
-    reader = checkpoint.open_boxes(folder)
+    reader = checkpoint.open_checkpoint(folder).tensors
     for kind in boxes.KINDS:
         for path, _ in spec.leaves(checkpoint.spec_of(manifest)):
             reader.read(kind, path)
@@ -284,9 +283,8 @@ def test_damage_elsewhere_does_not_keep_a_rank_from_its_boxes(saved, tmp_path, t
     content[-1] ^= 1
     (folder / "params-00003.safetensors").write_bytes(content)
     box = ((0, 100), (0, 16))
-    assert torch.equal(
-        checkpoint.open_boxes(folder).read("params", ("llama", "embed"), box), trees[0]["llama", "embed"][:100]
-    )
+    reader = checkpoint.open_checkpoint(folder).tensors
+    assert torch.equal(reader.read("params", ("llama", "embed"), box), trees[0]["llama", "embed"][:100])
 
 
 def test_a_flipped_bit_of_a_header_is_refused_or_changes_nothing(saved, tmp_path, manifest):
@@ -317,7 +315,7 @@ def test_a_flipped_bit_beside_the_boxes_is_refused_when_they_are_opened(saved, t
         changed[place] ^= 1
         (folder / name).write_bytes(changed)
         with pytest.raises(ValueError, match="000007 is damaged: SHA256SUMS does not agree with") as caught:
-            checkpoint.open_boxes(folder)
+            checkpoint.open_checkpoint(folder)
         assert name in str(caught.value) or name == "SHA256SUMS"
 
 
@@ -325,13 +323,13 @@ def test_files_that_are_missing_or_foreign_are_named(saved, tmp_path):
     for name in sorted(p.name for p in saved.iterdir()):
         folder = copy(saved, tmp_path)
         (folder / name).unlink()
-        for read in (checkpoint.open_boxes, checkpoint.load):
+        for read in (checkpoint.open_checkpoint, checkpoint.load):
             with pytest.raises(ValueError, match=f"000007 .*{name}"):
                 read(folder)
         shutil.rmtree(folder)
     folder = copy(saved, tmp_path)
     shutil.copy(folder / "params-00003.safetensors", folder / "params-00004.safetensors")
-    for read in (checkpoint.open_boxes, checkpoint.load):
+    for read in (checkpoint.open_checkpoint, checkpoint.load):
         with pytest.raises(ValueError, match="damaged: SHA256SUMS does not agree with params-00004.safetensors"):
             read(folder)
 
@@ -343,7 +341,7 @@ def test_a_damaged_file_of_one_process_is_refused_when_a_box_of_it_is_read(one, 
         content[-1] ^= 1
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256 is not that of the checkpoint"):
-            checkpoint.open_boxes(folder).read(kind, ("llama", "norm"))
+            checkpoint.open_checkpoint(folder).tensors.read(kind, ("llama", "norm"))
 
 
 def forge(folder, change) -> None:

@@ -19,12 +19,14 @@ import pytest
 import torch
 
 from llava_fn import llava, optim, spec, tree
+from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Manifest
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import trace
-from llava_fn.runs import run as runs
 from llava_fn.runs.options import Saving
+from llava_fn.runs.origin import open_origin
+from llava_fn.runs.run import Run, find_checkpoint
 from llava_fn.train import TrainState
 
 FILES = ["SHA256SUMS", "manifest.json", "optim.safetensors", "params.safetensors", "tokenizer.model"]
@@ -181,16 +183,20 @@ def test_leaves_that_do_not_fit_the_model_are_listed(saved, tmp_path):
 
 
 @pytest.fixture
-def begin(tiny, params, tokenizer):
-    none = params.exclude("vision", "projector", "llama")
-    return runs.Start(tiny, tokenizer, params, none, None, (), Zero(llava.spec(tiny)))
+def begin(tiny, tmp_path, params, tokenizer):
+    """(path, manifest, saving) -> the state that a run of this manifest goes on from."""
+
+    def resume(path, manifest, saving=Saving()):
+        return Run(tmp_path / "run", saving, manifest, tokenizer.model, Zero(llava.spec(tiny))).resume(path, params)
+
+    return resume
 
 
 def test_another_config_lists_each_field_with_both_values(saved, manifest, begin, tiny):
     now = replace(manifest, step=0, image_mode="pad", recipe={"optim": {"lr": 5e-4}, "loss": "token_mean"})
     now = replace(now, model=replace(tiny, llama=replace(tiny.llama, theta=5e5)))
     with pytest.raises(ValueError, match="000007 belongs to another config") as caught:
-        runs.resume(saved, now, begin, Saving())
+        begin(saved, now)
     lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
     model = "model.llama.theta: 10000.0 -> 500000.0"
     assert lines == [model, "image_mode: square -> pad", "recipe.optim.lr: 0.001 -> 0.0005"]
@@ -201,7 +207,7 @@ def test_another_tokenizer_is_another_config(saved, tmp_path, manifest, begin):
     (folder / "tokenizer.model").write_bytes(b"other")
     (folder / "SHA256SUMS").write_text(checkpoint.sums(folder))
     with pytest.raises(ValueError, match="tokenizer: another sentencepiece model"):
-        runs.resume(folder, replace(manifest, step=0), begin, Saving())
+        begin(folder, replace(manifest, step=0))
 
 
 def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifest, begin):
@@ -209,16 +215,16 @@ def test_resume_says_damaged_rather_than_another_config(saved, tmp_path, manifes
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace("0.001", "0.002"))
     with pytest.raises(ValueError, match="000007 is damaged: .*manifest.json"):
-        runs.resume(folder, replace(manifest, step=0), begin, Saving())
+        begin(folder, replace(manifest, step=0))
 
 
 def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, manifest, begin, params, moments):
     now = replace(manifest, step=0)
-    state = runs.resume(saved, now, begin, Saving())
+    state = begin(saved, now)
     assert state.step == 7
     same(state.params, params)
     same(state.moments.second, moments[1])
-    fresh = runs.resume(saved, now, begin, Saving(load_optim=False))
+    fresh = begin(saved, now, Saving(load_optim=False))
     same(fresh.moments.first, optim.init(params).first)
 
 
@@ -227,8 +233,9 @@ def test_resume_takes_step_parameters_and_moments_and_zeros_where_told(saved, ma
 
 @pytest.fixture
 def a_run(tmp_path, manifest, tokenizer):
-    zero, cpu = Zero(llava.spec(manifest.model)), torch.device("cpu")
-    return runs.open_run(tmp_path / "run", Saving(keep=2), manifest, tokenizer.model, manifest, cpu, zero)
+    run = Run(tmp_path / "run", Saving(keep=2), manifest, tokenizer.model, Zero(llava.spec(manifest.model)))
+    run.checkpoints.mkdir(parents=True)
+    return run
 
 
 def state(step, params, moments):
@@ -247,22 +254,22 @@ def test_the_newest_checkpoints_stay(a_run, params, moments, keep, stay):
 
 def test_source_picks_the_newest_the_named_or_none(a_run, saved, params, moments):
     folder = a_run.folder
-    assert runs.source(folder, "auto") is None and runs.source(folder, "no") is None
+    assert find_checkpoint(folder, "auto") is None and find_checkpoint(folder, "no") is None
     for step in (3, 12):
         a_run.save(state(step, params, moments))
-    assert runs.source(folder, "auto").name == "000012" and runs.source(folder, "3").name == "000003"
-    assert runs.source(folder, str(saved)) == saved
+    assert find_checkpoint(folder, "auto").name == "000012" and find_checkpoint(folder, "3").name == "000003"
+    assert find_checkpoint(folder, str(saved)) == saved
     with pytest.raises(ValueError, match="run already holds a run; choose another run folder, or resume=auto"):
-        runs.source(folder, "no")
+        find_checkpoint(folder, "no")
     with pytest.raises(ValueError, match=r"resume=4: there is no .*000004; .*has the steps \[3, 12\]"):
-        runs.source(folder, "4")
+        find_checkpoint(folder, "4")
 
 
 def test_source_tidies_up_after_a_kill(a_run, params, moments):
     a_run.save(state(3, params, moments))
     checkpoint.at(a_run.checkpoints, 3).rename(a_run.checkpoints / ".old-000003")
     (a_run.checkpoints / ".part-000004").mkdir()
-    assert runs.source(a_run.folder, "auto").name == "000003"
+    assert find_checkpoint(a_run.folder, "auto").name == "000003"
     assert [p.name for p in a_run.checkpoints.iterdir()] == ["000003"]
 
 
@@ -287,6 +294,7 @@ import sys
 from pathlib import Path
 import torch
 from llava_fn import llava, spec
+from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
 source, folder = map(Path, sys.argv[1:])
 loaded = checkpoint.load(source, moments=True)
@@ -462,46 +470,52 @@ def test_a_base_that_is_gone_changed_or_damaged_is_refused(based, manifest, para
 
 # What a run starts with.
 
-CPU = {"device": torch.device("cpu"), "zero": Zero(dtype=torch.bfloat16)}
+CPU = torch.device("cpu")
+HALF = Zero(dtype=torch.bfloat16)
 
 
 def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, params, tiny):
-    begin = runs.start(None, based[0], None, "projector", 3, **CPU)
-    assert begin.random == ("projector",) and begin.model == tiny and begin.base.path == str(based[0])
-    assert {path[0] for path in tree.paths(begin.trainable)} == {"projector"}
-    assert begin.trainable["projector", "w1"].dtype == torch.float32
-    assert torch.equal(begin.frozen["llama", "embed"], params["llama", "embed"].bfloat16())
-    assert torch.equal(begin.trainable["projector", "w1"], spec.init(llava.spec(tiny), 3)["projector", "w1"])
+    origin = open_origin(None, None, based[0])
+    zero = replace(HALF, spec=llava.spec(tiny))
+    trainable, frozen = origin.parameters("projector", 3, zero, CPU)
+    assert origin.random == ("projector",) and origin.model == tiny and origin.record.path == str(based[0])
+    assert {path[0] for path in tree.paths(trainable)} == {"projector"}
+    assert trainable["projector", "w1"].dtype == torch.float32
+    assert torch.equal(frozen["llama", "embed"], params["llama", "embed"].bfloat16())
+    assert torch.equal(trainable["projector", "w1"], spec.init(llava.spec(tiny), 3)["projector", "w1"])
 
 
-def test_start_has_the_order_of_the_model_whatever_the_base_brings(based, params):
-    begin = runs.start(None, based[0], None, "all", 3, **CPU)
-    assert tree.paths(begin.trainable) == tree.paths(params)
+def test_start_has_the_order_of_the_model_whatever_the_base_brings(based, params, tiny):
+    zero = replace(HALF, spec=llava.spec(tiny))
+    trainable, _ = open_origin(None, None, based[0]).parameters("all", 3, zero, CPU)
+    assert tree.paths(trainable) == tree.paths(params)
 
 
-def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch):
-    read, block = [], runs.weights.block
+def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch, tiny):
+    read, whole = [], boxes.Reader.read
 
     def seen(*args):
         assert not any(last() is not None for last in read), "an earlier leaf is still there whole"
-        x = block(*args)
+        x = whole(*args)
         read.append(weakref.ref(x))
         return x
 
-    monkeypatch.setattr(runs.weights, "block", seen)
+    monkeypatch.setattr(boxes.Reader, "read", seen)
     with trace.world(4, 1, 1) as mesh:
-        begin = runs.start(None, saved, None, "all", 3, CPU["device"], Zero(mesh=mesh, level=1))
-    assert len(read) == len(tree.paths(begin.trainable)) > 30
+        zero = Zero(llava.spec(tiny), mesh, level=1)
+        trainable, _ = open_origin(None, None, saved).parameters("all", 3, zero, CPU)
+    assert len(read) == len(tree.paths(trainable)) > 30
 
 
 def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):
     words = emojis / "tokenizer.model"
-    for given in ((tiny, based[0], None), (None, None, None), (tiny, None, None), (None, based[0], words)):
+    for given in ((tiny, None, based[0]), (None, None, None), (tiny, None, None), (None, words, based[0])):
         with pytest.raises(ValueError, match="give a base, which brings model and tokenizer, or a model and a token"):
-            runs.start(*given, "all", 0, **CPU)
+            open_origin(*given)
     with pytest.raises(ValueError, match="the tokenizer has 512 pieces, but llama.vocab is only 511"):
-        runs.start(replace(tiny, llama=replace(tiny.llama, vocab=511)), None, words, "all", 0, **CPU)
+        open_origin(replace(tiny, llama=replace(tiny.llama, vocab=511)), words, None).tokenizer()
+    zero = replace(HALF, spec=llava.spec(tiny))
     with pytest.raises(ValueError, match="train=projector does not train vision, llama, which no base brings"):
-        runs.start(tiny, None, words, "projector", 0, **CPU)
+        open_origin(tiny, words, None).parameters("projector", 0, zero, CPU)
     with pytest.raises(ValueError, match="train=projector.llama does not train vision, which"):
-        runs.start(tiny, None, words, "projector+llama", 0, **CPU)
+        open_origin(tiny, words, None).parameters("projector+llama", 0, zero, CPU)
