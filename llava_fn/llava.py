@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llava_fn import llama, projector, vit
 from llava_fn.batch import Batch
-from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
@@ -23,14 +22,15 @@ from llava_fn.spec import Spec
 
 @dataclass(frozen=True)
 class Execution:
-    """How the blocks run. It changes time and memory, never what is computed."""
+    """How the blocks of both transformers run. It changes time and memory, never what is computed.
+
+    vit_blocks, llama_blocks: grad.scan of `vit.block` and of `llama.block`, or a form that computes the same.
+    """
 
     vit_blocks: Callable = scan(vit.block)
     llama_blocks: Callable = scan(llama.block)
     tp: TP = TP()
-    images: int = 0  # that the tower sees at least: where ranks meet in its blocks, one without an image must come too
-    decode_step: Callable = llama.decode_step
-    weights: llama.Weights = llama.as_kept  # of prefill and decode_step; llama_blocks has its own
+    min_images: int = 0  # with ZeRO 3 a rank without images runs the tower on black ones, to join its all-gathers
 
 
 def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), train: Sequence[str] = ()) -> Execution:
@@ -39,34 +39,24 @@ def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), t
     backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how the trained
     parts, `train`, are kept. ValueError if its level needs recompute and that is off, or if there is no such backend.
     """
-    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise ValueError(f"compile={backend} is no backend of torch.compile; there are: {', '.join(known)}")
-    blocks, step = [vit.block, llama.block], llama.decode_step
-    if backend:
-        blocks = [torch.compile(b, dynamic=True, backend=backend) for b in blocks]
-        step = compiled_step(backend)
+    blocks = [compiled(b, backend, dynamic=True) for b in (vit.block, llama.block)]
     if zero.level == 3 and not recompute:
         raise ValueError("zero=3 gathers a block's weights again in the backward pass; it needs recompute")
-    late = [zero.level == 3 and part in train for part in ("vision", "llama")]
+    sharded = [zero.level == 3 and part in train for part in ("vision", "llama")]
     run = [
-        zero.scan(b, part) if held else scan(remat(b) if recompute else b)
-        for b, part, held in zip(blocks, ("vision", "llama"), late, strict=True)
+        zero.scan(b, part) if gathered_late else scan(remat(b) if recompute else b)
+        for b, part, gathered_late in zip(blocks, ("vision", "llama"), sharded, strict=True)
     ]
-    return Execution(*run, tp=TP(zero.mesh.tp), images=zero.mesh.tp.size if late[0] else 0, decode_step=step)
+    return Execution(*run, tp=TP(zero.mesh.tp), min_images=zero.mesh.tp.size if sharded[0] else 0)
 
 
-def compiled_step(backend: str) -> Callable:
-    """`llama.decode_step`, compiled. It is given a tensor for each block of the cache.
-
-    A write into a slice of an argument would be compiled into a copy of that slice, a write into the argument is not.
-    """
-    compiled = torch.compile(llama.decode_step, backend=backend)
-
-    def step(p: TensorDict, ids: Tensor, cache: Cache, *rest: object) -> tuple[Tensor, Cache]:
-        x, after = compiled(p, ids, replace(cache, k=cache.k.unbind(), v=cache.v.unbind()), *rest)
-        return x, replace(cache, lengths=after.lengths)
-
-    return step
+def compiled(fn: Callable, backend: str | Callable, dynamic: bool | None = None) -> Callable:
+    """fn through a backend of torch.compile, or itself without one. ValueError if there is no such backend."""
+    if not backend:
+        return fn
+    if isinstance(backend, str) and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"compile={backend} is no backend of torch.compile; there are: {', '.join(known)}")
+    return torch.compile(fn, backend=backend, dynamic=dynamic)
 
 
 def spec(c: Llava) -> Spec:
@@ -84,7 +74,7 @@ def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution
     Each rank of the tensor axis sees its share of the images, filled up with black ones where they do not divide.
     """
     i, size = len(pixels), run.tp.axis.size if run.tp.sequence else 1
-    black = pixels.new_zeros(max(run.images - i, -i % size), *pixels.shape[1:])
+    black = pixels.new_zeros(max(run.min_images - i, -i % size), *pixels.shape[1:])
     pixels = run.tp.split(torch.cat([pixels, black]) if len(black) else pixels)
     pixels = vit.normalise(pixels).to(p["vision"]["patch"].dtype)
     x = projector.project(p["projector"], vit.encode(p["vision"], pixels, c.vision, run.vit_blocks))
@@ -104,7 +94,7 @@ def embed(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -
             f"{len(batch.image_rows)} image tokens do not match {len(batch.pixels)} images of "
             f"{c.vision.patches} patches (records {', '.join(batch.records)})"
         )
-    if len(batch.pixels) == run.images == 0:
+    if len(batch.pixels) == run.min_images == 0:
         return x
     return splice(x, features(p, batch.pixels, c, run), batch.image_rows)
 

@@ -23,7 +23,7 @@ from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import llama, llava, quantise, tree
+from llava_fn import linear, llama, tree
 from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
@@ -32,7 +32,7 @@ from llava_fn.data.text import MARK, Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import decode as generate
 from llava_fn.generate.sampling import Decoding
-from llava_fn.generate.types import Answer, Prompt, Row, Words
+from llava_fn.generate.types import Answer, Decoder, PartialAnswer, Prompt, Words
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
@@ -66,7 +66,7 @@ class Assistant:
     form: Form
     trained: str  # the template that it was trained with, as its files say
     context: int = 4096  # tokens of a conversation at most, image positions included
-    run: llava.Execution = llava.Execution()
+    run: Decoder = Decoder()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     mesh: Mesh = Mesh()
-    int8: bool = False  # the decoder's linears; see quantise.py
+    int8: bool = False  # the decoder's linears; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
 
@@ -111,10 +111,10 @@ def place(source: Weights, form: Form, to: Place, context: int = 4096) -> Assist
     """
     c, axis = model.config(source), to.mesh.tp
     llama.check_tp(c.llama, axis.size)
-    run = llava.Execution(tp=TP(axis, sequence=False), decode_step=llava.execution(backend=to.compile).decode_step)
+    run = Decoder(TP(axis, sequence=False), generate.compiled_step(to.compile))
     params = model.load(source, to.mesh)
     if to.int8:
-        params, run = quantise.quantise(params, to.device, to.dtype, axis), quantise.execution(run)
+        params = linear.quantise(params, to.device, to.dtype, axis)
     else:
         params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
     tokenizer = Tokenizer.from_bytes(source.tokenizer)
@@ -298,7 +298,7 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Said]:
     size = generate.room([asked], d)
     cache = chat.cache.grown(size) if chat.cache else _cache(a, size)
     state = generate.prefill(a.params, [asked], cache, vocabulary, a.model, [held], a.run)
-    before, row = "", Row()
+    before, row = "", PartialAnswer()
     steps = generate.steps(a.params, state, d, [d.seed], a.model, a.run)
     for t, ((token, *logprobs),) in enumerate(generate.on_host(steps)):
         fed = (*keys, *row.ids[:t])

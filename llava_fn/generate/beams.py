@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llava_fn.generate.sampling import Decoding, penalise
+from llava_fn.generate.types import DecodeState, Words
 
-if TYPE_CHECKING:
-    from llava_fn.generate.types import State, Words
-
+Step = Callable[[DecodeState, Tensor], DecodeState]  # each row one token further
 Found = tuple[tuple[int, ...], bool, float]  # ids, whether it ended by itself, score
 
 
@@ -71,7 +69,7 @@ def extend(
 
 @torch.no_grad()
 def search(
-    logits: Callable[[State], Tensor], step: Callable[[State, Tensor], State], state: State, d: Decoding, words: Words
+    logits: Callable[[DecodeState], Tensor], step: Step, state: DecodeState, d: Decoding, words: Words
 ) -> list[list[Found]]:
     """The `d.beams` best of each row, best first."""
     b, k = len(state.hidden), d.beams

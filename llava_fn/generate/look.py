@@ -35,9 +35,7 @@ from llava_fn.kernels import Segments, attention
 
 
 @torch.no_grad()
-def attention_maps(
-    p: TensorDict, x: Tensor, read: int, c: Llama, weights: llama.Weights = llama.as_kept
-) -> tuple[Tensor, Tensor]:
+def attention_maps(p: TensorDict, x: Tensor, read: int, c: Llama) -> tuple[Tensor, Tensor]:
     """`llama.decode` of one sequence and the attention of its last `read` positions, which it reads.
 
     x: t d -> r d and f32[l, n, r, t]: for each block and query head, how much position j of the r takes from each of
@@ -52,7 +50,7 @@ def attention_maps(
             maps.append(probabilities(q[-read:], k))
             return attention(q, k, v, segments, causal=True)
 
-        return llama.block_with(weights(p), x, turn, rows, attend, *rest)
+        return llama.block_with(p, x, turn, rows, attend, *rest)
 
     hidden = llama.decode(p, x, Stream.of([len(x)], [read]).to(x.device), c, blocks=scan(block))
     return hidden, torch.stack(maps)
@@ -104,7 +102,7 @@ def look(a: Assistant, chat: Chat, ids: Sequence[int]) -> Look:
     asked, _ = assistant.prompt(a, chat, Decoding(tokens=len(ids)))
     whole = Prompt((*asked.ids, *ids[:-1]), asked.feats)  # the last token is chosen, and looks at nothing itself
     x = generate.embed(a.params, [whole], a.run)
-    _, maps = attention_maps(a.params["llama"], x, len(ids), a.model.llama, a.run.weights)
+    _, maps = attention_maps(a.params["llama"], x, len(ids), a.model.llama)
     means = [maps[:, :, start:end].mean(2) for _, start, end in spans]
     at = (torch.tensor(whole.ids) == IMAGE).nonzero()[:, 0].view(len(chat.pictures), -1)
     return Look(tuple(word for word, _, _ in spans), torch.stack(means).cpu(), at)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from llava_fn import llama
 from llava_fn.cache import Cache
 from llava_fn.data.text import Tokenizer
 from llava_fn.generate.sampling import Decoding
+from llava_fn.parallel.collectives import TP
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,24 @@ class Words:
 
 
 @dataclass(frozen=True)
-class State:
+class Decoder:
+    """How the decoder runs. tp: ranks that share it. step: `llama.decode_step`, or a form that computes the same."""
+
+    tp: TP = TP()
+    step: Callable = llama.decode_step
+
+
+@dataclass(frozen=True)
+class DecodeState:
     """b rows of text, each as far as it has come. hidden predicts its next token."""
 
     hidden: Tensor  # f[b, d]
     cache: Cache
     seen: Tensor  # bool[b, v]: tokens that the row holds
 
-    def repeat(self, n: int) -> State:
+    def repeat(self, n: int) -> DecodeState:
         """n copies of each row, one after another."""
-        return State(self.hidden.repeat_interleave(n, 0), self.cache.repeat(n), self.seen.repeat_interleave(n, 0))
+        return DecodeState(self.hidden.repeat_interleave(n, 0), self.cache.repeat(n), self.seen.repeat_interleave(n, 0))
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Row:
+class PartialAnswer:
     """One answer on the host as it grows."""
 
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     ended: bool = False
 
-    def grow(self, token: int, logprobs: Sequence[float], d: Decoding, words: Words) -> Row:
+    def grow(self, token: int, logprobs: Sequence[float], d: Decoding, words: Words) -> PartialAnswer:
         """With one more token, if it has not ended."""
         if self.ended:
             return self
         if token in words.ends:
             return replace(self, ended=True)
-        row = Row((*self.ids, token), (*self.logprobs, *logprobs))
+        row = PartialAnswer((*self.ids, token), (*self.logprobs, *logprobs))
         return replace(row, ended=words.spell(row.ids, d.stop))

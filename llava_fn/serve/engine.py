@@ -21,7 +21,7 @@ from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Assistant, Picture
 from llava_fn.generate.decode import ROOM
 from llava_fn.generate.sampling import Decoding, sample, uniforms
-from llava_fn.generate.types import Prompt, Row, State, Words
+from llava_fn.generate.types import DecodeState, PartialAnswer, Prompt, Words
 
 Name = tuple[str, int]  # of an answer: its request's, and which of its samples
 Key = int | str  # a token, or the picture's key at one of its positions
@@ -55,7 +55,7 @@ class Seat:
 
     job: Job
     uniform: Tensor
-    row: Row = Row()
+    row: PartialAnswer = PartialAnswer()
     steps: int = 0
     shown: str = ""
 
@@ -64,7 +64,7 @@ class Seat:
 class Desk:
     """b slots. state: of all of them. held: the keys that each row of the cache holds."""
 
-    state: State
+    state: DecodeState
     seats: tuple[Seat | None, ...]
     held: tuple[tuple[Key, ...], ...]
     feats: Mapping[str, Tensor]  # of the newest pictures, key -> f[p, d]
@@ -82,7 +82,7 @@ def empty(a: Assistant, slots: int) -> Desk:
     like = a.params["llama"]["embed"]
     cache = Cache.empty(a.model.llama, slots, a.context, like)
     seen = torch.zeros(slots, assistant.words(a).size, dtype=torch.bool, device=like.device)
-    state = State(like.new_zeros(slots, a.model.llama.width), cache, seen)
+    state = DecodeState(like.new_zeros(slots, a.model.llama.width), cache, seen)
     return Desk(state, (None,) * slots, ((),) * slots, {})
 
 
@@ -197,10 +197,10 @@ def _reach(cache: Cache, tokens: int) -> int:
     return cache.size if cache.k.device.type == "npu" else min(size, cache.size)
 
 
-def _rows(state: State, start: int, end: int) -> State:
+def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
     """A view of some slots: writing to it writes to the desk."""
     c = state.cache
-    return State(
+    return DecodeState(
         state.hidden[start:end],
         Cache(c.k[:, start:end], c.v[:, start:end], c.lengths[start:end]),
         state.seen[start:end],

@@ -367,7 +367,7 @@ def test_what_ends_an_answer_in_a_template_is_a_stop_text(a, template, end):
 def test_a_step_is_compiled_if_that_is_asked_for(a, weights, pictures):
     m = options.Model((weights / "vicuna_v1",), device="cpu", compile="eager")
     compiled, d = options.open_assistant(m), Decoding(tokens=3)
-    assert a.run.decode_step is llama.decode_step and compiled.run.decode_step is not llama.decode_step
+    assert a.run.step is llama.decode_step and compiled.run.step is not llama.decode_step
     chat = ask(Chat(), "What?", pictures[:1])
     assert last(reply(compiled, chat, d)).turns == last(reply(a, chat, d)).turns
     with pytest.raises(ValueError, match="compile=nothing is no backend of torch.compile; there are: .*inductor"):

@@ -22,7 +22,7 @@ from llava_fn.cache import Cache
 from llava_fn.generate import beams, sampling
 from llava_fn.generate import decode as generate
 from llava_fn.generate.sampling import Decoding
-from llava_fn.generate.types import Answer, Prompt, Words
+from llava_fn.generate.types import Answer, Decoder, Prompt, Words
 from llava_fn.weights.model import from_state_dict
 
 C = config.Llava(
@@ -107,7 +107,7 @@ def test_decoding_ends_when_every_row_has(params):
     calls = []
     (sample, *_), (free, *_) = samples(), [without_cache(params, s, -7, 12) for s in samples()]
     stop = free[5]
-    run = llava.Execution(decode_step=lambda *args: calls.append(1) or llama.decode_step(*args))
+    run = Decoder(step=lambda *args: calls.append(1) or llama.decode_step(*args))
     got = generate.generate(
         params, generate.prompts(params, [sample], C), Decoding(tokens=12), words(end=stop), C, run=run
     )
@@ -231,7 +231,7 @@ def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
         made.append({x.untyped_storage().data_ptr(): x.storage_offset() for x in inputs if isinstance(x, torch.Tensor)})
         return graph
 
-    _, after = llava.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
+    _, after = generate.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
     assert after.k is cache.k and after.v is cache.v and after.lengths.tolist() == [1, 1]
     assert bool(cache.k[1, :, 0].any()) and not cache.k[:, :, 1:].any()
     ((given),) = made
@@ -241,8 +241,8 @@ def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
 
 def test_compiled_decoding_gives_the_same_tokens(params):
     c, d = dataclasses.replace(C, llama=dataclasses.replace(C.llama, blocks=1)), Decoding(tokens=4)
-    many, run = prompts(params), llava.execution(backend="eager")
-    assert run.decode_step is not llama.decode_step
+    many, run = prompts(params), Decoder(step=generate.compiled_step("eager"))
+    assert run.step is not llama.decode_step
     want = generate.generate(params, many, d, words(), c)
     assert generate.generate(params, many, d, words(), c, run=run) == want
 

@@ -10,7 +10,7 @@ from rounding import same_but_rounded
 from test_infer import recipe
 from test_parity import CONFIGS, HF_IMAGE, hf_inputs, hf_llava, ours, sample
 
-from llava_fn import llama, llava, quantise
+from llava_fn import linear, llama
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
@@ -82,14 +82,14 @@ def test_a_word_looks_where_the_positions_look_that_choose_its_tokens(a, images)
 
 def test_the_model_that_is_looked_at_is_the_one_that_answers(a, images):
     chat = assistant.ask(Chat(), "What is it?", [assistant.picture(images[0], a)])
-    small = dataclasses.replace(a, params=quantise.quantise(a.params), run=quantise.execution(llava.Execution()))
+    small = dataclasses.replace(a, params=linear.quantise(a.params))
     for model in (a, small):
         feats = assistant.features(model, chat.pictures, {})
         with_feats = dataclasses.replace(chat, feats=feats)
         ((found,),) = assistant.answers(model, [with_feats], Decoding(tokens=5))
         asked, _ = assistant.prompt(model, with_feats, Decoding(tokens=5))
         x = generate.embed(model.params, [Prompt((*asked.ids, *found.ids[:-1]), asked.feats)])
-        hidden, _ = attention_maps(model.params["llama"], x, 5, model.model.llama, model.run.weights)
+        hidden, _ = attention_maps(model.params["llama"], x, 5, model.model.llama)
         assert tuple(llama.logits(model.params["llama"], hidden, model.model.llama).argmax(-1).tolist()) == found.ids
 
 

@@ -1,16 +1,16 @@
 """Decoder linears in int8: what is rounded, by how much, what is left alone, and that a model runs on them."""
 
-import dataclasses
+import weakref
 
 import pytest
 import torch
 
-from llava_fn import llama, llava, quantise, spec, tree
+from llava_fn import linear, llama, llava, spec, tree
 from llava_fn.batch import Stream, collate
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
 from llava_fn.generate.sampling import Decoding
-from llava_fn.generate.types import Words
+from llava_fn.generate.types import Decoder, Words
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
@@ -25,15 +25,20 @@ def params(lively):
 
 @pytest.fixture(scope="module")
 def small(params):
-    return quantise.quantise(params)
+    return linear.quantise(params)
+
+
+def whole(block):
+    """A block whose weights are all tensors, in the dtype of its norms."""
+    return type(block)({n: linear.whole(w, block["norm1"].dtype) for n, w in block.items()})
 
 
 def opened(small):
     """The parameters with every block made whole."""
     out = tree.cast(small.exclude("llama"), torch.float32)
-    blocks = {i: quantise.dequantise(b) for i, b in small["llama", "blocks"].items()}
-    whole = small["llama"].clone(recurse=False).update({"blocks": blocks})
-    return tree.merge(out, type(small)({"llama": whole}))
+    blocks = {i: whole(b) for i, b in small["llama", "blocks"].items()}
+    full = small["llama"].clone(recurse=False).update({"blocks": blocks})
+    return tree.merge(out, type(small)({"llama": full}))
 
 
 def test_only_the_linears_of_the_decoder_are_int8(params, small):
@@ -48,7 +53,7 @@ def test_only_the_linears_of_the_decoder_are_int8(params, small):
 def test_a_weight_moves_by_half_a_step_of_its_row_at_most(params, dtype):
     for name in LINEARS:
         w = params["llama", "blocks", "0", name].to(dtype)
-        q = quantise.to_int8(w, name)
+        q = linear.to_int8(w, name)
         assert q["int8"].shape == w.shape and q["scale"].shape == (len(w), 1) and q["scale"].dtype == torch.float32
         step = w.float().abs().amax(1, keepdim=True) / 127
         torch.testing.assert_close(q["scale"], step)
@@ -60,7 +65,7 @@ def test_weights_on_the_grid_come_back_to_the_bit_and_a_row_of_zeros_stays():
     w = torch.randint(-127, 128, (6, 9), generator=torch.Generator().manual_seed(0)) * 0.5 ** torch.arange(6)[:, None]
     w[:, 0] = -127 * 0.5 ** torch.arange(6)
     w[3] = 0
-    q = quantise.to_int8(w, "w")
+    q = linear.to_int8(w, "w")
     assert torch.equal(q["int8"] * q["scale"], w) and q["int8"].min() == -127
     assert q["scale"][3] == 1  # NaN would become an int8 of any value
 
@@ -70,43 +75,48 @@ def test_an_infinite_weight_is_refused_by_name(params, bad):
     broken = tree.rebuild(params, [x.clone() for x in tree.values(params)])
     broken["llama", "blocks", "1", "w_up"][2, 3] = bad
     with pytest.raises(ValueError, match="llama/blocks/1/w_up holds an infinite value or NaN"):
-        quantise.quantise(broken)
+        linear.quantise(broken)
 
 
 def test_parameters_without_a_decoder_are_refused(params):
     with pytest.raises(ValueError, match="have no decoder"):
-        quantise.quantise(tree.split(params, lambda path: path[0] != "llama")[0])
+        linear.quantise(tree.split(params, lambda path: path[0] != "llama")[0])
 
 
 def test_the_model_runs_as_with_the_weights_that_int8_stands_for(params, small, samples, tiny):
-    batch, run = collate(samples[:4]), quantise.execution()
-    whole = llava.nll(opened(small), batch, tiny)
-    torch.testing.assert_close(llava.nll(small, batch, tiny, run), whole, rtol=0, atol=0)
-    assert not torch.equal(whole, llava.nll(params, batch, tiny))
+    batch = collate(samples[:4])
+    want = llava.nll(opened(small), batch, tiny)
+    torch.testing.assert_close(llava.nll(small, batch, tiny), want, rtol=0, atol=0)
+    assert not torch.equal(want, llava.nll(params, batch, tiny))
     d, words = Decoding(tokens=8, logprobs=True), Words(tiny.llama.vocab, (-7,), str)
     questions = generate.prompts(params, samples[:4], tiny)
-    said = generate.generate(small, questions, d, words, tiny, run=run)
+    said = generate.generate(small, questions, d, words, tiny)
     assert said == generate.generate(opened(small), questions, d, words, tiny)
 
 
 @pytest.mark.slow
 def test_compiled_decoding_makes_the_weights_whole_in_its_graph(params, small, samples, tiny):
-    d, words, run = Decoding(tokens=8), Words(tiny.llama.vocab, (-7,), str), quantise.execution()
+    d, words = Decoding(tokens=8), Words(tiny.llama.vocab, (-7,), str)
     questions = generate.prompts(params, samples[:4], tiny)
     said, want = (
         generate.generate(small, questions, d, words, tiny, run=r)
-        for r in (dataclasses.replace(run, decode_step=llava.execution(backend="eager").decode_step), run)
+        for r in (Decoder(step=generate.compiled_step("eager")), Decoder())
     )
     assert said == want
 
 
-def test_one_block_at_a_time_is_whole(small, tiny, monkeypatch):
-    alive, dequantise = [], quantise.dequantise
-    monkeypatch.setattr(quantise, "dequantise", lambda p: alive.append(p) or dequantise(p))
-    run = quantise.execution()
+def test_one_weight_at_a_time_is_whole(small, tiny, monkeypatch):
+    alive, whole = [], linear.whole
+
+    def seen(w, dtype):
+        assert sum(ref() is not None for ref in alive) <= (len(alive) % 7 == 5)  # but for the gate beside the up
+        alive.append(weakref.ref(x := whole(w, dtype)))
+        return x
+
+    monkeypatch.setattr(linear, "whole", seen)
     ids = torch.tensor([3, 4, 5])
-    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([3]), tiny.llama, blocks=run.llama_blocks)
-    assert [p is small["llama", "blocks", i] for p, i in zip(alive, ("0", "1"), strict=True)] == [True, True]
+    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([3]), tiny.llama)
+    assert len(alive) == 2 * 7
 
 
 def test_an_assistant_moves_leaves_one_by_one_into_the_dtype_asked_for(weights):
@@ -117,7 +127,7 @@ def test_an_assistant_moves_leaves_one_by_one_into_the_dtype_asked_for(weights):
     kinds = {path[-1]: x.dtype for path, x in zip(tree.paths(a.params), tree.values(a.params), strict=True)}
     assert kinds.pop("int8") == torch.int8 and kinds.pop("scale") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
-    block = quantise.dequantise(a.params["llama", "blocks", "0"])
+    block = whole(a.params["llama", "blocks", "0"])
     assert {x.dtype for x in block.values()} == {torch.bfloat16}
     assert {n: x.shape for n, x in block.items()} == {
         path[0]: param.shape for path, param in spec.leaves(llama.spec(a.model.llama)["blocks"]["0"])

@@ -16,14 +16,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_infer import ENV, ROOT, infer
 
-from llava_fn import config, llama, llava, quantise, spec, tree
+from llava_fn import config, linear, llama, llava, spec, tree
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat, Place, ask, picture
 from llava_fn.generate.sampling import Decoding
-from llava_fn.generate.types import Words
+from llava_fn.generate.types import Decoder, Words
 from llava_fn.launch import processes
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
@@ -73,10 +73,10 @@ def share(p, c, mesh):
 
 def say(model, mesh, int8, layouts, d, seeds=None):
     c = MODELS[model]
-    p, run = share(random(c), c, mesh), llava.Execution(tp=TP(mesh.tp, sequence=False))
+    p, run = share(random(c), c, mesh), Decoder(TP(mesh.tp, sequence=False))
     if int8:
-        p, run = quantise.quantise(p, axis=mesh.tp), quantise.execution(run)
-    many = generate.prompts(p, samples(layouts), c, run)
+        p = linear.quantise(p, axis=mesh.tp)
+    many = generate.prompts(p, samples(layouts), c)
     return generate.generate(p, many, d, Words(c.llama.vocab, (5,), str), c, seeds, run)
 
 
@@ -126,8 +126,8 @@ def everything(mesh, weights, picture_path):
 
 
 def tree_of_int8(mesh):
-    p = quantise.quantise(share(random(C), C, mesh), axis=mesh.tp)["llama", "blocks", "0"]
-    return {(n, part): p[n, part] for n in quantise.COLUMN + quantise.ROW for part in ("int8", "scale")}
+    p = linear.quantise(share(random(C), C, mesh), axis=mesh.tp)["llama", "blocks", "0"]
+    return {(n, part): p[n, part] for n in linear.COLUMN + linear.ROW for part in ("int8", "scale")}
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_all_roles_meet_in_every_collective(changes, micro):
 def test_a_rank_without_images_that_leaves_the_tower_out_is_found(monkeypatch):
     """What execution(images=...) prevents, where the tower's blocks are gathered in them."""
     execution = llava.execution
-    monkeypatch.setattr(llava, "execution", lambda *args: replace(execution(*args), images=0))
+    monkeypatch.setattr(llava, "execution", lambda *args: replace(execution(*args), min_images=0))
     report = plan.plan(replace(SMALL, **parallel(4, zero=3), train="all", recompute=True), C)
     assert not report.fits and "dp 0 tp 0 waits in its" in report.order and "dp 3 tp 0" in report.order
 
