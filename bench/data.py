@@ -19,9 +19,10 @@ import tyro
 from PIL import Image
 
 from llava_fn import config
-from llava_fn.data import emoji, text
+from llava_fn.data import emoji
 from llava_fn.data import records as data
 from llava_fn.data.options import Data, Source
+from llava_fn.data.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def main(c: Bench) -> None:
         source = write(folder, c)
         how = Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
         vision = config.LLAVA_7B.vision
-        tokenizer = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
+        tokenizer = read_tokenizer(emoji.unpack(folder / "emoji") / "tokenizer.model")
         prepare = data.preparation(tokenizer, vision.image, vision.patches, how)
         records = data.read(source)
         began = time.process_time()

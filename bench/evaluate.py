@@ -31,7 +31,8 @@ from PIL import Image
 from step import MODELS
 
 from llava_fn import llava, spec, tree
-from llava_fn.data import emoji, text
+from llava_fn.data import emoji
+from llava_fn.data.tokenizer import read_tokenizer
 from llava_fn.evaluate import prompts, run, tally, tsv
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.records import Dataset, Prediction, Question
@@ -130,7 +131,7 @@ def pages(c: Bench) -> Iterator[bytes]:
 def assistant(folder: Path, c: Bench) -> Assistant:
     """Random weights."""
     model, device = MODELS[c.model], pick_device(c.device)
-    words = text.Tokenizer.load(emoji.unpack(folder / "emoji") / "tokenizer.model")
+    words = read_tokenizer(emoji.unpack(folder / "emoji") / "tokenizer.model")
     params = spec.init(llava.spec(model), 0)
     params = tree.rebuild(params, [x.to(device, getattr(torch, c.dtype)) for x in tree.values(params)])
     return Assistant(params, model, words, Form("llava_v1", "pad"), "llava_v1")

@@ -35,7 +35,7 @@ from llava_fn.cache import Cache
 from llava_fn.data import emoji
 from llava_fn.data import records as data
 from llava_fn.data.options import Source
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.generate import assistant
 from llava_fn.kernels.check import show
 from llava_fn.weights import model
@@ -92,7 +92,7 @@ def captions(folder: Path) -> dict:
     source = assistant.opened([folder])
     c, p = model.config(source), tree.cast(model.load(source), torch.float32)
     how = data.Preparation(
-        Tokenizer.from_bytes(source.tokenizer), source.template, source.compat, source.image_mode, c.vision.image,
+        open_tokenizer(source.tokenizer), source.template, source.compat, source.image_mode, c.vision.image,
         c.vision.patches, 2048,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:

@@ -23,7 +23,7 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn.data import text
+from llava_fn.data.templates import template_of
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Chat, Picture
@@ -52,14 +52,14 @@ class Session:
 def add_image(a: Assistant, s: Session, path: str) -> Session:
     """With a picture more. A model that writes captions takes one, so there it begins a new conversation."""
     shot = assistant.picture(Path(path), a)
-    if text.template_of(a.form.template).caption:
+    if template_of(a.form.template).caption:
         return Session(replace(s.chat, turns=(), pictures=()), (shot,), (path,))
     return replace(s, waiting=(*s.waiting, shot), names=(*s.names, path))
 
 
 def question(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
     """Ask, print the answer as it comes, and keep what was said, after Ctrl-C too."""
-    if text.template_of(a.form.template).caption and not s.waiting:
+    if template_of(a.form.template).caption and not s.waiting:
         raise BadRecord("this model writes a caption for an image; /image PATH gives it one")
     chat = assistant.ask(s.chat, line, s.waiting)
     try:

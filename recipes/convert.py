@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import read_tokenizer
 from llava_fn.launch import cli
 from llava_fn.runs.progress import Bytes
 from llava_fn.weights import export, mindspeed, model
@@ -95,7 +95,7 @@ def read(c: Convert) -> tuple[Weights, mindspeed.Moved | None]:
     words = c.tokenizer or (moved and moved.tokenizer)
     if words and (c.tokenizer or source.tokenizer is None):
         words = words / "tokenizer.model" if words.is_dir() else words
-        source = dataclasses.replace(source, tokenizer=Tokenizer.load(words).model)
+        source = dataclasses.replace(source, tokenizer=read_tokenizer(words).model)
     return dataclasses.replace(
         source,
         image_mode=c.image_mode or (moved and moved.image_mode) or source.image_mode,

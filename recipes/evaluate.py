@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.evaluate import folder, prompts, results, run, score, tally, tsv
 from llava_fn.evaluate.folder import Manifest, Settings
 from llava_fn.evaluate.records import Kind
@@ -281,7 +281,7 @@ def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
     """Print some prompts and how long all are; of the weights only the config and the tokenizer are used."""
     source = assistant.opened(c.model.weights)
     s, patches = settings(c, source, ""), model.config(source).vision.patches
-    tokenizer = Tokenizer.from_bytes(source.tokenizer)
+    tokenizer = open_tokenizer(source.tokenizer)
     for table in tables:
         cut = run.parts(table, s)
         asked = run.ask(table, s, cut, tokenizer, patches)

@@ -15,9 +15,10 @@ import tyro
 from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
 
 from llava_fn import config
-from llava_fn.data import emoji, text
+from llava_fn.data import emoji
 from llava_fn.data import records as data
 from llava_fn.data.options import Data, Source
+from llava_fn.data.tokenizer import read_tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.launch import cli
 from llava_fn.runs.progress import Progress
@@ -54,7 +55,7 @@ class Check:
 
 def results(records: list[data.Record], c: Validate) -> Iterator[tuple[int, int, str]]:
     """The figures of every record, in order, with progress on the way."""
-    how = data.preparation(text.Tokenizer.load(c.tokenizer), c.vision.image, c.vision.patches, c.data)
+    how = data.preparation(read_tokenizer(c.tokenizer), c.vision.image, c.vision.patches, c.data)
     chunks = IterableWrapper(iter([records[i : i + 64] for i in range(0, len(records), 64)]))
     node = ParallelMapper(chunks, Check(how), c.data.workers, method="process", multiprocessing_context="forkserver")
     done = 0

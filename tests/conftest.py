@@ -14,7 +14,7 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.data import emoji
 from llava_fn.data import records as data
 from llava_fn.data.options import Source
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import open_tokenizer
 
 hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
@@ -37,7 +37,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer(zipfile.ZipFile(io.BytesIO(CONTENT)).read("tokenizer.model"))
+    return open_tokenizer(zipfile.ZipFile(io.BytesIO(CONTENT)).read("tokenizer.model"))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from llava_fn.config import Vision
 from llava_fn.errors import BadRecord
 
-FILL = tuple(int(255 * mean) for mean in Vision.mean)
+_RED, _GREEN, _BLUE = Vision.mean
+FILL = (int(255 * _RED), int(255 * _GREEN), int(255 * _BLUE))
 """The mean colour, (122, 116, 104): what LLaVA pads with (mm_utils.py expand2square)."""
 
 MAX_PIXELS = 89_478_485
@@ -129,8 +130,8 @@ def _check_header(img: Image.Image, name: str, max_pixels: int) -> None:
         raise BadRecord(f"{name}: {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; scale it")
     if img.format != "MPO" and getattr(img, "is_animated", False):
         raise BadRecord(
-            f"{name}: {img.format} with {img.n_frames} frames or pages, of which only one could be used; "
-            "save the one that is meant as a file of its own"
+            f"{name}: {img.format} with {getattr(img, 'n_frames', 'several')} frames or pages, of which only one could "
+            "be used; save the one that is meant as a file of its own"
         )
 
 

@@ -27,6 +27,8 @@ from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Pre
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.data import image, text
 from llava_fn.data.options import Data, Source
+from llava_fn.data.templates import template_of
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
 
 
@@ -55,7 +57,7 @@ class Record:
 class Preparation:
     """All that turns a record into a sample; picklable, since workers hold it."""
 
-    tokenizer: text.Tokenizer
+    tokenizer: Tokenizer
     template: str
     compat: str | None
     image_mode: str
@@ -64,7 +66,7 @@ class Preparation:
     max_tokens: int
 
 
-def preparation(tokenizer: text.Tokenizer, image: int, patches: int, data: Data) -> Preparation:
+def preparation(tokenizer: Tokenizer, image: int, patches: int, data: Data) -> Preparation:
     """How `data` wants its records prepared for a tower that sees `image` pixels per side as `patches` tokens."""
     return Preparation(tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens)
 
@@ -131,7 +133,7 @@ def encode(record: Record, how: Preparation) -> text.Encoded:
     """Tokens and targets with each image's positions in place. BadRecord, with the record's name, if it is unusable."""
     try:
         turns = text.turns_of(record.value)
-        once = text.encode(turns, text.template_of(how.template), how.tokenizer, how.compat)
+        once = text.encode(turns, template_of(how.template), how.tokenizer, how.compat)
         ids, supervised = [], []
         for token, target in zip(once.ids, once.supervised, strict=True):
             times = how.patches if token == IMAGE else 1

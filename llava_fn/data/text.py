@@ -1,7 +1,7 @@
-"""Text: the tokenizer, the conversation templates, and the targets of a conversation.
+"""A conversation as token ids, and which of them are targets.
 
-The tokenizer is sentencepiece itself, on the `tokenizer.model` of the Llama family. A conversation becomes token ids
-span by span, so that which tokens are targets is known by construction and nothing is ever tokenized twice.
+A conversation becomes token ids span by span, so that which tokens are targets is known by construction and nothing is
+ever tokenized twice.
 
 How a conversation is encoded (`compat=None`):
 - A prompt is cut at its images. Each piece begins with a space (the "dummy prefix" of sentencepiece), as the prompt
@@ -10,261 +10,34 @@ How a conversation is encoded (`compat=None`):
 - Only the template makes control tokens: "</s>" in anybody's text is spelled in ordinary pieces.
 - "<image>" in a question is one `IMAGE`, where it stands, however many there are; in an answer it is text.
 
-`compat` names one history of LLaVA's tokenizer and gives its ids: there "<s>" and "</s>" inside a text are control
+`compat` names one version of LLaVA's tokenization and gives its ids: there "<s>" and "</s>" inside a text are control
 tokens, and the text after a control token
 - "llava_437": has nothing in front (transformers >= 4.34, legacy=False: LLaVA's last pin, what users run);
 - "llava_431": loses the space of its first piece as a string (transformers 4.31, legacy=False: LLaVA-1.5's training);
 - "legacy": has a space in front (legacy=True).
 "hf" gives the ids of transformers' own LLaVA (legacy=False, "<image>" one token): nothing is put in front of the text
-after an image either, which is one token less an image. Where spaces stand in a row its ids can differ from these.
+after an image either, which is one token less an image. Where several spaces stand in a row its ids can differ.
 A record without control tokens in its texts has the same ids in the default mode and in "llava_437".
 The ids are LLaVA's for vocabularies in which a space only begins a piece, such as Llama's and Mistral's.
 Differs: chatml templates after the first answer, where "<|im_end|>" is no piece of its own. There LLaVA's ids run over
 the end of an answer ("><" is one piece), and its trainer zeroed every such record; here the answer's span ends.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from os import PathLike
-from pathlib import Path
-from types import MappingProxyType
+from __future__ import annotations
 
-import sentencepiece
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from llava_fn.batch import IMAGE
+from llava_fn.data.templates import MARK, SPECIAL, Template
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
 
-MARK = "<image>"
 COMPAT = ("llava_437", "llava_431", "legacy", "hf")
 ROLES = ("human", "gpt")  # as the records call them
 
-_SPECIAL = re.compile("(<image>|</?s>)")
-_SPACE = "\u2581"  # how sentencepiece writes a space
-# The protobuf message ModelProto{normalizer_spec{add_dummy_prefix: false}}. Protobuf merges concatenated messages, so
-# these bytes behind a model switch its dummy prefix off.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
 Turns = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A sentencepiece model, held as the bytes of its file; it pickles as those bytes.
-
-    Raises ValueError if the bytes are no such model, or if it has no BOS, EOS or byte fallback, or drops spaces.
-    """
-
-    model: bytes = field(repr=False)
-    _processor: sentencepiece.SentencePieceProcessor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=self.model + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
-            raise ValueError(
-                f"not a sentencepiece model (it begins with {self.model[:24]!r}). Give the tokenizer.model file of the"
-                " checkpoint; tokenizer.json, tiktoken files and git-lfs pointers are something else"
-            ) from error
-        _check_model(processor)
-        object.__setattr__(self, "_processor", processor)
-
-    def __reduce__(self):
-        return Tokenizer, (self.model,)
-
-    @classmethod
-    def from_bytes(cls, model: bytes) -> "Tokenizer":
-        """The tokenizer whose `tokenizer.model` file holds these bytes (`.model` gives them back)."""
-        return cls(bytes(model))
-
-    @classmethod
-    def load(cls, path: str | PathLike) -> "Tokenizer":
-        """The tokenizer in the file `path`; ValueError names the file if it cannot be used."""
-        try:
-            return cls(Path(path).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; every id is below it."""
-        return self._processor.vocab_size()
-
-    @property
-    def bos(self) -> int:
-        """Id of the token that begins a sequence."""
-        return self._processor.bos_id()
-
-    @property
-    def eos(self) -> int:
-        """Id of the token that ends an answer."""
-        return self._processor.eos_id()
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text` exactly as given: no BOS, no space in front, never a control token.
-
-        Raises BadRecord for text that is not valid Unicode.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord(f"text is not valid Unicode ({error}); repair it where it was written") from error
-        return self._processor.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without control tokens and without one leading space, the one that begins a span.
-
-        Raises ValueError for an id outside the vocabulary, such as `IMAGE`.
-        """
-        for i, token in enumerate(ids):
-            if not 0 <= token < self.vocab_size:
-                what = "stands for an image" if token == IMAGE else f"is outside the vocabulary of {self.vocab_size}"
-                raise ValueError(f"cannot decode: id {token} at position {i} {what}; decode the text around it")
-        return self._processor.decode([int(token) for token in ids]).removeprefix(" ")
-
-    def encode_stripped(self, text: str) -> list[int]:
-        """The ids of `text` where it follows a control token in transformers 4.31 with legacy=False.
-
-        There a space is put in front, and taken off the first piece again as a string, unless `text` begins with a
-        space itself. What is left of the piece may be no piece: the unknown token.
-        """
-        ids = self.encode(" " + text)
-        if text.startswith((" ", _SPACE)):
-            return ids
-        first = self._processor.id_to_piece(ids[0])[1:]
-        return ([self._processor.piece_to_id(first)] if first else []) + ids[1:]
-
-
-def _check_model(processor) -> None:
-    if processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise ValueError("the sentencepiece model has no BOS or no EOS token, which every template needs")
-    if processor.unk_id() in processor.encode("\U0010ffff"):
-        raise ValueError("the sentencepiece model has no byte fallback: it would replace characters that it lacks")
-    if processor.decode(processor.encode(" a  b ")) != " a  b ":
-        raise ValueError("the sentencepiece model drops or merges spaces; a model of the Llama family keeps them")
-
-
-@dataclass(frozen=True)
-class Template:
-    """The fixed text around the turns: `first` q `reply` `lead` a `end`, then `next` q `reply` `lead` a `end`, ...
-
-    "<s>" and "</s>" in these fields are control tokens. `lead` and `end` belong to the answer and are targets with it.
-    reserved: strings at which LLaVA cuts a conversation again to find the answers, so no answer may hold them.
-    image: how one image of a question is written.
-    caption: alignment pairs; the question is replaced by the image alone.
-    around: what stands around a system prompt in `first`, if there is a place for one.
-    """
-
-    first: str
-    next: str
-    reply: str
-    lead: str
-    end: str
-    reserved: tuple[str, ...]
-    image: str = MARK
-    caption: bool = False
-    around: tuple[str, str] | None = None
-
-    def with_system(self, system: str) -> "Template":
-        """The same template with another system prompt; without one where it is empty.
-
-        Raises BadRecord if there is no place for one, or if it holds an image or a control token.
-        """
-        if self.around is None:
-            raise BadRecord("the template of this model has no place for a system prompt; put it into the question")
-        held = _SPECIAL.search(system)
-        if held:
-            raise BadRecord(f"the system prompt holds {held[0]!r}; reword it, and put images into a question")
-        before, after = self.around
-        return replace(self, first=f"{before}{system}{after}" if system else self.next.removeprefix("<s>"))
-
-
-def _roles(system: str, image: str = MARK) -> Template:
-    """SeparatorStyle.TWO of LLaVA conversation.py."""
-    reserved = (" ASSISTANT: ", "</s>")
-    around = ("", " USER: ")
-    return Template(system.join(around), "USER: ", " ASSISTANT:", " ", "</s>", reserved, image, around=around)
-
-
-def _hashes(system: str, image: str = MARK) -> Template:
-    """SeparatorStyle.SINGLE."""
-    around = ("", "###Human: ")
-    return Template(system.join(around), "Human: ", "###Assistant:", " ", "###", ("###",), image, around=around)
-
-
-def _inst(system: str, bos: str) -> Template:
-    """SeparatorStyle.LLAMA_2; LLaVA strips the `bos` of the first turn, because the tokenizer adds one."""
-    around = ("[INST] <<SYS>>\n", "\n<</SYS>>\n\n") if system else None
-    first = system.join(around) if around else "[INST] "
-    return Template(first, f"{bos}[INST] ", " [/INST]", " ", " </s>", ("[/INST] ", "</s>"), around=around)
-
-
-def _chatml(system: str) -> Template:
-    """SeparatorStyle.MPT; its marks are control tokens only of a vocabulary that has them, else ordinary text."""
-    user, reply, end = "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
-    around = ("<|im_start|>system\n", end + user)
-    return Template(system.join(around), user, reply, "", end, (end,), around=around)
-
-
-_PLAIN = Template("", "", "", "", "\n", (), caption=True)
-_CURIOUS_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_CURIOUS_HUMAN = _CURIOUS_USER.replace("user", "human")
-_VISION = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-_SAFE = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
-    "not correct. If you don't know the answer to a question, please don't share false information."
-)
-# No space after "natural language.": so it was trained.
-_TAGS = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
-    "visual content that the user provides, and assist the user with a variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
-)
-_TAGGED = f"<Image>{MARK}</Image>"
-
-# Each is named as in LLaVA conversation.py, but for "hf", the prompt of transformers' documentation. LLaVA's trainer
-# wrote the two "v0" layouts differently ("### Human: "); here they are as it served them.
-TEMPLATES: Mapping[str, Template] = MappingProxyType({
-    "plain": _PLAIN,
-    "v0_plain": _PLAIN,
-    "vicuna_v1": _roles(_CURIOUS_USER),
-    "v1": _roles(_CURIOUS_USER),
-    "llava_v1": _roles(_CURIOUS_HUMAN),
-    "hf": Template(
-        "USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>"), around=("", " USER: ")
-    ),
-    "v1_mmtag": _roles(_TAGS, _TAGGED),
-    "llava_v0": _hashes(_CURIOUS_HUMAN),
-    "v0_mmtag": _hashes(_TAGS, _TAGGED),
-    "llama_2": _inst(_SAFE, "<s>"),
-    "llava_llama_2": _inst(_VISION, "<s>"),
-    "mistral_instruct": _inst("", ""),
-    "chatml_direct": _chatml("Answer the questions."),
-    "mistral_direct": _chatml("Answer the questions."),
-    "mpt": _chatml(
-        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-    ),
-})
-
-
-def template_of(name: str) -> Template:
-    """The template called `name`; ValueError lists the names if there is none.
-
-    Differs: LLaVA falls back to vicuna_v1.
-    """
-    if name not in TEMPLATES:
-        raise ValueError(f"no conversation template {name!r}; there are: {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name]
 
 
 @dataclass(frozen=True)
@@ -399,7 +172,7 @@ def _atoms(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) -> 
     """Each part cut into text and single tokens, with its mark; nothing is empty."""
     control = {"<s>": tokenizer.bos, "</s>": tokenizer.eos}
     for part in parts:
-        for text in filter(None, _SPECIAL.split(part.text)):
+        for text in filter(None, SPECIAL.split(part.text)):
             if text == MARK and not part.supervised:
                 yield IMAGE, False
             elif text in control and (part.ours or compat is not None):
@@ -413,10 +186,11 @@ def _tokenize(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) 
         raise ValueError(f"no compat {compat!r}; there are: None, {', '.join(COMPAT)}")
     ids, supervised = [tokenizer.bos], [False]
     after = "start"
-    for (is_text, target), group in groupby(_atoms(parts, tokenizer, compat), lambda a: (isinstance(a[0], str), a[1])):
+    for (_, target), group in groupby(_atoms(parts, tokenizer, compat), lambda a: (isinstance(a[0], str), a[1])):
         atoms = [atom for atom, _ in group]
-        new = _encode_after(after, "".join(atoms), tokenizer, compat) if is_text else atoms
-        after = "text" if is_text else "image" if atoms[-1] == IMAGE else "control"
+        words, tokens = "".join(a for a in atoms if isinstance(a, str)), [a for a in atoms if isinstance(a, int)]
+        new = tokens or _encode_after(after, words, tokenizer, compat)
+        after = "text" if not tokens else "image" if tokens[-1] == IMAGE else "control"
         ids += new
         supervised += [target] * len(new)
     return Encoded(ids, supervised)

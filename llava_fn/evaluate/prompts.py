@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_fn.data import text
-from llava_fn.data.text import MARK
+from llava_fn.data.templates import MARK, template_of
 from llava_fn.evaluate.records import Kind, Question
 from llava_fn.generate.assistant import Form
 
@@ -52,7 +51,7 @@ def style(name: Name, own: Form) -> Style:
         return Style(name, Form("llava_v1", "pad"), (" ", " "), " ")
     if name == "llava":
         return Style(name, Form("vicuna_v1", "pad"))
-    template = text.template_of(own.template)
+    template = template_of(own.template)
     if template.caption:
         raise ValueError(f"--template own: these weights know only captions ({own.template}); use vlmevalkit or llava")
     before, behind = template.image.split(MARK)
@@ -71,7 +70,7 @@ def question_text(q: Question, kind: Kind) -> str:
 
 def parts(s: Style, asked: str, images: int) -> Parts:
     """The prompt of a text with so many images in front, cut at them."""
-    template = text.template_of(s.form.template)
+    template = template_of(s.form.template)
     before, behind = s.around
     between = [x for _ in range(images - 1) for x in (behind + before, None)]
     end = asked + template.reply + s.tail

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_fn.batch import IMAGE
 from llava_fn.data import text
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.evaluate import folder, prompts
 from llava_fn.evaluate.folder import Settings

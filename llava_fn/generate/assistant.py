@@ -28,7 +28,8 @@ from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.data import image, text
-from llava_fn.data.text import MARK, Tokenizer
+from llava_fn.data.templates import MARK, template_of
+from llava_fn.data.tokenizer import Tokenizer, open_tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import decode as generate
 from llava_fn.generate.sampling import Decoding
@@ -43,7 +44,7 @@ KEPT = 256  # images whose features are kept for when they come again
 
 @dataclass(frozen=True)
 class Form:
-    """How questions and pictures reach the model. See text.py and image.py."""
+    """How questions and pictures reach the model. See templates.py and image.py."""
 
     template: str
     image_mode: str
@@ -117,7 +118,7 @@ def place(source: Weights, form: Form, to: Place, context: int = 4096) -> Assist
         params = linear.quantise(params, to.device, to.dtype, axis)
     else:
         params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
-    tokenizer = Tokenizer.from_bytes(source.tokenizer)
+    tokenizer = open_tokenizer(source.tokenizer)
     return Assistant(params, c, tokenizer, form, source.template or form.template, context, run)
 
 
@@ -129,13 +130,13 @@ def form_of(source: Weights, preset: str | None, template: str | None, image_mod
     form = replace(said, template=template or said.template, image_mode=image_mode or said.image_mode)
     if not form.template or not form.image_mode:
         raise ValueError(f"{source.where} does not say its template or its image mode; give them, or a preset")
-    text.template_of(form.template)
+    template_of(form.template)
     return form
 
 
 def warning(a: Assistant) -> str:
     """What a person should know of this model before they talk to it, or nothing."""
-    if not text.template_of(a.trained).caption:
+    if not template_of(a.trained).caption:
         return ""
     return (
         f"warning: these weights are of stage 1 (pre-training, template {a.trained!r}): they caption one image and "
@@ -219,7 +220,7 @@ def prompt(a: Assistant, chat: Chat, d: Decoding) -> tuple[Prompt, tuple[int | s
     chat: its features are there. Raises BadRecord for more or fewer marks than pictures, and for a prompt that leaves
     no room in the context for `d.tokens` more; nothing is ever cut.
     """
-    template = text.template_of(a.form.template)
+    template = template_of(a.form.template)
     if chat.system is not None:
         template = template.with_system(chat.system)
     ids = text.prompt(chat.turns, template, a.tokenizer, a.form.compat)
@@ -247,13 +248,13 @@ def laid_out(
 
 def words(a: Assistant) -> Words:
     """What ends an answer of this template besides EOS, where it is one token."""
-    end = a.tokenizer.encode(text.template_of(a.form.template).end)
+    end = a.tokenizer.encode(template_of(a.form.template).end)
     return Words.of(a.tokenizer, *(end if len(end) == 1 else ()))
 
 
 def stops(a: Assistant, d: Decoding) -> Decoding:
     """The options with the text that ends an answer of this template among the stop texts."""
-    end = text.template_of(a.form.template).end
+    end = template_of(a.form.template).end
     return d if "</s>" in end else replace(d, stop=(*d.stop, end))
 
 

@@ -23,7 +23,8 @@ from llava_fn import llama
 from llava_fn.batch import IMAGE, Stream
 from llava_fn.config import Llama
 from llava_fn.data import text
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.templates import template_of
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
@@ -123,7 +124,7 @@ def words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int, int]
 
 def answer_ids(a: Assistant, chat: Chat, answer: str) -> tuple[int, ...]:
     """The tokens of a given answer to the last question, as in training; without the one that ends it."""
-    template = text.template_of(a.form.template)
+    template = template_of(a.form.template)
     coded = text.encode((*chat.turns, ("gpt", answer)), template, a.tokenizer, a.form.compat)
     ids = coded.ids[len(text.prompt(chat.turns, template, a.tokenizer, a.form.compat)) :]
     ends = assistant.words(a).ends

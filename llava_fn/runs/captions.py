@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from llava_fn import llava
 from llava_fn.batch import Sample, collate
 from llava_fn.config import Llava
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate import decode as generate
 
 CHUNK = 64  # samples at a time

@@ -16,7 +16,7 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Checkpoint
 from llava_fn.config import STAGES, Llava, Parallel, Stage
 from llava_fn.data.records import Data, check_share
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.launch.processes import check_processes
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import trains
@@ -55,7 +55,7 @@ class Origin:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. ValueError if the vocabulary of the model is too small for its ids."""
-        words = Tokenizer.from_bytes(self.base.tokenizer) if self.base else Tokenizer.load(self.words)
+        words = open_tokenizer(self.base.tokenizer) if self.base else read_tokenizer(self.words)
         if words.vocab_size > self.model.llama.vocab:
             have, room = words.vocab_size, self.model.llama.vocab
             raise ValueError(f"the tokenizer has {have} pieces, but llama.vocab is only {room}")

@@ -27,8 +27,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_fn.data import text
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.templates import template_of
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import ask
@@ -88,7 +88,7 @@ async def health(s: Service, request: Request) -> Response:
 
 def _model(s: Service) -> dict:
     """OpenAI's fields, and what the chat page wants to know."""
-    caption = text.template_of(s.a.form.template).caption
+    caption = template_of(s.a.form.template).caption
     own = {"warning": assistant.warning(s.a), "caption": caption, "max_tokens": s.limits.tokens}
     return {"id": s.name, "object": "model", "created": s.began, "owned_by": "llava_fn"} | own
 

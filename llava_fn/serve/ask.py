@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llava_fn.data import image
-from llava_fn.data.text import MARK, template_of
+from llava_fn.data.templates import MARK, template_of
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Assistant, Chat, Picture

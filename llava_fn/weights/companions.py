@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.data.text import MARK, Template, Tokenizer, template_of
+from llava_fn.data.templates import MARK, Template, template_of
+from llava_fn.data.tokenizer import SentencePiece
 
 PAD = "<pad>"
 CONTEXT = 4096  # positions that Llama 2 was trained with
@@ -249,7 +250,7 @@ def _piece(message: bytes) -> tuple[str, float, int]:
 
 def _pieces(model: bytes, vocab: int) -> _Pieces:
     """What a tokenizer.model holds (sentencepiece_model.proto). ValueError if that is another number of pieces."""
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePiece(model)
     if tokenizer.vocab_size != vocab:
         raise ValueError(f"tokenizer.model has {tokenizer.vocab_size} pieces, but llama.vocab={vocab}; make them agree")
     top = list(_fields(model))

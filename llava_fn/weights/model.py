@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_fn import llama, projector, vit
 from llava_fn import spec as specs
 from llava_fn.config import Llava
-from llava_fn.data.text import Tokenizer
+from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import lora
 from llava_fn.weights.source import Weights, interpret
@@ -62,7 +62,7 @@ def _check_widths(source: Weights) -> None:
             if width is not None and width.width != side:
                 raise ValueError(f"{source.where}: the projector fits a {part} of width {side}, not {width.width}")
     if source.tokenizer is not None and source.llama is not None:
-        pieces = Tokenizer.from_bytes(source.tokenizer).vocab_size
+        pieces = open_tokenizer(source.tokenizer).vocab_size
         if pieces > source.llama.vocab:
             raise ValueError(f"{source.where}: the tokenizer has {pieces} pieces, the decoder {source.llama.vocab}")
 

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 from llava_fn.batch import IMAGE
 from llava_fn.data import text
-from llava_fn.data.text import TEMPLATES, Tokenizer, encode, images_of, prompt, render, template_of, turns_of
+from llava_fn.data.templates import TEMPLATES, template_of
+from llava_fn.data.text import encode, images_of, prompt, render, turns_of
+from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.errors import BadRecord
 
 GOLDEN = [("human", "<image>\nWhat is shown?"), ("gpt", "A dog."), ("human", "Why?"), ("gpt", "Because.")]
@@ -37,7 +39,7 @@ def stand_in_bytes() -> bytes:
     return (Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1").read_bytes()
 
 
-STAND_IN = Tokenizer.from_bytes(stand_in_bytes())
+STAND_IN = open_tokenizer(stand_in_bytes())
 
 
 def message(*fields: tuple[int, object]) -> bytes:
@@ -89,7 +91,7 @@ _intelligence=21082 _artificial=23116 _=29871 s=29879 .=29889 ,=29892 :=29901 '=
 @cache
 def llama() -> Tokenizer:
     rows = [row.rsplit("=", 1) for row in LLAMA_PIECES.split()]
-    return Tokenizer(model({int(i): piece.replace("_", SPACE) for piece, i in rows}, 32000))
+    return open_tokenizer(model({int(i): piece.replace("_", SPACE) for piece, i in rows}, 32000))
 
 
 def ints(row: str) -> list[int]:
@@ -514,7 +516,7 @@ def test_record_that_llava_would_spoil_is_refused(bad, reason):
 def test_tokenizer_loads_from_its_file_and_survives_pickling(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(STAND_IN.model)
-    loaded = Tokenizer.load(path)
+    loaded = read_tokenizer(path)
     copied = pickle.loads(pickle.dumps(loaded))
     assert loaded == copied == STAND_IN
     assert copied.encode("USER") == [11123]
@@ -529,7 +531,7 @@ def test_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path, conten
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.json: not a sentencepiece model.*tokenizer.model"):
-        Tokenizer.load(path)
+        read_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -537,9 +539,9 @@ def test_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path, conten
 )
 def test_model_that_would_lose_text_is_refused(broken, reason):
     letters = {259: "a", 260: "b", 261: SPACE}
-    assert Tokenizer(model(letters, 262)).encode("ab a") == [259, 260, 261, 259]
+    assert open_tokenizer(model(letters, 262)).encode("ab a") == [259, 260, 261, 259]
     with pytest.raises(ValueError, match=reason):
-        Tokenizer(model(letters, 262, **broken))
+        open_tokenizer(model(letters, 262, **broken))
 
 
 @pytest.mark.parametrize("bad, reason", [(IMAGE, "image"), (-1, "outside"), (32000, "outside the vocabulary of 32000")])

@@ -8,6 +8,7 @@ import tsvs
 
 from llava_fn.batch import IMAGE
 from llava_fn.data import text
+from llava_fn.data.templates import template_of
 from llava_fn.evaluate import prompts, tsv
 from llava_fn.evaluate.records import Question
 from llava_fn.generate.assistant import Form
@@ -104,7 +105,7 @@ def test_tokens_of_own_templates_are_those_of_a_conversation(tmp_path, tokenizer
         for j, q in enumerate(table.questions):
             marks = "<image>\n" * len(table.pictures[q.index])
             turns = [("human", marks + prompts.question_text(q, "mmmu"))]
-            want = text.prompt(turns, text.template_of(form.template), tokenizer, form.compat)
+            want = text.prompt(turns, template_of(form.template), tokenizer, form.compat)
             assert text.pieces(prompt(table, j, "own", form), tokenizer, form.compat) == want
 
 

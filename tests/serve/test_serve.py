@@ -28,7 +28,8 @@ import tyro
 from PIL import Image
 from serving import alone, serving
 
-from llava_fn.data.text import TEMPLATES, render
+from llava_fn.data.templates import TEMPLATES
+from llava_fn.data.text import render
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Chat, ask, picture

@@ -30,7 +30,9 @@ from transformers import (
 from llava_fn import vit
 from llava_fn.config import LLAVA_13B, Llama, Llava, Vision
 from llava_fn.data import image
-from llava_fn.data.text import TEMPLATES, Tokenizer, render
+from llava_fn.data.templates import TEMPLATES
+from llava_fn.data.text import render
+from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.weights import configs
 from llava_fn.weights.companions import OPEN_SYSTEM, image_mode_of, liuhaotian, llava_hf, padded
 from llava_fn.weights.model import from_state_dict
@@ -100,7 +102,7 @@ def tokenizers(tmp_path_factory, tokenizer):
     for c, model in ((SMALL, STAND_IN), (CONFIGS["tied"], tokenizer.model)):
         files = llava_hf(c, torch.float16, model, "pad", "vicuna_v1")
         where = written(files, tmp_path_factory.mktemp("tokenizer"))
-        pairs += [(kind.from_pretrained(where), Tokenizer(model)) for kind in (AutoTokenizer, LlamaTokenizer)]
+        pairs += [(kind.from_pretrained(where), open_tokenizer(model)) for kind in (AutoTokenizer, LlamaTokenizer)]
     return pairs
 
 
@@ -253,7 +255,7 @@ def test_runs_of_spaces_of_any_length_equal_sentencepiece(missing, tokenizers, t
         model = STAND_IN + piece(SPACE * 15, -1e9, 1)
         c = dataclasses.replace(SMALL, llama=dataclasses.replace(SMALL.llama, vocab=32001))
         written(llava_hf(c, torch.float16, model, "pad", "vicuna_v1"), tmp_path)
-        theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(model)
+        theirs, ours = AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(model)
     for n in range(100):
         for text in ("x" + " " * n, "x" + " " * n + "y", "\n" + " " * n + "\n" + " " * (100 - n)):
             assert theirs(text).input_ids == [1] + ours.encode(" " + text)
@@ -264,7 +266,7 @@ def test_text_that_spells_the_name_of_a_byte_is_not_that_byte(tmp_path):
     c = dataclasses.replace(SMALL, llama=dataclasses.replace(SMALL.llama, vocab=32004))
     written(llava_hf(c, torch.float16, model, "pad", "vicuna_v1"), tmp_path)
     ids = AutoTokenizer.from_pretrained(tmp_path)("x<0x0A>").input_ids
-    assert ids == [1, *Tokenizer(model).encode(" x<0x0A>")] and ids[-2:] == [32002, 32003]
+    assert ids == [1, *open_tokenizer(model).encode(" x<0x0A>")] and ids[-2:] == [32002, 32003]
 
 
 def test_added_tokens_are_single_special_tokens_with_nothing_put_in_front_of_what_follows(tokenizers):
@@ -302,7 +304,7 @@ def test_processor_gives_our_pixels_and_an_image_token_for_each_patch(processor,
     picture = Image.fromarray(noise.to(torch.uint8).numpy())
     out = processor(images=picture, text="USER: <image>\nWhat is shown? ASSISTANT:", return_tensors="pt")
     assert torch.equal(out["pixel_values"], vit.normalise(image.to_pixels(picture, SMALL.vision.image, mode)[None]))
-    ours = Tokenizer(STAND_IN)
+    ours = open_tokenizer(STAND_IN)
     question = ours.encode("\nWhat is shown? ASSISTANT:")
     want = [1, *ours.encode(" USER: "), *[32000] * SMALL.vision.patches, *question]
     assert out["input_ids"][0].tolist() == want and out["attention_mask"].all()
@@ -524,7 +526,7 @@ def test_unknown_template_is_refused():
 )
 def test_a_tokenizer_that_tokenizer_json_could_not_express_is_refused_there_only(model, reason):
     model = model()
-    c = dataclasses.replace(SMALL, llama=dataclasses.replace(SMALL.llama, vocab=Tokenizer(model).vocab_size))
+    c = dataclasses.replace(SMALL, llama=dataclasses.replace(SMALL.llama, vocab=open_tokenizer(model).vocab_size))
     hf, original = exports(c, model=model)
     with pytest.raises(ValueError, match=reason):
         hf()
@@ -533,7 +535,7 @@ def test_a_tokenizer_that_tokenizer_json_could_not_express_is_refused_there_only
 
 def test_a_trained_bpe_model_is_exported_as_it_encodes(tmp_path):
     model = trained(model_type="bpe", normalization_rule_name="identity")
-    ours = Tokenizer(model)
+    ours = open_tokenizer(model)
     c = dataclasses.replace(SMALL, llama=dataclasses.replace(SMALL.llama, vocab=ours.vocab_size))
     written(llava_hf(c, torch.float16, model, "pad", "v1"), tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
