@@ -50,7 +50,8 @@ class _Remat(torch.autograd.Function):
         ctx.save_for_backward(*(x for x in flat if isinstance(x, Tensor)))
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *gs):
+        (g,) = gs
         saved = iter(ctx.saved_tensors)
         flat = [next(saved) if tensor else x for tensor, x in zip(ctx.is_tensor, ctx.rest, strict=True)]
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]

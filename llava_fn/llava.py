@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from llava_fn import llama, projector, vit
 from llava_fn.batch import Batch
-from llava_fn.config import Llava
+from llava_fn.config import Llava, Vision
 from llava_fn.grad import remat, scan
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
@@ -20,14 +21,22 @@ from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Spec
 
 
+TOWERS = {Vision: vit}  # config of an image tower -> the module that has its spec, block, normalise and encode
+
+
+def tower(c: Vision) -> ModuleType:
+    """The module of the image tower that this config describes."""
+    return TOWERS[type(c)]
+
+
 @dataclass(frozen=True)
 class Execution:
     """How the blocks of both transformers run. It changes time and memory, never what is computed.
 
-    vit_blocks, llama_blocks: grad.scan of `vit.block` and of `llama.block`, or a form that computes the same.
+    tower_blocks, llama_blocks: grad.scan of the tower's and of the decoder's `block`, or a form that computes the same.
     """
 
-    vit_blocks: Callable = scan(vit.block)
+    tower_blocks: Callable = scan(vit.block)
     llama_blocks: Callable = scan(llama.block)
     tp: TP = TP()
     min_images: int = 0  # with ZeRO 3 a rank without images runs the tower on black ones, to join its all-gathers
@@ -62,7 +71,7 @@ def compiled(fn: Callable, backend: str | Callable, dynamic: bool | None = None)
 def spec(c: Llava) -> Spec:
     """Parameters of the three parts."""
     return {
-        "vision": vit.spec(c.vision),
+        "vision": tower(c.vision).spec(c.vision),
         "projector": projector.spec(c.vision.width, c.llama.width),
         "llama": llama.spec(c.llama),
     }
@@ -76,8 +85,9 @@ def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution
     i, size = len(pixels), run.tp.axis.size if run.tp.sequence else 1
     black = pixels.new_zeros(max(run.min_images - i, -i % size), *pixels.shape[1:])
     pixels = run.tp.split(torch.cat([pixels, black]) if len(black) else pixels)
-    pixels = vit.normalise(pixels).to(p["vision"]["patch"].dtype)
-    x = projector.project(p["projector"], vit.encode(p["vision"], pixels, c.vision, run.vit_blocks))
+    vision = tower(c.vision)
+    x = vision.encode(p["vision"], vision.normalise(pixels), c.vision, run.tower_blocks)
+    x = projector.project(p["projector"], x)
     return rearrange(run.tp.join(x)[:i], "i p d -> (i p) d")
 
 

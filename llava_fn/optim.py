@@ -52,11 +52,11 @@ def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
     for decays in (True, False):
-        rows = [
-            row
-            for row in zip(*(tree.values(t) for t in (params, grads, moments.first, moments.second)), strict=True)
-            if (row[0].ndim > 1) == decays
-        ]
-        if rows:
+        group = [p.ndim > 1 for p in tree.values(params)]
+        p, g, first, second = (
+            [x for x, decaying in zip(tree.values(t), group, strict=True) if decaying == decays]
+            for t in (params, grads, moments.first, moments.second)
+        )
+        if p:
             decay = c.weight_decay if decays else 0.0
-            kernels.adamw(*zip(*rows, strict=True), step, kernels.Coefficients(lr, c.beta1, c.beta2, c.eps, decay))
+            kernels.adamw(p, g, first, second, step, kernels.Coefficients(lr, c.beta1, c.beta2, c.eps, decay))

@@ -75,19 +75,20 @@ def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple
     labelled token.
     """
     step, zero = state.step + 1, task.zero
-    tokens, labelled, samples, many = _counts(batches, zero)
+    tokens, labelled, samples, micro_batches = _counts(batches, zero)
     if not labelled:
         raise ValueError(f"step {step}: no record of this update has a labelled token; mend the data set")
-    weights, mine, grads = zero.fetch(state.params), 0.0, []
+    weights, losses, sums = zero.fetch(state.params), [], []
     for batch in batches:
-        share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * many)
+        share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * micro_batches)
         (part, _), new = value_and_grad(loss)(weights, batch, share, task)
-        new = tree.values(new)  # the tree would keep what _add lets go
-        mine, grads = mine + part, _add(grads, new)
-    grads = zero.reduce(tree.rebuild(weights, grads))
-    norm, total = zero.norm(grads), collectives.total(mine, zero.mesh.dp)
+        new = tree.values(new)  # the tree would keep what _add frees
+        losses, sums = [*losses, part], _add(sums, new)
+    grads = zero.reduce(tree.rebuild(weights, sums))
+    local = sum(losses[1:], losses[0])  # this rank's part of the loss
+    norm, total = zero.norm(grads), collectives.total(local, zero.mesh.dp)
     if not (torch.isfinite(total) and torch.isfinite(norm)):
-        raise NonFinite(_blame(step, batches, mine, grads, zero))
+        raise NonFinite(_blame(step, batches, local, grads, zero))
     optim.clip(grads, norm, task.optim.clip)
     lr = optim.learning_rate(task.optim, step, task.steps)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
@@ -95,9 +96,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple
 
 
 def _add(sums: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    """The fp32 sums of gradients with those of one more micro-batch, in place; `sums` is empty before the first.
+    """Add the gradients of one more micro-batch to the fp32 sums, in place; `sums` is empty before the first.
 
-    new: is emptied. Each leaf goes as soon as its numbers are in the sum, and none is there in fp32 a second time.
+    new: is emptied. Each gradient is freed as soon as it is added, so that there is no second copy in fp32.
     """
     if not sums:
         return [at_least_fp32(new.pop(0)) for _ in range(len(new))]
@@ -107,17 +108,18 @@ def _add(sums: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 def _counts(batches: Sequence[Batch], zero: Zero) -> list[int]:
     """Tokens, labelled tokens, samples, and micro-batches that have a sample, on all ranks."""
     rows = [(b.tokens, len(b.targets), len(b.records), len(b.records) > 0) for b in batches]
-    mine = [sum(column) for column in zip(*rows, strict=True)]
+    local = [sum(column) for column in zip(*rows, strict=True)]
     if zero.mesh.dp.size == 1:
-        return mine
-    return collectives.total(torch.tensor(mine, device=batches[0].ids.device), zero.mesh.dp).tolist()
+        return local
+    return collectives.total(torch.tensor(local, device=batches[0].ids.device), zero.mesh.dp).tolist()
 
 
-def _blame(step: int, batches: Sequence[Batch], part: Tensor, grads: TensorDict, zero: Zero) -> str:
+def _blame(step: int, batches: Sequence[Batch], loss: Tensor, grads: TensorDict, zero: Zero) -> str:
+    """The error's message: what each rank's loss is, its first gradient that is not finite, and its records."""
     pairs = zip(tree.paths(grads), tree.values(grads), strict=True)
     leaf = next(("/".join(path) for path, g in pairs if not torch.isfinite(g).all()), "none")
     records = ", ".join(r for b in batches for r in b.records)
-    mine = f"the loss is {float(part)} and the first gradient that is not finite is {leaf}; records: {records}"
-    said = collectives.texts(mine, zero.mesh.all, part.device)
-    told = said[0] if len(said) == 1 else "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(said))
-    return f"step {step}: {told}\nnothing was updated. Look at these records, or lower the learning rate"
+    own = f"the loss is {float(loss)} and the first gradient that is not finite is {leaf}; records: {records}"
+    texts = collectives.texts(own, zero.mesh.all, loss.device)
+    listed = texts[0] if len(texts) == 1 else "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(texts))
+    return f"step {step}: {listed}\nnothing was updated. Look at these records, or lower the learning rate"

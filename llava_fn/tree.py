@@ -21,7 +21,7 @@ def paths(tree: TensorDict) -> list[Path]:
 
 def values(tree: TensorDict) -> list[Tensor]:
     """Every leaf, in the order of `paths`."""
-    return list(tree.values(True, True))
+    return [leaf for leaf in tree.values(True, True) if isinstance(leaf, Tensor)]
 
 
 def rebuild(like: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:

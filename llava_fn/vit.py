@@ -69,10 +69,10 @@ def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def encode(p: TensorDict, pixels: Tensor, c: Vision, blocks: Callable = scan(block)) -> Tensor:
     """Patch features without the class token: hidden state `c.feature_layer`, no final norm.
 
-    pixels: f[i, 3, image, image], normalised -> f[i, p, d]. Patches in row-major order. blocks: grad.scan of this
-    module's `block`, or of a form of it that computes the same (remat, compiled, sharded).
+    pixels: f[i, 3, image, image], normalised -> f[i, p, d] in the weights' dtype. Patches in row-major order.
+    blocks: grad.scan of this module's `block`, or of a form that computes the same (remat, compiled, sharded).
     """
-    patches = patch_embedding(pixels, p["patch"], c.patch)
+    patches = patch_embedding(pixels.to(p["patch"].dtype), p["patch"], c.patch)
     x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), patches], 1)
     x = rearrange(x + p["positions"], "i p d -> (i p) d")
     x = layer_norm(x, p["norm_g"], p["norm_b"], c.eps)

@@ -52,7 +52,7 @@ class Segments:
             yield sum(1 for _ in run), q, k
 
 
-@torch.compiler.disable  # lengths differ in every batch; a graph that had seen them would be compiled anew for each
+@torch.compiler.disable()  # lengths differ in every batch; a graph that had seen them would be compiled anew for each
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """q: t n h, k v: s m h -> t n h; see the module's contract. ValueError if the rows do not fit the segments."""
     if (q.shape[0], k.shape[0]) != (sum(segments.queries), sum(segments.keys)):
