@@ -20,7 +20,6 @@ from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Spec
 
-
 TOWERS = {Vision: vit}  # config of an image tower -> the module that has its spec, block, normalise and encode
 
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import llama, projector, vit
+from llava_fn import llama, projector
 from llava_fn import spec as specs
 from llava_fn.config import Llava
 from llava_fn.data.tokenizer import open_tokenizer
+from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import lora
 from llava_fn.weights.source import Weights, interpret
@@ -78,7 +79,7 @@ def config(source: Weights) -> Llava:
 def spec(source: Weights) -> specs.Spec:
     """Parameters of the parts that the source brings, in our order."""
     make = {
-        "vision": lambda: vit.spec(source.vision),
+        "vision": lambda: tower(source.vision).spec(source.vision),
         "projector": lambda: projector.spec(*reversed(source.leaves["projector/w1"].shape)),
         "llama": lambda: llama.spec(source.llama),
     }

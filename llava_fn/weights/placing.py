@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llava_fn import llama, projector, vit
+from llava_fn import llama, projector
 from llava_fn import spec as specs
 from llava_fn.checkpoint.leaf import SAFETENSORS, Leaf
 from llava_fn.config import Llama, Llava, Vision
+from llava_fn.llava import tower
 from llava_fn.weights.tables import LAYOUTS, Layout, Place, Row
 
 Tensors = Mapping[str, Tensor]
@@ -53,7 +54,7 @@ def sort(tensors: Tensors, layout: Layout, wrong: list[str]) -> dict[Place, dict
 
 def vision_spec(c: Vision) -> specs.Spec:
     """The image tower with all its blocks and the norm after them, which LLaVA does not have."""
-    whole = vit.spec(dataclasses.replace(c, feature_layer=c.blocks))
+    whole = tower(c).spec(dataclasses.replace(c, feature_layer=c.blocks))
     return {**whole, "post_g": specs.norm(c.width), "post_b": specs.bias(c.width)}
 
 
