@@ -15,7 +15,7 @@ IMAGE = -200  # stands for an image: once in a text, at each of its positions in
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, ready for the model. label[j] says that token j is to be predicted (from those before it).
+    """One record, ready for the model. label[j]: whether the loss counts the prediction of token j.
 
     ids: image positions hold IMAGE, `patches` of them for each image. pixels: uint8[i, 3, image, image].
     """
@@ -31,15 +31,15 @@ class Stream:
     """Where samples stand in the stream and which rows are read after the last block."""
 
     segments: Segments
-    positions: Tensor  # int64[t], from 0 in each segment, or from what a cache holds of it
+    positions: Tensor  # int64[t]: from 0 in each segment, or from the number of its tokens that a cache holds
     read_segments: Segments
     read: Tensor  # int64[r], rising: the last `read_segments.queries[j]` rows of segment j
 
     @staticmethod
     def of(lengths: Sequence[int], tails: Sequence[int] | None = None, held: Sequence[int] | None = None) -> Stream:
-        """lengths: rows of each segment; tails: how many at its end are read, or None for all.
+        """lengths: rows of each segment. tails: how many rows at its end are read; None for all.
 
-        held: tokens of each segment that a cache holds already and that stand before its rows; None for none.
+        held: length of each segment's prefix that a cache holds already; None for none.
         """
         held = held if held is not None else [0] * len(lengths)
         keys = tuple(n + before for n, before in zip(lengths, held, strict=True))
@@ -68,7 +68,7 @@ class Batch:
     image_rows: Tensor  # int64[i * p]: where the features of the images go
     labelled: Tensor  # int64[n]: which of the rows read predict a labelled token
     targets: Tensor  # int64[n]: these tokens
-    tokens: int  # t without what fills the stream up
+    tokens: int  # t without padding
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -79,9 +79,9 @@ class Batch:
 def collate(samples: Sequence[Sample], multiple: int = 1, image: int = 0) -> Batch:
     """Lay samples out as a stream, sorted by length: neighbours of one length share one dense attention call.
 
-    multiple: t and r are filled up to multiples of it, by a last segment without labels. image: pixels per side, where
-    there may be no samples: then that segment stands alone. ValueError on no samples otherwise, and on a sample without
-    a label, which nothing could be learned from.
+    multiple: padding, a last segment without labels, makes t and r multiples of it. image: pixels per side; with it
+    `samples` may be empty, and the batch is padding alone. ValueError for an empty batch otherwise, and for a sample
+    without a single label.
     """
     if not samples and not image:
         raise ValueError("a batch needs at least one sample")
@@ -91,7 +91,7 @@ def collate(samples: Sequence[Sample], multiple: int = 1, image: int = 0) -> Bat
     samples = sorted(samples, key=lambda s: (len(s.ids), s.label.index(True, 1)))
     lengths = [len(s.ids) for s in samples]
     tails = [len(s.ids) - s.label.index(True, 1) + 1 for s in samples]  # a row predicts the token after it
-    tokens, (rows, read) = sum(lengths), _filling(sum(lengths), sum(tails), multiple)
+    tokens, (rows, read) = sum(lengths), _padding(sum(lengths), sum(tails), multiple)
     if rows:
         lengths, tails = [*lengths, rows], [*tails, read]
     ids = torch.tensor([t for s in samples for t in s.ids] + [0] * rows)
@@ -110,8 +110,8 @@ def collate(samples: Sequence[Sample], multiple: int = 1, image: int = 0) -> Bat
     )
 
 
-def _filling(rows: int, read: int, multiple: int) -> tuple[int, int]:
-    """The least (tokens, rows read) of a last segment with which both sums divide; (0, 0) if they do without."""
+def _padding(rows: int, read: int, multiple: int) -> tuple[int, int]:
+    """The smallest padding segment, as (tokens, rows read), that makes both sums divide; (0, 0) if they do already."""
     if rows and not rows % multiple and not read % multiple:
         return 0, 0
     more = -rows % multiple or multiple

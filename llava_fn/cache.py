@@ -1,4 +1,4 @@
-"""What the decoder remembers of the tokens so far, for generation."""
+"""The key-value cache of generation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llava_fn.kernels import empty_cache, lengths_device
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of b rows of text. It is an argument and a result, and its tensors are written in place."""
+    """Keys and values of b rows of text. A function takes it and returns it; its tensors are written in place."""
 
-    k: Tensor  # l b s m h: of each block, s tokens a row at most; `kernels.empty_cache` says in what order in memory
+    k: Tensor  # l b s m h: block, row, token, head; `kernels.empty_cache` chooses the order in memory
     v: Tensor  # l b s m h
     lengths: Tensor  # int64[b]: tokens that each row holds, where `kernels.lengths_device` wants them
 
@@ -43,7 +43,7 @@ class Cache:
         return Cache(k, v, self.lengths.repeat_interleave(n))
 
     def grown(self, size: int) -> Cache:
-        """The same rows with room for `size` tokens, or as it is if there is room already."""
+        """The same rows with room for at least `size` tokens."""
         if size <= self.size:
             return self
         k, v = (_like(x, x.shape[1], size) for x in (self.k, self.v))

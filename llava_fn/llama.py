@@ -30,7 +30,7 @@ from llava_fn.spec import Param, Spec, norm
 from llava_fn.spec import linear as weight
 
 LOGIT_ROWS = 2048
-Turn = tuple[Tensor, Tensor]  # cos and sin, each t 1 h
+Rotation = tuple[Tensor, Tensor]  # cos and sin of the rotary embedding, each t 1 h
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q: t n h, k and v: s m h -> t n h
 
 
@@ -68,25 +68,25 @@ def check_tp(c: Llama, tp: int) -> None:
         raise ValueError(f"tp={tp} does not divide the decoder's {' and '.join(wrong)}; tp can be one of {fits}")
 
 
-def block(p: TensorDict, x: Tensor, turn: Turn, segments: Segments, rows: Tensor | None, c: Llama, tp: TP) -> Tensor:
+def block(p: TensorDict, x: Tensor, rot: Rotation, segments: Segments, rows: Tensor | None, c: Llama, tp: TP) -> Tensor:
     """One decoder block. x: t d -> t d, V on tp.
 
-    rows: int64[r] or None. Where somebody reads only these rows afterwards, the others give keys and values and
-    nothing else: x: t d -> r d. `segments.queries` then counts `rows`.
+    rows: int64[r] or None. In the last block, the rows that are read: x: t d -> r d, and the other rows only give keys
+    and values. `segments.queries` then counts `rows`.
     """
-    return block_with(p, x, turn, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
+    return block_with(p, x, rot, rows, lambda q, k, v: attention(q, k, v, segments, causal=True), c, tp)
 
 
 def block_with(
-    p: TensorDict, x: Tensor, turn: Turn, rows: Tensor | None, attend: Attend, c: Llama, tp: TP
+    p: TensorDict, x: Tensor, rot: Rotation, rows: Tensor | None, attend: Attend, c: Llama, tp: TP
 ) -> Tensor:  # fmt: skip
     """`block` whose attention is `attend`. x: t d -> t d or r d, V on tp."""
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
     k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))  # t m h
-    k = rotary(k, *turn)
+    k = rotary(k, *rot)
     if rows is not None:
-        x, h, turn = tp.select(x, rows), h[rows], (turn[0][rows], turn[1][rows])
-    q = rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *turn)  # t n h
+        x, h, rot = tp.select(x, rows), h[rows], (rot[0][rows], rot[1][rows])
+    q = rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *rot)  # t n h
     h = attend(q, k, v).flatten(1)
     x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
     return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
@@ -97,9 +97,9 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
 
     blocks: grad.scan of this module's `block`, or of a form of it that computes the same (remat, compiled, sharded).
     """
-    turn = rotary_tables(stream.positions, c.head, c.theta)
-    rests = [(turn, stream.segments, None, c, tp)] * (c.blocks - 1)
-    rests += [(turn, stream.read_segments, stream.read, c, tp)]
+    rot = rotary_tables(stream.positions, c.head, c.theta)
+    rests = [(rot, stream.segments, None, c, tp)] * (c.blocks - 1)
+    rests += [(rot, stream.read_segments, stream.read, c, tp)]
     x = blocks([p["blocks"][str(i)] for i in range(c.blocks)], x, rests)
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
@@ -107,27 +107,27 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
 def prefill(
     p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()
 ) -> tuple[Tensor, Cache]:
-    """`decode` of the rows' next tokens, which the cache then holds too. x: t d -> r d and the cache.
+    """`decode` that also writes the keys and values of its tokens into the cache. x: t d -> r d and the cache.
 
-    Segment j of the stream is row j of the cache, whose tensors are written; its keys are the tokens that the row holds
-    afterwards, and with `held` of Stream.of the first of them stand there already. tp must not shard the sequence.
+    Segment j of the stream belongs to row j of the cache. Where the cache holds a prefix of the row already, the stream
+    was made with `held`, and the segment's keys count the prefix too. tp must not shard the sequence.
     """
     queries, lengths = stream.segments.queries, stream.segments.keys
-    rows, seen = _rows(queries).to(x.device), None
+    rows, held = _rows(queries).to(x.device), None
     if queries != lengths:
-        seen = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
-    turn = rotary_tables(stream.positions, c.head, c.theta)
+        held = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+    rot = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
         segments, read = (stream.read_segments, stream.read) if last else (stream.segments, None)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, segments: Segments = segments) -> Tensor:
             _write(cache, i, rows, stream.positions, k, v)
-            if seen is not None:
-                k, v = cache.k[i][seen], cache.v[i][seen]
+            if held is not None:
+                k, v = cache.k[i][held], cache.v[i][held]
             return attention(q, k, v, segments, causal=True)
 
-        x = block_with(p["blocks"][str(i)], x, turn, read, attend, c, tp)
+        x = block_with(p["blocks"][str(i)], x, rot, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
@@ -136,20 +136,20 @@ def _rows(counts: Sequence[int]) -> Tensor:
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
-    """One more token in every row. ids: int64[b] -> b d, which predicts the token after it, and the cache with it.
+    """One more token in every row. ids: int64[b] -> hidden states b d, which predict the next token, and the cache.
 
-    No shape depends on a length. The caller sees to it that every row has room left.
+    Shapes do not depend on the lengths. The caller makes sure that every row of the cache has room.
     """
     x = vocab.embed(p["embed"], ids, tp.axis)
     rows, at, lengths = torch.arange(len(ids), device=x.device), cache.lengths.to(x.device), cache.lengths + 1
-    turn = rotary_tables(at, c.head, c.theta)
+    rot = rotary_tables(at, c.head, c.theta)
     for i in range(c.blocks):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
             _write(cache, i, rows, at, k, v)
             return decode_attention(q, cache.k[i], cache.v[i], lengths)
 
-        x = block_with(p["blocks"][str(i)], x, turn, None, attend, c, tp)
+        x = block_with(p["blocks"][str(i)], x, rot, None, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
 
 

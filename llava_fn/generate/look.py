@@ -46,12 +46,12 @@ def attention_maps(p: TensorDict, x: Tensor, read: int, c: Llama) -> tuple[Tenso
         raise ValueError(f"read={read}: must be from 1 to the {len(x)} positions of the sequence")
     maps: list[Tensor] = []
 
-    def block(p: TensorDict, x: Tensor, turn: llama.Turn, segments: Segments, rows: Tensor | None, *rest) -> Tensor:
+    def block(p: TensorDict, x: Tensor, rot: llama.Rotation, segments: Segments, rows: Tensor | None, *rest) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             maps.append(probabilities(q[-read:], k))
             return attention(q, k, v, segments, causal=True)
 
-        return llama.block_with(p, x, turn, rows, attend, *rest)
+        return llama.block_with(p, x, rot, rows, attend, *rest)
 
     hidden = llama.decode(p, x, Stream.of([len(x)], [read]).to(x.device), c, blocks=scan(block))
     return hidden, torch.stack(maps)
