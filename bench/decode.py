@@ -33,7 +33,7 @@ from llava_fn import config, tree, vit
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.cache import Cache
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Decoder, Words
 from llava_fn.kernels import check
 from llava_fn.weights.model import from_state_dict

@@ -36,8 +36,8 @@ from llava_fn.data.tokenizer import read_tokenizer
 from llava_fn.evaluate import prompts, run, tally, tsv
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.records import Dataset, Prediction, Question
-from llava_fn.generate.assistant import Assistant, Form
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.options import Decoding, Form
 from llava_fn.launch.device import pick_device
 
 ROOT = Path(__file__).parents[1]

@@ -89,7 +89,7 @@ def compare(name: str, p: TensorDict, c: config.Llama, score: Score, targets: Te
 
 def captions(folder: Path) -> dict:
     """On the held-out emoji."""
-    source = assistant.opened([folder])
+    source = assistant.open_weights([folder])
     c, p = model.config(source), tree.cast(model.load(source), torch.float32)
     how = data.Preparation(
         open_tokenizer(source.tokenizer), source.template, source.compat, source.image_mode, c.vision.image,

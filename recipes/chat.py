@@ -27,7 +27,7 @@ from llava_fn.data.templates import template_of
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Chat, Picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 
@@ -35,7 +35,7 @@ from llava_fn.launch import cli
 class Talk:
     """Whom to talk to, and how it answers."""
 
-    model: Annotated[options.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.ChatOptions, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
     image: tuple[Path, ...] = ()  # for the first question
 
@@ -122,7 +122,7 @@ def main(c: Talk) -> None:
     with contextlib.suppress(ImportError):  # not every Python has it; with it, lines can be edited and come back
         import readline  # noqa: F401
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one is read
-    a = options.open_assistant(c.model)
+    a = assistant.load(c.model)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     s = Session()
     for path in c.image:

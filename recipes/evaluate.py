@@ -28,10 +28,10 @@ from llava_fn.evaluate.run import Asked
 from llava_fn.evaluate.tally import Summary
 from llava_fn.evaluate.tsv import Table
 from llava_fn.generate import assistant, options
-from llava_fn.generate.assistant import Assistant, Form
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.assistant import Assistant, Placement
+from llava_fn.generate.options import Decoding, Form
 from llava_fn.launch import cli, processes
-from llava_fn.launch.device import environment
+from llava_fn.launch.device import environment, pick_device
 from llava_fn.parallel.mesh import Axis
 from llava_fn.runs.progress import Progress
 from llava_fn.weights import model
@@ -70,7 +70,7 @@ class Rules:
 class Evaluate:
     """Which model answers which questions, and what becomes of it."""
 
-    model: Annotated[options.Weights, tyro.conf.arg(name="")]
+    model: Annotated[options.ModelOptions, tyro.conf.arg(name="")]
     data: tuple[Path, ...]  # TSVs
     out: Path = Path("results")
     name: str = ""  # of the model, in the names of files; that of its folder, unless given
@@ -126,14 +126,15 @@ def read(c: Evaluate) -> list[Table]:
 
 def settings(c: Evaluate, source: Weights, weights: str) -> Settings:
     """What the answers of this command depend on. weights: fingerprint."""
-    own = assistant.form_of(source, None, None, None) if c.template == "own" else Form("", "")
+    own = assistant.form_of(source) if c.template == "own" else Form("", "")
     style = prompts.style(c.template, own)
-    return Settings(weights, style, Decoding(c.tokens), c.model.context, c.model.precision, c.model.quantise)
+    precision = Placement.of(c.model).precision
+    return Settings(weights, style, Decoding(c.tokens), c.model.context, precision, c.model.quantise)
 
 
 def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
     """Open the folders of the runs, on one process."""
-    place = environment(c.model.place)
+    place = environment(pick_device(c.model.device))
     versions = {"python": place["python"]} | {k: v for k, v in place["packages"].items() if v}
     for table in tables:
         at = c.place(table)
@@ -207,12 +208,12 @@ def predict(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[dict[str, 
 
     Processes meet before the first and after the last answer, and not in between.
     """
-    source = assistant.opened(c.model.weights)
+    source = assistant.open_weights(c.model.weights)
     if axis.rank == 0:
         begin(c, tables, settings(c, source, folder.fingerprint(c.model.weights)))
     processes.meet(axis)
     s = folder.read_manifest(c.place(tables[0])).settings
-    a = options.place(c.model, source, s.style.form)
+    a = assistant.place(source, s.style.form, Placement.of(c.model), c.model.context)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
     work = [left(c, table, s, a) for table in tables]
     processes.meet(axis)  # nobody writes before everybody has read
@@ -279,7 +280,7 @@ def _about(manifest: Manifest, table: Table) -> dict[str, str]:
 
 def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
     """Print some prompts and how long all are; of the weights only the config and the tokenizer are used."""
-    source = assistant.opened(c.model.weights)
+    source = assistant.open_weights(c.model.weights)
     s, patches = settings(c, source, ""), model.config(source).vision.patches
     tokenizer = open_tokenizer(source.tokenizer)
     for table in tables:
@@ -300,7 +301,7 @@ def main(c: Evaluate) -> None:
     if c.dry_run:
         dry_run(c, read(c))
         return
-    with processes.replicas(c.model.place) as axis:
+    with processes.replicas(pick_device(c.model.device)) as axis:
         tables = read(c)
         for table in tables if c.compare else ():
             folder.read_manifest(_other(c, table))  # a mistake is told before the work, not after it

@@ -32,7 +32,7 @@ from llava_fn.config import differences, plain
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Chat, Text
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli, processes
 from llava_fn.launch.device import pick_device
 from llava_fn.parallel.collectives import agree
@@ -45,7 +45,7 @@ BEGIN = b'{"line": '  # of each line of answers
 class Infer:
     """What is asked of which model."""
 
-    model: Annotated[options.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.ChatOptions, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
     prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     image: tuple[Path, ...] = ()
@@ -175,7 +175,7 @@ def check_same(c: Infer) -> None:
     """
     beside = c.out.with_name(c.out.name + ".config.json")
     weights = tuple(map(newest, c.model.weights))
-    model = replace(c.model, weights=weights, device="auto", dtype=c.model.precision)
+    model = replace(c.model, weights=weights, device="auto", dtype=assistant.Placement.of(c.model).precision)
     now = plain(replace(c, batch=1, tp=1, out=None, json=None, model=model))
     if c.out.exists() and beside.exists():
         other = differences(json.loads(beside.read_text()), now)
@@ -260,7 +260,7 @@ def main(c: Infer) -> None:
     if c.decoding.logprobs and not c.json:
         raise ValueError("--logprobs goes with --json: a line has room for them")
     with processes.processes(c.tp, pick_device(c.model.device), alone=True) as joined:
-        respond(options.open_assistant(c.model, joined.mesh), c)
+        respond(assistant.load(c.model, joined.mesh), c)
 
 
 def respond(a: Assistant, c: Infer) -> None:

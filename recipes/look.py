@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from llava_fn.generate import assistant, options
 from llava_fn.generate.assistant import Assistant, Chat
 from llava_fn.generate.look import Look, answer_ids, look
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 DRAWN = 23  # words, unless some are named: with the picture four full rows
@@ -38,7 +38,7 @@ PARTS = ("layers", "heads")
 class Draw:
     """What is asked of which model, and what of its attention is drawn."""
 
-    model: Annotated[options.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.ChatOptions, tyro.conf.arg(name="")]
     image: tuple[Path, ...]
     out: Path  # a picture; its numbers stand beside it in an .npz file
     prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
@@ -121,7 +121,7 @@ def main(c: Draw) -> None:
     """Answer, draw, and write the numbers."""
     if c.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise ValueError(f"--out {c.out}: name a .png, .jpg, .pdf or .svg file")
-    a = options.open_assistant(c.model)
+    a = assistant.load(c.model)
     for wanted, n, name in zip((c.layers, c.heads), (a.model.llama.blocks, a.model.llama.heads), PARTS, strict=True):
         chosen(wanted, n, name)
     chat = assistant.ask(Chat(), c.prompt, [assistant.picture(path, a) for path in c.image])

@@ -20,7 +20,7 @@ import tyro
 
 from llava_fn.generate import assistant, options
 from llava_fn.launch import cli
-from llava_fn.serve.ask import Limits
+from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Worker
 
 
@@ -28,7 +28,7 @@ from llava_fn.serve.worker import Worker
 class Serve:
     """Which model, where, and how much a request may ask for."""
 
-    model: Annotated[options.Model, tyro.conf.arg(name="")]
+    model: Annotated[options.ChatOptions, tyro.conf.arg(name="")]
     name: str | None = None  # of the model in requests; that of its folder, unless given
     host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
     port: int = 8000  # 0: one that is free
@@ -65,7 +65,7 @@ def main(c: Serve) -> None:
     except ImportError as error:
         raise ValueError(f"the server wants more packages ({error}): pip install 'llava_fn[serve]'") from error
     sock = bind(c.host, c.port)
-    a = options.open_assistant(c.model)
+    a = assistant.load(c.model)
     if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
         print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
     print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)

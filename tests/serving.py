@@ -11,7 +11,7 @@ import uvicorn
 
 from llava_fn.generate import assistant
 from llava_fn.serve.app import Service, build
-from llava_fn.serve.ask import Limits
+from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Worker
 
 

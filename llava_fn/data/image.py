@@ -21,15 +21,13 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from llava_fn.config import Vision
+from llava_fn.data.options import MAX_PIXELS
 from llava_fn.errors import BadRecord
 
 _RED, _GREEN, _BLUE = Vision.mean
 FILL = (int(255 * _RED), int(255 * _GREEN), int(255 * _BLUE))
 """The mean colour, (122, 116, 104): what LLaVA pads with (mm_utils.py expand2square)."""
 
-MAX_PIXELS = 89_478_485
-"""Largest width * height that open_image decodes. It is the size above which Pillow warns of a decompression bomb, so
-every image that Pillow would warn about is refused here, and no global of Pillow is changed."""
 MAX_CANVAS = 16_384**2
 """Largest padded or resized image in between, in pixels; 1.1 GB, because Pillow keeps four bytes for an RGB pixel."""
 

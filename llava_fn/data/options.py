@@ -1,4 +1,7 @@
-"""The options of training data. Nothing here imports torch, so that a recipe can show its options at once."""
+"""The options of training data, and the largest image.
+
+Nothing here imports torch, so that a recipe can show its options at once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+MAX_PIXELS = 89_478_485
+"""Largest width * height that open_image decodes. It is the size above which Pillow warns of a decompression bomb, so
+every image that Pillow would warn about is refused here, and no global of Pillow is changed."""
 
 
 @dataclass(frozen=True)

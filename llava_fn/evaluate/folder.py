@@ -24,7 +24,7 @@ from llava_fn.config import differences, plain, structure
 from llava_fn.evaluate.prompts import Style
 from llava_fn.evaluate.records import Prediction
 from llava_fn.evaluate.results import replacing
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.runs.progress import Bytes
 from llava_fn.weights.source import open_source
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from llava_fn.data.templates import MARK, template_of
 from llava_fn.evaluate.records import Kind, Question
-from llava_fn.generate.assistant import Form
+from llava_fn.generate.options import Form
 
 Name = Literal["vlmevalkit", "llava", "own"]
 Parts = tuple[str | None, ...]

@@ -26,7 +26,7 @@ from llava_fn.evaluate.records import Prediction, Question
 from llava_fn.evaluate.tsv import Table
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Assistant, Picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 
 
 @dataclass(frozen=True)

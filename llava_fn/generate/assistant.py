@@ -1,6 +1,6 @@
 """A model that one can talk to: weights of any layout, their template, pictures, turns, and answers as text.
 
-    a = load([Path("llava-1.5-7b-hf")], torch.device("cuda"), torch.bfloat16)
+    a = load(ChatOptions((Path("llava-1.5-7b-hf"),)))
     chat = ask(Chat(), "What is shown?", [picture("cat.jpg", a)])
     for said in reply(a, chat, Decoding()):
         print(said.new, end="")
@@ -16,7 +16,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -32,29 +31,15 @@ from llava_fn.data.templates import MARK, template_of
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import PRESETS, ChatOptions, Decoding, Form, ModelOptions
 from llava_fn.generate.types import Answer, Decoder, PartialAnswer, Prompt, Words
+from llava_fn.launch.device import pick_device
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
 from llava_fn.weights.source import Weights, open_source
 
 KEPT = 256  # images whose features are kept for when they come again
-
-
-@dataclass(frozen=True)
-class Form:
-    """How questions and pictures reach the model. See templates.py and image.py."""
-
-    template: str
-    image_mode: str
-    compat: str | None = None
-
-
-PRESETS: Mapping[str, Form] = MappingProxyType({
-    "original": Form("llava_v1", "pad"),  # LLaVA's own command line and web page
-    "hf": Form("hf", "square", "hf"),  # transformers' processor and the prompt of its documentation
-})
 
 
 @dataclass(frozen=True)
@@ -71,65 +56,83 @@ class Assistant:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a model's parameters go, and as what. mesh: its tensor axis shares the decoder."""
+class Placement:
+    """Where a model's parameters go, and as what. mesh: its tensor axis shards the decoder."""
 
     device: torch.device
     dtype: torch.dtype
     mesh: Mesh = Mesh()
-    int8: bool = False  # the decoder's linears; see linear.py
+    int8: bool = False  # quantise the decoder's linears; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
+    @staticmethod
+    def of(m: ModelOptions, mesh: Mesh = Mesh()) -> Placement:
+        """What the options ask for. ValueError if the device is not there."""
+        device = pick_device(m.device)
+        name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+        return Placement(device, getattr(torch, name), mesh, m.quantise == "int8", m.compile)
 
-def load(
-    paths: Sequence[Path], device: torch.device, dtype: torch.dtype, preset: str | None = None,
-    template: str | None = None, image_mode: str | None = None, context: int = 4096,
-) -> Assistant:  # fmt: skip
-    """The model that files and folders of any layout make together; a run's folder stands for its newest checkpoint.
+    @property
+    def precision(self) -> str:
+        """The name of the dtype: float32, bfloat16 or float16."""
+        return str(self.dtype).removeprefix("torch.")
 
-    preset, or else template and image_mode, overrule what the files say. ValueError if a part, the tokenizer or the
-    form is in none of them.
+
+def load(m: ChatOptions, mesh: Mesh = Mesh()) -> Assistant:
+    """The model that the options name, in memory, or this rank's shard of it.
+
+    The options' preset, template and image mode overrule what the files say. ValueError if a part, the tokenizer or the
+    form is in none of the files.
     """
-    source = opened(paths)
-    return place(source, form_of(source, preset, template, image_mode), Place(device, dtype), context)
+    weights = open_weights(m.weights)
+    return place(weights, form_of(weights, m.preset, m.template, m.image_mode), Placement.of(m, mesh), m.context)
 
 
-def opened(paths: Sequence[Path]) -> Weights:
-    """Files and folders as one source of a whole model, of which nothing is read yet. ValueError as of `load`."""
-    source = model.merge([open_source(path) for path in paths])
-    model.config(source)
-    if "projector" not in source.parts:
-        raise ValueError(f"{source.where} does not bring the projector; name a file that does too")
-    if source.tokenizer is None:
-        raise ValueError(f"{source.where} brings no tokenizer.model; put that file into its folder")
-    return source
+def open_weights(paths: Sequence[Path]) -> Weights:
+    """Files and folders of any layout as the weights of one model; no tensor is read yet.
 
-
-def place(source: Weights, form: Form, to: Place, context: int = 4096) -> Assistant:
-    """The model in memory, or this rank's share of it.
-
-    ValueError if the decoder does not divide over the mesh, or if there is no such backend.
+    A run's folder stands for its newest checkpoint. ValueError if a part or the tokenizer is in none of them.
     """
-    c, axis = model.config(source), to.mesh.tp
+    weights = model.merge([open_source(path) for path in paths])
+    model.config(weights)
+    if "projector" not in weights.parts:
+        raise ValueError(f"{weights.where} does not bring the projector; name a file that does too")
+    if weights.tokenizer is None:
+        raise ValueError(f"{weights.where} brings no tokenizer.model; put that file into its folder")
+    return weights
+
+
+def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> Assistant:
+    """The model in memory, or this rank's shard of it.
+
+    ValueError if the decoder does not divide over the mesh, or if there is no such backend of torch.compile.
+    """
+    c, axis = model.config(weights), to.mesh.tp
     llama.check_tp(c.llama, axis.size)
     run = Decoder(TP(axis, sequence=False), generate.compiled_step(to.compile))
-    params = model.load(source, to.mesh)
+    params = model.load(weights, to.mesh)
     if to.int8:
         params = linear.quantise(params, to.device, to.dtype, axis)
     else:
         params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
-    tokenizer = open_tokenizer(source.tokenizer)
-    return Assistant(params, c, tokenizer, form, source.template or form.template, context, run)
+    assert weights.tokenizer is not None  # open_weights has checked it
+    tokenizer = open_tokenizer(weights.tokenizer)
+    return Assistant(params, c, tokenizer, form, weights.template or form.template, context, run)
 
 
-def form_of(source: Weights, preset: str | None, template: str | None, image_mode: str | None) -> Form:
-    """What the files say, or what the preset says, and over it template and image_mode. ValueError if none does."""
+def form_of(
+    weights: Weights, preset: str | None = None, template: str | None = None, image_mode: str | None = None
+) -> Form:
+    """The form that the preset or else the files name, with `template` and `image_mode` in place of its own.
+
+    ValueError if a template or an image mode is named nowhere.
+    """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
-    said = PRESETS[preset] if preset else Form(source.template or "", source.image_mode or "", source.compat)
-    form = replace(said, template=template or said.template, image_mode=image_mode or said.image_mode)
+    base = PRESETS[preset] if preset else Form(weights.template or "", weights.image_mode or "", weights.compat)
+    form = replace(base, template=template or base.template, image_mode=image_mode or base.image_mode)
     if not form.template or not form.image_mode:
-        raise ValueError(f"{source.where} does not say its template or its image mode; give them, or a preset")
+        raise ValueError(f"{weights.where} does not say its template or its image mode; give them, or a preset")
     template_of(form.template)
     return form
 

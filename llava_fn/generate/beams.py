@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llava_fn.generate.sampling import Decoding, penalise
+from llava_fn.generate.options import Decoding
+from llava_fn.generate.sampling import penalise
 from llava_fn.generate.types import DecodeState, Words
 
 Step = Callable[[DecodeState, Tensor], DecodeState]  # each row one token further

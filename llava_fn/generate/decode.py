@@ -21,7 +21,8 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.generate import beams
-from llava_fn.generate.sampling import Decoding, sample, uniforms
+from llava_fn.generate.options import Decoding
+from llava_fn.generate.sampling import sample, uniforms
 from llava_fn.generate.types import Answer, Decoder, DecodeState, PartialAnswer, Prompt, Words
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import agree, join

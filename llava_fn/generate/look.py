@@ -29,7 +29,7 @@ from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Assistant, Chat
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Prompt
 from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention

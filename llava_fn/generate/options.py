@@ -1,21 +1,20 @@
-"""The options that every recipe which answers questions has: which model, and where it runs."""
+"""Options of recipes that answer questions: which model, how questions reach it, how answers are chosen.
+
+Nothing here imports torch, so that a recipe can show its options at once.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
-
-import torch
-
-from llava_fn.generate import assistant
-from llava_fn.launch.device import pick_device
-from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights import source as opened
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelOptions:
     """Which model answers, and where it runs."""
 
     weights: tuple[Path, ...]  # a checkpoint or a run's folder, or files and folders of any layout that make a model
@@ -29,19 +28,9 @@ class Weights:
         if self.context < 1:
             raise ValueError(f"context={self.context}: must be at least 1")
 
-    @property
-    def precision(self) -> str:
-        """The dtype's name, chosen by the device if need be."""
-        return self.dtype if self.dtype != "auto" else "float32" if self.place.type == "cpu" else "bfloat16"
-
-    @property
-    def place(self) -> torch.device:
-        """The device, which must be there."""
-        return pick_device(self.device)
-
 
 @dataclass(frozen=True)
-class Model(Weights):
+class ChatOptions(ModelOptions):
     """Which model answers, where it runs, and how questions reach it."""
 
     preset: Literal["original", "hf"] | None = None  # prompt and pictures as LLaVA or as transformers has them
@@ -49,13 +38,69 @@ class Model(Weights):
     image_mode: Literal["pad", "square"] | None = None  # what the weights say, unless given
 
 
-def open_assistant(m: Model, mesh: Mesh = Mesh()) -> assistant.Assistant:
-    """The model in memory, or this rank's share of it."""
-    source = assistant.opened(m.weights)
-    return place(m, source, assistant.form_of(source, m.preset, m.template, m.image_mode), mesh)
+@dataclass(frozen=True)
+class Form:
+    """How questions and pictures reach the model: a template (templates.py), an image mode (image.py) and, for
+    prompts of another code, that code's tokenization (text.py)."""
+
+    template: str
+    image_mode: str
+    compat: str | None = None
 
 
-def place(m: Weights, source: opened.Weights, form: assistant.Form, mesh: Mesh = Mesh()) -> assistant.Assistant:
-    """The model of a source in memory, or this rank's share of it."""
-    to = assistant.Place(m.place, getattr(torch, m.precision), mesh, m.quantise == "int8", m.compile)
-    return assistant.place(source, form, to, m.context)
+PRESETS: Mapping[str, Form] = MappingProxyType({
+    "original": Form("llava_v1", "pad"),  # LLaVA's own command line and web page
+    "hf": Form("hf", "square", "hf"),  # transformers' processor and the prompt of its documentation
+})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen. ValueError names the value that cannot be."""
+
+    tokens: int = 512  # at most, in an answer
+    temperature: float = 0.0  # 0: always the most likely token
+    top_k: int = 0  # sample from this many most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest most likely tokens that have this probability together
+    min_p: float = 0.0  # sample from tokens at least this likely, in units of the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens that the prompt or the answer holds become less likely
+    beams: int = 1  # of beam search; 1: none
+    length_penalty: float = 1.0  # of beams: a score is the log-probability over length ** this
+    samples: int = 1  # answers to each prompt
+    seed: int = 0  # of the first sample; the next ones have the next seeds
+    stop: tuple[str, ...] = ()  # texts that end an answer and do not belong to it
+    logprobs: bool = False  # give the log-probability of each token, under the model and not under these options
+
+    def __post_init__(self) -> None:
+        limits = {
+            "tokens": (self.tokens >= 1, "at least 1"),
+            "temperature": (self.temperature == 0 or 0.01 <= self.temperature < math.inf, "0, or at least 0.01"),
+            "top_k": (self.top_k >= 0, "at least 0, which is off"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which is off"),
+            "min_p": (0 <= self.min_p <= 1, "from 0, which is off, to 1"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100; 1 is off"),
+            "beams": (self.beams >= 1, "at least 1, which is off"),
+            "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
+            "samples": (self.samples >= 1, "at least 1"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            "stop": (all(map(_is_text, self.stop)), "texts in Unicode, and none empty"),
+        }
+        for name, (good, legal) in limits.items():
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {legal}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        narrowed = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
+        if self.temperature == 0 and (narrowed or (self.samples > 1 and self.beams == 1)):
+            what = ", ".join(narrowed) or f"samples={self.samples}"
+            raise ValueError(f"{what} without a temperature changes nothing; give temperature above 0, or leave it out")
+        if self.beams > 1 and (self.temperature or self.logprobs):
+            what = "logprobs" if self.logprobs else f"temperature={self.temperature}"
+            raise ValueError(f"{what} does not go with beams={self.beams}: a beam is never sampled, and has one score")
+        if self.beams > 1 and self.samples > self.beams:
+            raise ValueError(f"samples={self.samples} are more than the beams={self.beams} that they are taken from")
+
+
+def _is_text(s: str) -> bool:
+    return s != "" and not any("\ud800" <= c <= "\udfff" for c in s)  # no surrogates, which no text may hold

@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_fn import llama
 from llava_fn.cache import Cache
 from llava_fn.data.tokenizer import Tokenizer
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.parallel.collectives import TP
 
 

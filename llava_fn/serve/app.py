@@ -32,8 +32,9 @@ from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import ask
-from llava_fn.serve.ask import Limits, Question, Refused
+from llava_fn.serve.ask import Question, Refused
 from llava_fn.serve.engine import Piece
+from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Ticket, Worker
 
 LOOPBACK = ("127.0.0.1", "localhost")

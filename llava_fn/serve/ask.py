@@ -18,29 +18,9 @@ from llava_fn.data.templates import MARK, template_of
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Assistant, Chat, Picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.serve.engine import Job
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for at most."""
-
-    pixels: int = 40_000_000  # of an image, width * height
-    prompt: int = 3072  # tokens, image positions included
-    tokens: int = 1024  # of an answer
-    samples: int = 8  # answers to a request
-    queue: int = 128  # requests that wait for a slot, and as many that are being read
-    body: int = 20 * 2**20  # bytes of a request
-    seconds: float = 300.0  # from a request's arrival to the end of its answer
-
-    def __post_init__(self) -> None:
-        """ValueError names a limit that leaves nothing."""
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"limits.{name}={value}: must be above 0")
-        if self.pixels > image.MAX_PIXELS:
-            raise ValueError(f"limits.pixels={self.pixels}: must be at most {image.MAX_PIXELS}")
+from llava_fn.serve.options import Limits
 
 
 class Refused(Exception):

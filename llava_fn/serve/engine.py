@@ -20,7 +20,8 @@ from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Assistant, Picture
 from llava_fn.generate.decode import ROOM
-from llava_fn.generate.sampling import Decoding, sample, uniforms
+from llava_fn.generate.options import Decoding
+from llava_fn.generate.sampling import sample, uniforms
 from llava_fn.generate.types import DecodeState, PartialAnswer, Prompt, Words
 
 Name = tuple[str, int]  # of an answer: its request's, and which of its samples

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import engine
-from llava_fn.serve.ask import Limits, Refused
+from llava_fn.serve.ask import Refused
 from llava_fn.serve.engine import Job, Piece
+from llava_fn.serve.options import Limits
 
 Emit = Callable[[Piece | Refused], None]
 

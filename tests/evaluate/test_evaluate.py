@@ -21,7 +21,7 @@ from llava_fn.evaluate import folder, prompts, run, tsv
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.records import Prediction
 from llava_fn.generate import assistant, options
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 evaluate = recipe("evaluate")
@@ -39,7 +39,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def config(weights, files, tmp_path):
     """All four files, batches of three."""
-    model = options.Weights((weights / "vicuna_v1",), device="cpu")
+    model = options.ModelOptions((weights / "vicuna_v1",), device="cpu")
     return evaluate.Evaluate(model, tuple(files.values()), tmp_path / "out", "m", tokens=5, batch=3, workers=1)
 
 
@@ -99,7 +99,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def whole(weights, files, tmp_path_factory):
     """The results of one process, one question at a time, that nothing interrupts."""
-    model = options.Weights((weights / "vicuna_v1",), device="cpu")
+    model = options.ModelOptions((weights / "vicuna_v1",), device="cpu")
     out = tmp_path_factory.mktemp("whole")
     c = evaluate.Evaluate(model, tuple(files.values()), out, "m", tokens=5, batch=1, workers=1)
     evaluate.main(c)
@@ -107,7 +107,7 @@ def whole(weights, files, tmp_path_factory):
 
 
 def test_answers_are_those_of_each_question_alone(whole, weights, files):
-    a = options.open_assistant(options.Model(whole.model.weights, device="cpu", template="llava_v1", image_mode="pad"))
+    a = assistant.load(options.ChatOptions(whole.model.weights, device="cpu", template="llava_v1", image_mode="pad"))
     different = set()
     for kind, path in files.items():
         table = tsv.open_table(path)
@@ -222,7 +222,7 @@ def test_answers_with_other_settings_are_refused_and_named(change, said, config,
 
 
 def settings(c):
-    source = assistant.opened(c.model.weights)
+    source = assistant.open_weights(c.model.weights)
     return evaluate.settings(c, source, folder.fingerprint(c.model.weights))
 
 
@@ -333,7 +333,7 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
     ]  # fmt: skip
     c = replace(config, data=(tsvs.write(tmp_path / "MMMU_DEV_VAL.tsv", rows),), tokens=20)
     table = tsv.open_table(c.data[0])
-    a = options.open_assistant(options.Model(c.model.weights, device="cpu"))
+    a = assistant.load(options.ChatOptions(c.model.weights, device="cpu"))
     sizes = [x.size for x in run.ask(table, settings(c), run.parts(table, settings(c)), a.tokenizer, 4)]
     assert sizes == sorted(sizes)[:1] + sizes[1:] and sizes[1] == sizes[0] + 6 * (4 + (sizes[2] - sizes[0] - 4))
     evaluate.main(replace(c, out=tmp_path / "roomy"))
@@ -359,7 +359,7 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
 
 def test_batches_hold_what_is_alike_and_everything_once(whole):
     table = tsv.open_table(whole.data[0])
-    a = options.open_assistant(options.Model(whole.model.weights, device="cpu"))
+    a = assistant.load(options.ChatOptions(whole.model.weights, device="cpu"))
     s = settings(whole)
     asked = run.ask(table, s, run.parts(table, s), a.tokenizer, 4)
     for world in (1, 2, 3, 4, 9):
@@ -395,7 +395,7 @@ def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
 
 def test_no_more_is_made_ready_than_is_soon_wanted(whole):
     table = tsv.open_table(whole.data[0])
-    a = options.open_assistant(options.Model(whole.model.weights, device="cpu"))
+    a = assistant.load(options.ChatOptions(whole.model.weights, device="cpu"))
     asked = run.ask(table, settings(whole), run.parts(table, settings(whole)), a.tokenizer, 4)
     taken = []
     ready = run.ahead(table, a, (taken.append(x) or [x] for x in asked), 1)
@@ -424,7 +424,7 @@ def test_scores_alone_need_no_weights_and_every_answer(config, whole, monkeypatc
     c = only(config, "choice")
     evaluate.main(replace(c, limit=3))
     monkeypatch.setattr(assistant, "opened", None)
-    alone = replace(c, score_only=True, model=options.Weights((Path("gone/away"),), device="cpu"))
+    alone = replace(c, score_only=True, model=options.ModelOptions((Path("gone/away"),), device="cpu"))
     with pytest.raises(ValueError, match=r"4 of 7 rows of the TSV have no answer yet \(index 101, 200, 201, 300\)"):
         evaluate.main(alone)
     evaluate.main(replace(alone, allow_partial=True))

@@ -11,7 +11,7 @@ from llava_fn.data import text
 from llava_fn.data.templates import template_of
 from llava_fn.evaluate import prompts, tsv
 from llava_fn.evaluate.records import Question
-from llava_fn.generate.assistant import Form
+from llava_fn.generate.options import Form
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "

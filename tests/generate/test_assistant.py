@@ -20,20 +20,19 @@ from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat, ask, picture, reply, undo
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import ChatOptions, Decoding, Form
 
-CPU, F32 = torch.device("cpu"), torch.float32
 D = Decoding(tokens=12)
 
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return assistant.load([weights / "vicuna_v1"], CPU, F32)
+    return assistant.load(ChatOptions((weights / "vicuna_v1",), device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def captioner(weights):
-    return assistant.load([weights / "plain"], CPU, F32)
+    return assistant.load(ChatOptions((weights / "plain",), device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +54,18 @@ def count_tokens(monkeypatch):
 
 
 def test_template_image_mode_and_tokenizer_are_those_of_the_checkpoint(a, captioner, tokenizer):
-    assert a.form == assistant.Form("vicuna_v1", "pad") and captioner.form == assistant.Form("plain", "square")
+    assert a.form == Form("vicuna_v1", "pad") and captioner.form == Form("plain", "square")
     assert a.tokenizer == tokenizer and a.trained == "vicuna_v1"
 
 
 def test_presets_and_single_choices_overrule_the_checkpoint(weights):
     def form(**more):
-        return assistant.load([weights / "plain"], CPU, F32, **more).form
+        return assistant.load(ChatOptions((weights / "plain",), device="cpu", **more)).form
 
-    assert form(preset="original") == assistant.Form("llava_v1", "pad")
-    assert form(preset="hf") == assistant.Form("hf", "square", "hf")
-    assert form(preset="original", image_mode="square") == assistant.Form("llava_v1", "square")
-    assert form(template="mpt") == assistant.Form("mpt", "square")
+    assert form(preset="original") == Form("llava_v1", "pad")
+    assert form(preset="hf") == Form("hf", "square", "hf")
+    assert form(preset="original", image_mode="square") == Form("llava_v1", "square")
+    assert form(template="mpt") == Form("mpt", "square")
     with pytest.raises(ValueError, match="no preset 'hff'; there are: original, hf"):
         form(preset="hff")
     with pytest.raises(ValueError, match="no conversation template 'v9'"):
@@ -76,10 +75,10 @@ def test_presets_and_single_choices_overrule_the_checkpoint(weights):
 def test_a_run_stands_for_its_newest_checkpoint(weights, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="has saved no checkpoint yet"):
-        assistant.load([tmp_path], CPU, F32)
+        assistant.load(ChatOptions((tmp_path,), device="cpu"))
     for step, name in ((9, "plain"), (10, "vicuna_v1")):
         (tmp_path / f"checkpoints/{step:06d}").symlink_to(weights / name)
-    assert assistant.load([tmp_path], CPU, F32).trained == "vicuna_v1"
+    assert assistant.load(ChatOptions((tmp_path,), device="cpu")).trained == "vicuna_v1"
 
 
 def test_parts_that_nothing_brings_are_named(tmp_path, tokenizer):
@@ -87,22 +86,24 @@ def test_parts_that_nothing_brings_are_named(tmp_path, tokenizer):
     text_only = layouts.write_vicuna(tmp_path / "vicuna", state, "safetensors", tokenizer.model)
     clip = layouts.write_clip(tmp_path / "clip", state, whole=False)
     with pytest.raises(ValueError, match="does not bring the vision"):
-        assistant.load([text_only], CPU, F32)
+        assistant.load(ChatOptions((text_only,), device="cpu"))
     with pytest.raises(ValueError, match="does not bring the projector"):
-        assistant.load([text_only, clip], CPU, F32)
+        assistant.load(ChatOptions((text_only, clip), device="cpu"))
     projector = layouts.write_projector(tmp_path / "mm_projector.bin", state)
     with pytest.raises(ValueError, match="does not say its template or its image mode"):
-        assistant.load([text_only, clip, projector], CPU, F32)
-    assert assistant.load([text_only, clip, projector], CPU, F32, "original").form.template == "llava_v1"
+        assistant.load(ChatOptions((text_only, clip, projector), device="cpu"))
+    m = ChatOptions((text_only, clip, projector), device="cpu", preset="original")
+    assert assistant.load(m).form.template == "llava_v1"
     (text_only / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="brings no tokenizer.model"):
-        assistant.load([text_only, clip, projector], CPU, F32, "original")
+        assistant.load(ChatOptions((text_only, clip, projector), device="cpu", preset="original"))
 
 
 def test_only_weights_of_stage_1_warn(a, captioner, weights):
     assert assistant.warning(a) == ""
     assert "stage 1" in assistant.warning(captioner)
-    assert "stage 1" in assistant.warning(assistant.load([weights / "plain"], CPU, F32, "original"))
+    m = ChatOptions((weights / "plain",), device="cpu", preset="original")
+    assert "stage 1" in assistant.warning(assistant.load(m))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def photo(size=(50, 31)):
 
 
 def test_hf_preset_gives_the_ids_pixels_and_answers_of_transformers(hf_folder, processor):
-    mine = assistant.load([hf_folder], CPU, F32, "hf")
+    mine = assistant.load(ChatOptions((hf_folder,), device="cpu", preset="hf"))
     chat = ask(Chat(), "What is\nshown?", [picture(photo(), mine)])
     chat = dataclasses.replace(chat, turns=(*chat.turns, ("gpt", "A cat </s>.")))
     chat = ask(chat, "And <image> there?", [picture(photo((30, 44)), mine)])
@@ -140,7 +141,7 @@ def test_hf_preset_gives_the_ids_pixels_and_answers_of_transformers(hf_folder, p
     (asked, _), marker = assistant.prompt(mine, chat, D), processor.tokenizer.convert_tokens_to_ids("<image>")
     want = [mine.tokenizer.bos, *[IMAGE if i == marker else i for i in inputs["input_ids"][0].tolist()]]
     assert list(asked.ids) == want
-    model = layouts.hf_model(dtype=F32)
+    model = layouts.hf_model(dtype=torch.float32)
     model.load_state_dict(layouts.hf_model().float().state_dict())
     with torch.no_grad():
         feats = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -155,7 +156,7 @@ def test_hf_preset_gives_the_ids_pixels_and_answers_of_transformers(hf_folder, p
 
 
 def test_original_preset_is_llavas_own_prompt_and_pads_the_picture(hf_folder, tokenizer):
-    mine = assistant.load([hf_folder], CPU, F32, "original")
+    mine = assistant.load(ChatOptions((hf_folder,), device="cpu", preset="original"))
     shot = picture(photo(), mine)
     chat = ask(Chat(feats={shot.key: torch.zeros(4, layouts.C.llama.width)}), "What is shown?", [shot])
     asked, _ = assistant.prompt(mine, chat, D)
@@ -166,7 +167,7 @@ def test_original_preset_is_llavas_own_prompt_and_pads_the_picture(hf_folder, to
     )
     pieces = [spiece.encode(piece) for piece in (system, "\nWhat is shown? ASSISTANT:")]
     assert list(asked.ids) == [1, *pieces[0], *[IMAGE] * 4, *pieces[1]]
-    cropped = picture(photo(), assistant.load([hf_folder], CPU, F32, "hf"))
+    cropped = picture(photo(), assistant.load(ChatOptions((hf_folder,), device="cpu", preset="hf")))
     assert not torch.equal(shot.pixels, cropped.pixels) and shot.pixels[:, 0, 0].tolist() == [122, 116, 104]
 
 
@@ -365,13 +366,13 @@ def test_what_ends_an_answer_in_a_template_is_a_stop_text(a, template, end):
 
 
 def test_a_step_is_compiled_if_that_is_asked_for(a, weights, pictures):
-    m = options.Model((weights / "vicuna_v1",), device="cpu", compile="eager")
-    compiled, d = options.open_assistant(m), Decoding(tokens=3)
+    m = options.ChatOptions((weights / "vicuna_v1",), device="cpu", compile="eager")
+    compiled, d = assistant.load(m), Decoding(tokens=3)
     assert a.run.step is llama.decode_step and compiled.run.step is not llama.decode_step
     chat = ask(Chat(), "What?", pictures[:1])
     assert last(reply(compiled, chat, d)).turns == last(reply(a, chat, d)).turns
     with pytest.raises(ValueError, match="compile=nothing is no backend of torch.compile; there are: .*inductor"):
-        options.open_assistant(dataclasses.replace(m, compile="nothing"))
+        assistant.load(dataclasses.replace(m, compile="nothing"))
 
 
 def test_an_answer_that_grows_has_no_beams(a, pictures):
@@ -381,5 +382,5 @@ def test_an_answer_that_grows_has_no_beams(a, pictures):
 
 def test_layouts_of_others_say_their_template(tmp_path, tokenizer):
     folder = layouts.write_liuhaotian(tmp_path / "x", layouts.hub(layouts.hf_model()), True, tokenizer.model)
-    a = assistant.load([Path(folder)], CPU, F32)
-    assert a.form == assistant.Form("v1", "pad") and assistant.warning(a) == ""
+    a = assistant.load(ChatOptions((Path(folder),), device="cpu"))
+    assert a.form == Form("v1", "pad") and assistant.warning(a) == ""

@@ -21,7 +21,7 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.generate import beams, sampling
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Answer, Decoder, Prompt, Words
 from llava_fn.weights.model import from_state_dict
 

@@ -18,7 +18,7 @@ import pytest
 
 from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def config(weights, tmp_path, emojis):
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    model = options.Model((weights / "vicuna_v1",), device="cpu")
+    model = options.ChatOptions((weights / "vicuna_v1",), device="cpu")
     return infer.Infer(model, D, json=path, images=emojis, out=tmp_path / "answers.jsonl", batch=2)
 
 
@@ -72,7 +72,7 @@ def test_lines_are_answered_as_each_alone_and_in_order(config):
     assert got[0]["answer"] == got[4]["answer"] and len({r["answer"] for r in got}) >= 3
     infer.main(change(config, batch=1, out=config.out.with_name("single.jsonl")))
     assert config.out.with_name("single.jsonl").read_text() == config.out.read_text()
-    a = options.open_assistant(config.model)
+    a = assistant.load(config.model)
     picture = assistant.picture(next(iter(sorted((config.images / "images").iterdir()))), a)
     *_, said = assistant.reply(a, assistant.ask(assistant.Chat(), "What is it?", [picture]), D)
     assert said.chat.turns[-1][1] == got[0]["answer"].strip()
@@ -133,7 +133,7 @@ def test_answers_to_other_lines_or_with_other_options_are_not_mixed(config):
 
 
 def test_answers_of_two_checkpoints_of_a_run_or_of_two_precisions_are_not_mixed(config, tmp_path, weights):
-    c = change(config, model=options.Model((tmp_path / "run",), device="cpu"))
+    c = change(config, model=options.ChatOptions((tmp_path / "run",), device="cpu"))
     shutil.copytree(weights / "vicuna_v1", tmp_path / "run/checkpoints/000007")
     infer.main(c)
     with pytest.raises(ValueError, match="other options .model.dtype: float32 -> bfloat16"):
@@ -263,7 +263,7 @@ def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, 
 @pytest.fixture
 def talk(weights, emojis):
     """The assistant, and a function from lines to the session after them."""
-    a = options.open_assistant(options.Model((weights / "vicuna_v1",), device="cpu"))
+    a = assistant.load(options.ChatOptions((weights / "vicuna_v1",), device="cpu"))
 
     def say(*lines, s=chat.Session()):
         for line in lines:
@@ -344,7 +344,7 @@ def interrupted(*_):
 
 
 def test_a_caption_model_says_so_and_takes_a_picture_at_a_time(weights, emojis):
-    a = options.open_assistant(options.Model((weights / "plain",), device="cpu"))
+    a = assistant.load(options.ChatOptions((weights / "plain",), device="cpu"))
     images = [str(p) for p in sorted((emojis / "images").iterdir())[:2]]
     s = chat.turn(a, chat.Session(), f"/image {images[0]}", D)
     s = chat.turn(a, s, "", D)

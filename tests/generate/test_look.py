@@ -16,7 +16,7 @@ from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
 from llava_fn.generate.assistant import Chat
 from llava_fn.generate.look import answer_ids, attention_maps, look, words
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Prompt
 
 draw, infer = recipe("look"), recipe("infer")
@@ -46,7 +46,7 @@ def test_more_positions_than_there_are_cannot_be_read(read, lively, tiny):
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return options.open_assistant(options.Model((weights / "vicuna_v1",), device="cpu"))
+    return assistant.load(options.ChatOptions((weights / "vicuna_v1",), device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_an_answer_in_training_form_is_read_back(a):
 
 
 def config(weights, images, tmp_path, **more):
-    model = options.Model((weights / "vicuna_v1",), device="cpu")
+    model = options.ChatOptions((weights / "vicuna_v1",), device="cpu")
     return draw.Draw(model, tuple(images), tmp_path / "out/look.png", **{"prompt": "What?", "tokens": 6, **more})
 
 

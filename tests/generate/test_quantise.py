@@ -9,7 +9,7 @@ from llava_fn import linear, llama, llava, spec, tree
 from llava_fn.batch import Stream, collate
 from llava_fn.generate import assistant
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Decoder, Words
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
@@ -120,9 +120,9 @@ def test_one_weight_at_a_time_is_whole(small, tiny, monkeypatch):
 
 
 def test_an_assistant_moves_leaves_one_by_one_into_the_dtype_asked_for(weights):
-    source = assistant.opened([weights / "vicuna_v1"])
-    form = assistant.form_of(source, None, None, None)
-    to = assistant.Place(torch.device("cpu"), torch.bfloat16, int8=True)
+    source = assistant.open_weights([weights / "vicuna_v1"])
+    form = assistant.form_of(source)
+    to = assistant.Placement(torch.device("cpu"), torch.bfloat16, int8=True)
     a = assistant.place(source, form, to)
     kinds = {path[-1]: x.dtype for path, x in zip(tree.paths(a.params), tree.values(a.params), strict=True)}
     assert kinds.pop("int8") == torch.int8 and kinds.pop("scale") == torch.float32

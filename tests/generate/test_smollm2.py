@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from llava_fn import config, llama, spec
 from llava_fn.batch import Stream
 from llava_fn.generate import decode as generate
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Prompt, Words
 from llava_fn.weights import model
 from llava_fn.weights.source import open_source

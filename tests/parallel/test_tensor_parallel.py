@@ -21,8 +21,8 @@ from llava_fn.batch import IMAGE, Sample
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.generate import assistant, options
 from llava_fn.generate import decode as generate
-from llava_fn.generate.assistant import Chat, Place, ask, picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.assistant import Chat, Placement, ask, picture
+from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Decoder, Words
 from llava_fn.launch import processes
 from llava_fn.parallel.collectives import TP
@@ -90,9 +90,9 @@ def every(mesh):
 
 def talk(weights, picture_path, mesh, int8=False):
     """Two turns on one cache."""
-    source = assistant.opened([weights])
-    to = Place(torch.device("cpu"), torch.float32, mesh, int8)
-    a = assistant.place(source, assistant.form_of(source, None, None, None), to)
+    source = assistant.open_weights([weights])
+    to = Placement(torch.device("cpu"), torch.float32, mesh, int8)
+    a = assistant.place(source, assistant.form_of(source), to)
     chat, said = ask(Chat(), "What is shown?", [picture(picture_path, a)]), []
     for question in ("And what else?", None):
         *_, last = assistant.reply(a, chat, Decoding(tokens=6))
@@ -211,7 +211,7 @@ def lines(tmp_path, image):
 
 def test_the_recipe_under_torchrun_goes_on_where_one_process_stopped_and_prints_once(weights, lines, tmp_path):
     out = tmp_path / "answers.jsonl"
-    one = infer.Infer(options.Model((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
+    one = infer.Infer(options.ChatOptions((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
     with pytest.raises(ValueError, match="1 of 4 lines"):
         infer.main(one)
     want = out.read_text()
@@ -227,10 +227,10 @@ def test_the_recipe_under_torchrun_goes_on_where_one_process_stopped_and_prints_
 def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
     with pytest.raises(ValueError, match=r"tp=4 does not divide the decoder's kv_heads=2; tp can be one of 1, 2$"):
         llama.check_tp(SHARED.llama, 4)
-    source = assistant.opened([weights])
-    to = Place(torch.device("cpu"), torch.float32, Mesh(tp=Axis("tp", 3)))
+    source = assistant.open_weights([weights])
+    to = Placement(torch.device("cpu"), torch.float32, Mesh(tp=Axis("tp", 3)))
     with pytest.raises(ValueError, match="tp=3 .* heads=4 and kv_heads=2 and ffn=32 and vocab=512; .* 1, 2"):
-        assistant.place(source, assistant.form_of(source, None, None, None), to)
+        assistant.place(source, assistant.form_of(source), to)
     llama.check_tp(config.LLAVA_7B.llama, 8)
 
 
@@ -239,13 +239,13 @@ def test_as_many_processes_as_tp(weights, monkeypatch):
     processes.check_processes(1, {}, alone=True)
     processes.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
-        infer.main(infer.Infer(options.Model((weights,), device="cpu"), prompt="x", tp=2))
+        infer.main(infer.Infer(options.ChatOptions((weights,), device="cpu"), prompt="x", tp=2))
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
-        infer.main(infer.Infer(options.Model((weights,), device="cpu"), prompt="x"))
+        infer.main(infer.Infer(options.ChatOptions((weights,), device="cpu"), prompt="x"))
 
 
 @pytest.mark.parametrize("bad, match", [({"tp": 0}, "tp=0: must be"), ({"tp": 2, "json": Path("-")}, "into a file")])
 def test_options_that_cannot_be(bad, match):
     with pytest.raises(ValueError, match=match):
-        infer.Infer(options.Model((Path("x"),)), **bad)
+        infer.Infer(options.ChatOptions((Path("x"),)), **bad)

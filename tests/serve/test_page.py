@@ -7,13 +7,12 @@ import shutil
 import time
 
 import pytest
-import torch
 from PIL import Image
 from serving import alone, serving
 
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Chat, ask, picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,7 +26,7 @@ PHONE = {"width": 360, "height": 640}
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return assistant.load([weights / "vicuna_v1"], torch.device("cpu"), torch.float32, context=1024)
+    return assistant.load(ChatOptions((weights / "vicuna_v1",), device="cpu", context=1024))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +179,7 @@ def test_an_error_is_shown_and_the_conversation_goes_on(server, a, files, open_p
 
 
 def test_a_model_that_captions_is_asked_about_one_image_at_a_time(weights, files, open_page):
-    captioner = assistant.load([weights / "plain"], torch.device("cpu"), torch.float32, context=128)
+    captioner = assistant.load(ChatOptions((weights / "plain",), device="cpu", context=128))
     with serving(captioner, prompt=60, tokens=20) as server:
         page = open_page(server)
         assert "These weights are of stage 1" in page.locator("#note").inner_text()

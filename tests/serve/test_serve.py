@@ -23,7 +23,6 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 import tyro
 from PIL import Image
 from serving import alone, serving
@@ -33,21 +32,20 @@ from llava_fn.data.text import render
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Chat, ask, picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import app, engine
 from llava_fn.serve import ask as ask_of
 from llava_fn.serve.ask import FIELDS, OFF
 from llava_fn.serve.worker import Worker
 
 ROOT = Path(__file__).parents[2]
-CPU, F32 = torch.device("cpu"), torch.float32
 HI = [{"role": "user", "content": "Say a word or two."}]
 SAID = ask(Chat(), "Say a word or two.")
 
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return assistant.load([weights / "vicuna_v1"], CPU, F32, context=1024)
+    return assistant.load(ChatOptions((weights / "vicuna_v1",), device="cpu", context=1024))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +164,7 @@ def test_every_template_takes_a_system_prompt_or_says_that_it_has_no_place_for_o
 
 
 def test_a_model_that_captions_wants_one_image_and_nothing_before(weights, files):
-    captioner = assistant.load([weights / "plain"], CPU, F32, context=128)
+    captioner = assistant.load(ChatOptions((weights / "plain",), device="cpu", context=128))
     image, shot = part(files[0].read_bytes()), picture(files[0], captioner)
     with serving(captioner, prompt=60, tokens=20) as server:
         want = alone(captioner, ask(Chat(), "", [shot]), Decoding(tokens=12))
@@ -566,7 +564,7 @@ def test_options_of_the_readme_exist(recipe):
 
 
 def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
-    model = recipe.options.Model((weights / "vicuna_v1",), device="cpu")
+    model = recipe.options.ChatOptions((weights / "vicuna_v1",), device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="cannot listen on 127.0.0.1:.* give another --port"):
             recipe.main(recipe.Serve(model, port=taken.getsockname()[1]))
@@ -581,7 +579,7 @@ def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
 
 
 def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(recipe, weights, monkeypatch, capsys):
-    model = recipe.options.Model((weights / "plain",), device="cpu")
+    model = recipe.options.ChatOptions((weights / "plain",), device="cpu")
     monkeypatch.setattr(Worker, "start", lambda w: setattr(w, "error", ValueError("lost")) or threading.Timer(
         0.5, w._crashed).start())  # fmt: skip
     monkeypatch.setattr(Worker, "stop", lambda w: None)

@@ -5,18 +5,17 @@ import queue
 import threading
 
 import pytest
-import torch
 
 from llava_fn import llama
 from llava_fn.generate import assistant
 from llava_fn.generate.assistant import Chat, ask, picture
-from llava_fn.generate.sampling import Decoding
+from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
-from llava_fn.serve.ask import Limits, Refused
+from llava_fn.serve.ask import Refused
 from llava_fn.serve.engine import Job
+from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Ticket, Worker
 
-CPU, F32 = torch.device("cpu"), torch.float32
 OPTIONS = (
     Decoding(tokens=9),
     Decoding(tokens=14, temperature=1.0, seed=5),
@@ -28,7 +27,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def a(weights):
-    return assistant.load([weights / "vicuna_v1"], CPU, F32, context=256)
+    return assistant.load(ChatOptions((weights / "vicuna_v1",), device="cpu", context=256))
 
 
 @pytest.fixture(scope="module")
