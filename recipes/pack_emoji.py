@@ -63,8 +63,8 @@ def read_package(path: Path, keep: tuple[str, ...]) -> dict[str, bytes]:
         files = {name: p.read_bytes() for name, p in names.items() if name.startswith(keep)}
     else:
         with tarfile.open(path) as tar:
-            members = {m.name.removeprefix("package/"): m for m in tar if m.isfile()}
-            files = {name: tar.extractfile(m).read() for name, m in members.items() if name.startswith(keep)}
+            members = {m.name.removeprefix("package/"): tar.extractfile(m) for m in tar if m.isfile()}
+            files = {name: file.read() for name, file in members.items() if file and name.startswith(keep)}
     if "package.json" not in files:
         raise ValueError(f"{path} is no npm package (no package.json at its top): give the .tgz or the unpacked folder")
     return files

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llava_fn.config import LLAVA_EMOJI, STAGES, Llava, Optim, Parallel, Stage, plain
-from llava_fn.data.records import Data, Source
+from llava_fn.data.options import Data, Source
 from llava_fn.launch import cli
 from llava_fn.runs.options import Saving
 
@@ -105,7 +106,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     from llava_fn.train import Task, train_step
 
     if c.unpack:
-        world.in_turn(lambda: emoji.unpack(c.unpack))
+        world.in_turn(partial(emoji.unpack, c.unpack))
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources = [records.read(source) for source in c.data.sources]

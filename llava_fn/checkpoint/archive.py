@@ -1,6 +1,6 @@
-"""Files of tensors, memory-mapped: safetensors, torch.save (.bin, .pt, .pth) and TorchScript, told by their content.
+"""Memory-mapped files of tensors: safetensors, torch.save (.bin, .pt, .pth) and TorchScript, told apart by content.
 
-No pickle is executed. torch.save's is read by torch's weights_only reader, TorchScript's by `weights.torchscript`.
+No pickle is executed: torch's weights_only reader reads those of torch.save, torchscript.py those of TorchScript.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, itself pickled
 POINTER = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-# What the readers below raise, of all that a damaged file can say.
+# What the readers below raise for a damaged file.
 DAMAGED = (
     SafetensorError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError, ArithmeticError,
     AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
@@ -54,7 +54,7 @@ INERT = {
 }  # fmt: skip
 INERT_PACKAGES = ("megatron.", "mindspeed.", "mindspeed_mm.")
 
-# Each row is one kind of weights; the first of its files that is there is read.
+# Each row is one kind of weights. Of its files the first one that exists is read.
 KINDS = (
     ("model.safetensors", "pytorch_model.bin"),
     ("adapter_model.safetensors", "adapter_model.bin"),
@@ -67,10 +67,10 @@ LEFTOVERS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng
 
 @dataclass(frozen=True)
 class Archive:
-    """The tensors of one file, memory-mapped: a page is read when a number on it is.
+    """The tensors of one file, memory-mapped: a page is read when a number on it is used.
 
-    Tensors are to be read, never written to, and the file is to stay as it is while they are in use. A file of torch's
-    legacy format is in memory as a whole, and is not mapped.
+    Never write to the tensors, and leave the file as it is while they are in use. A file of torch's legacy format
+    cannot be mapped: it is in memory as a whole.
     """
 
     path: Path
@@ -78,12 +78,12 @@ class Archive:
     pages: mmap.mmap | None = field(default=None, repr=False)
 
     def release(self) -> None:
-        """Give the file's pages back to the system; the tensors stay valid, and are read again when they are used."""
+        """Free the memory of the pages that were read. The tensors stay valid: pages are read again when used."""
         if self.pages is not None:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
     def find(self, t: Tensor) -> int | None:
-        """The byte of the file at which a contiguous tensor begins, or None if it is no part of the file as it is."""
+        """The byte of the file at which a contiguous tensor begins, or None if the file does not hold it as it is."""
         if self.pages is None or not t.is_contiguous():
             return None
         first = t.data_ptr() - torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
@@ -91,12 +91,12 @@ class Archive:
 
 
 def open_archive(path: Path) -> Archive:
-    """The tensors of a file; what kind of file it is, its content says, never its name.
+    """The tensors of a file, whose kind is told by its content, never by its name.
 
-    safetensors, TorchScript archives, and zip archives of torch.save are mapped. torch.save's legacy format cannot be
-    and is loaded into memory. What is no tensor is left out: numbers, text, lists with all that is in them, and those
-    attributes of TorchScript modules that are neither parameters nor buffers. ValueError for any other file, a
-    truncated one, a pickle that would run code, and tensors that are sparse, quantized or without a name.
+    safetensors, TorchScript archives and zip archives of torch.save are mapped; torch.save's legacy format is loaded
+    into memory. Everything but tensors is left out: numbers, texts, lists with their content, and attributes of
+    TorchScript modules that are neither parameters nor buffers. ValueError for another kind of file, a truncated file,
+    a pickle that would run code, and tensors that are sparse, quantized or without a name.
     """
     path = Path(path)
     if not path.is_file():
@@ -114,8 +114,8 @@ def open_archive(path: Path) -> Archive:
     except Unreadable as error:
         raise ValueError(f"{path} {error}") from error
     except DAMAGED as error:
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{size} is truncated or damaged ({said}); get the file again") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{size} is truncated or damaged ({reason}); get the file again") from error
     raise ValueError(f"{size} {_stranger(head)}")
 
 
@@ -176,7 +176,7 @@ class _Zip:
         return self.file.read(f"{self.root}/{member}")
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        """One storage as a flat tensor. ValueError if it is not of the size that the pickle says."""
+        """One storage as a flat tensor. ValueError if its size is not the one in the pickle."""
         offset, size = self.storages[key]
         if size != count * dtype.itemsize:
             raise ValueError(f"storage {key} is {size} bytes long, not {count} x {dtype.itemsize}")
@@ -186,7 +186,7 @@ class _Zip:
 def _open_zip(path: Path) -> Archive:
     with zipfile.ZipFile(path) as file:
         archive = _index(path, file)
-        # As torch.load tells them apart.
+        # torch.load tells them apart in the same way
         found = _torchscript(archive) if archive.holds("constants.pkl") else _saved(archive)
         return Archive(path, _unique(found), archive.pages)
 
@@ -203,7 +203,7 @@ def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
     packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise Unreadable(f"is compressed ({packed[0]} is); torch.load it and torch.save it again")
-    with path.open("rb") as raw:  # not through the map, where looking at a header brings megabytes of its neighbours
+    with path.open("rb") as raw:  # not through the map, where each header would read megabytes around it
         storages = {info.filename.removeprefix(prefix): _span(raw, info) for info in members}
     archive = _Zip(path, _map(path), file, roots[0], storages)
     if archive.holds("byteorder") and archive.read("byteorder").decode() != sys.byteorder:
@@ -217,7 +217,7 @@ def _span(raw: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     header = raw.read(30)
     if len(header) < 30 or not header.startswith(ZIP):
         raise zipfile.BadZipFile(f"no member of the archive begins at byte {info.header_offset}")
-    # Its name and its padding follow. Torch checks that the member ends before the file does.
+    # The name and the padding follow. torch checks that the member ends within the file.
     return info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26)), info.file_size
 
 
@@ -239,7 +239,7 @@ def _load(path: Path, device: str) -> Any:
 
 
 class _Inert:
-    """Stands for an object that is not needed: takes whatever it is made of, and keeps nothing."""
+    """Stands in for an object that is not needed: takes any arguments and any state, and keeps nothing."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return object.__new__(cls)
@@ -252,7 +252,7 @@ class _Inert:
 
 
 def _saved(archive: _Zip) -> list[tuple[str, Tensor]]:
-    """The tensors of a zip archive of torch.save: torch says where each lies, and it is mapped there."""
+    """The tensors of a zip archive of torch.save, mapped at the offsets that torch reports."""
     with archive.path.open("rb") as raw:
         try:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(raw)
@@ -269,16 +269,16 @@ def _saved(archive: _Zip) -> list[tuple[str, Tensor]]:
 
 
 def _unread(error: Exception) -> str:
-    """Why torch.load refused, in words of ours: torch advises to turn weights_only off."""
+    """Why torch.load refused, without its advice to turn weights_only off."""
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return f"names {named[1]}: {DANGER}"
-    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-    return f"is damaged, or its pickle does more than name tensors ({said}); get these weights as safetensors"
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+    return f"is damaged, or its pickle does more than name tensors ({reason}); get these weights as safetensors"
 
 
 def _check_order(archive: _Zip) -> None:
-    """From format 1 on torch computes where a storage lies and does not look; that is right for its own order only."""
+    """Unreadable if storages are in another order than torch writes: from format 1 on it computes their offsets."""
     if not archive.holds(".format_version"):
         return
     keys = sorted(archive.storages, key=archive.storages.__getitem__)
@@ -290,7 +290,7 @@ def _mapped(archive: _Zip, keys: Mapping[int, str], name: str, meta: Tensor) -> 
     if meta.layout != torch.strided or meta.is_quantized or meta.is_nested or meta.is_conj() or meta.is_neg():
         raise Unreadable(f"holds {name} sparse, quantized, nested or lazily conjugated; save it dense")
     storage = meta.untyped_storage()
-    first = getattr(storage, "_checkpoint_offset", None)
+    first = getattr(storage, "_checkpoint_offset", -1)
     try:
         flat = archive.storage(keys[first], meta.dtype, storage.nbytes() // meta.dtype.itemsize)
     except (LookupError, ValueError) as error:
@@ -305,10 +305,10 @@ def _legacy(path: Path) -> dict[str, Tensor]:
 
 
 def _leaves(content: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of nested dicts, by name. Unreadable for what is no dict, or holds itself."""
+    """Every tensor of nested dicts, with its name. Unreadable if it is no dict, or a dict holds itself."""
     if not isinstance(content, dict):
         raise Unreadable(f"holds a {type(content).__name__}, not a dict of tensors; save its state_dict()")
-    levels = [("", content, (id(content),))]
+    levels: list[tuple[str, dict, tuple[int, ...]]] = [("", content, (id(content),))]
     while levels:
         prefix, level, above = levels.pop()
         for key, value in level.items():
@@ -332,10 +332,10 @@ def _unique(found: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def open_folder(folder: Path) -> list[Archive]:
     """The files of a folder in Hugging Face's layout that hold its weights.
 
-    If there is an index (*.safetensors.index.json, or else *.bin.index.json), the files that it names. Else the weights
-    known by their names (`KINDS`), of which a folder may hold several; else every *.safetensors, or else every *.bin
-    and *.pt that is no trainer's leftover (`LEFTOVERS`, never opened). ValueError if there is nothing to read, several
-    indices, an index that its files do not match, or a tensor in two files; it lists all of them.
+    If there is an index (*.safetensors.index.json, else *.bin.index.json): the files that it names. Else the files of
+    `KINDS`, of which a folder may hold several; else every *.safetensors; else every *.bin and *.pt that is no
+    trainer's leftover (`LEFTOVERS`, which are never opened). ValueError if there is nothing to read or more than one
+    index, and one that lists every mismatch between index and files, and every tensor that two files hold.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -353,8 +353,8 @@ def open_folder(folder: Path) -> list[Archive]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    known = [[folder / name for name in kind if (folder / name).is_file()] for kind in KINDS]
-    first = [paths[0] for paths in known if paths]
+    kinds = [[folder / name for name in kind if (folder / name).is_file()] for kind in KINDS]
+    first = [paths[0] for paths in kinds if paths]
     if first:
         return first
     others = [path for path in sorted(folder.iterdir()) if not any(path.match(pattern) for pattern in LEFTOVERS)]
@@ -395,7 +395,7 @@ def _open_indexed(index: Path) -> list[Archive]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name of a tensor -> name of its file, in the same folder."""
+    """Tensor name -> file name, in the folder of the index."""
     try:
         files = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:

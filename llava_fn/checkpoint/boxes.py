@@ -1,14 +1,14 @@
-"""Boxes: rectangles of global tensors. They are all that a sharded checkpoint knows of the mesh that wrote it.
+"""Boxes: rectangular parts of global tensors. A sharded checkpoint records boxes, not the mesh that wrote it.
 
-Every process writes the boxes that it holds, and reads the boxes that it wants, whoever wrote them. The files of a
-sharded checkpoint, besides those that every checkpoint has (see checkpoint.py):
+Every process writes the boxes that it holds, and reads the boxes that it needs, whichever rank wrote them. The files of
+a sharded checkpoint, besides those that every checkpoint has (see folder.py):
 
-    params-00003.safetensors   the boxes of rank 3; the key of each is path|box: "llama/embed|0:128,0:16"
-    optim-00003.safetensors    those of AdamW's moments: "first/llama/embed|0:128,0:16" and "second/..."
-    boxes.json                 the tilings: a shape, and rank and sides of each box that it is cut into;
-                               of each tensor: the number of its tiling, and the CRC-32 of each of its boxes
+    params-00003.safetensors   the boxes of rank 3 under the keys path|box: "llama/embed|0:128,0:16"
+    optim-00003.safetensors    boxes of AdamW's moments: "first/llama/embed|0:128,0:16" and "second/..."
+    boxes.json                 tilings: a shape, and the rank and the sides of each box that it is cut into;
+                               for each tensor: the number of its tiling, and the CRC-32 of each of its boxes
 
-A rank that holds nothing has no file. Numbers are fp32. What a mesh pads is never written.
+A rank that holds nothing has no file. Numbers are fp32. Padding is never written.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ KINDS = ("params", "first", "second")  # the parameters, and AdamW's running mea
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor: fp32, on any device. One without numbers stands for nothing and is never written.
+    """A box of a global tensor and its values: fp32, on any device. An empty box is never written.
 
-    ValueError if the box is not inside the shape, or if the value is not fp32 of the size of the box.
+    ValueError if the box is not inside the shape, or if the value is not fp32 of the shape of the box.
     """
 
     path: tree.Path
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a tensor is cut, as many others are: box i is what ranks[i] wrote. Rank None: one process wrote all."""
+    """How a tensor is cut into boxes: rank ranks[i] wrote boxes[i]. Rank None: one process wrote the whole tensor."""
 
     shape: tuple[int, ...]
     ranks: tuple[int | None, ...]
@@ -64,7 +64,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Entry:
-    """A global tensor of a checkpoint. crcs: of each box; None: the sum of the whole file is checked instead."""
+    """A global tensor of a checkpoint. crcs: CRC-32 of each box; None: the SHA-256 of its file is checked instead."""
 
     tiling: Tiling
     crcs: Sequence[int] | None
@@ -80,7 +80,7 @@ def extent(box: Box) -> tuple[int, ...]:
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor."""
+    """The box of a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
@@ -96,18 +96,18 @@ def check_inside(name: str, shape: Sequence[int], box: Box) -> None:
 
 
 def file_of(kind: str, rank: int | None) -> str:
-    """The file that holds what this rank wrote of one kind; what one process wrote, if it is None."""
+    """The file that a rank wrote for one kind; None: the file of a checkpoint that one process wrote."""
     return ("params" if kind == "params" else "optim") + ("" if rank is None else f"-{rank:05d}") + ".safetensors"
 
 
 def key_of(kind: str, name: str, box: Box | None) -> str:
-    """The key of a box in its file; of the whole tensor as one process writes it, if it is None."""
+    """The key of a box in its file; None: the key of a whole tensor that one process wrote."""
     return ("" if kind == "params" else f"{kind}/") + name + ("" if box is None else f"|{write_box(box)}")
 
 
 def crc_of(value: Tensor) -> int:
     """CRC-32 of the bytes of a tensor on the CPU."""
-    return zlib.crc32(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+    return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def digest(path: Path) -> str:
@@ -117,16 +117,16 @@ def digest(path: Path) -> str:
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """What two boxes of one tensor share, or None."""
+    """The intersection of two boxes of one tensor, or None."""
     both = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
 
 
 def flaws(target: Box, parts: Sequence[Box]) -> Iterator[tuple[Box, list[int]]]:
-    """Each piece of `target` that is not in exactly one of the parts, and the numbers of those that it is in.
+    """Each cell of `target` that is not in exactly one of the parts, and the numbers of the parts that it is in.
 
-    parts: boxes inside `target`. The space is cut wherever a box begins or ends: what is between cuts is in a part as a
-    whole or not at all.
+    parts: boxes inside `target`. Space is cut into cells wherever a box begins or ends, so that each cell lies either
+    inside or outside each part.
     """
     cuts = [sorted({edge for box in (target, *parts) for edge in box[dim]}) for dim in range(len(target))]
     at = [{edge: i for i, edge in enumerate(edges)} for edges in cuts]
@@ -139,9 +139,9 @@ def flaws(target: Box, parts: Sequence[Box]) -> Iterator[tuple[Box, list[int]]]:
 
 
 def check_tiles(where: str, target: Box, parts: Sequence[tuple[str, Box]]) -> None:
-    """ValueError if parts leave a hole in `target` or lie over each other there, naming the first such places.
+    """ValueError if parts leave a hole in `target` or overlap there. The error names the first such places.
 
-    parts: who brings it, and the box.
+    parts: (file, box).
     """
     lines = []
     for box, numbers in itertools.islice(flaws(target, [box for _, box in parts]), 4):
@@ -165,7 +165,7 @@ def dump_index(index: Index) -> str:
 
 
 def read_index(path: Path) -> Index:
-    """What boxes.json says. ValueError if it is not what `dump_index` writes."""
+    """Parse boxes.json. ValueError if `dump_index` did not write it."""
     try:
         values = json.loads(path.read_text())
         if values["format"] != 1:
@@ -180,13 +180,13 @@ def read_index(path: Path) -> Index:
 
 
 def tiling(shape: Sequence[int], rows: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> Tiling:
-    """The tiling of a shape into (rank, sides) each, as JSON has them."""
+    """The tiling of a shape. rows: (rank, sides of its box), as in boxes.json."""
     boxes = tuple(tuple((start, stop) for start, stop in sides) for _, sides in rows)
     return Tiling(tuple(shape), tuple(rank for rank, _ in rows), boxes)
 
 
 def index_of_whole(folder: Path) -> Index:
-    """The index of a checkpoint that one process wrote: each tensor is one box."""
+    """The index of a checkpoint that one process wrote, in which each tensor is one box."""
     index: dict[str, dict[str, Entry]] = {}
     for file in (file_of(kind, None) for kind in KINDS[:2]):
         tensors = open_archive(folder / file).tensors if (folder / file).is_file() else {}
@@ -199,9 +199,10 @@ def index_of_whole(folder: Path) -> Index:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads boxes of a checkpoint. What it reads is checked, and nothing else is read.
+    """Reads boxes of a checkpoint, and verifies what it reads.
 
-    sums: file -> SHA-256, for files whose boxes have no CRC: such a file is read as a whole when it is opened.
+    sums: file -> SHA-256, for files whose boxes have no CRC: such a file is hashed when it is opened. Empty if the
+    files have been verified already.
     """
 
     folder: Path
@@ -210,10 +211,10 @@ class Reader:
     opened: dict[str, Archive] = field(default_factory=dict, repr=False)
 
     def read(self, kind: str, path: tree.Path, box: Box | None = None) -> Tensor:
-        """A box of a tensor, or all of it, on the CPU, in memory of its own. kind: params, first or second.
+        """A box of a tensor, or the whole tensor, copied to the CPU. kind: one of KINDS.
 
-        Reads those stored boxes that it shares numbers with, each as a whole, for its CRC. ValueError naming file and
-        tensor if one is damaged, missing, or if they do not make up the box.
+        Reads the stored boxes that intersect it, each as a whole to check its CRC. ValueError naming file and tensor if
+        one of them is damaged or missing, or if together they do not cover the box.
         """
         name = "/".join(path)
         if name not in self.index.get(kind, {}):
@@ -234,7 +235,7 @@ class Reader:
         return out
 
     def _stored(self, kind: str, name: str, number: int) -> Tensor:
-        """Box `number` of a tensor, mapped."""
+        """Stored box `number` of a tensor, mapped and verified."""
         entry = self.index[kind][name]
         rank, box = entry.tiling.ranks[number], entry.tiling.boxes[number]
         file, key = file_of(kind, rank), key_of(kind, name, None if rank is None else box)
@@ -250,7 +251,7 @@ class Reader:
         return value
 
     def archive(self, file: str) -> Archive:
-        """One of the files, mapped. ValueError if it is to be verified and is damaged."""
+        """A file of tensors, mapped. ValueError if it is damaged and has not been verified before."""
         if file not in self.opened:
             path = self.folder / file
             if file in self.sums and digest(path) != self.sums[file]:
@@ -260,5 +261,5 @@ class Reader:
 
 
 def _within(box: Box, around: Box) -> tuple[slice, ...]:
-    """The slices that cut `box` out of the tensor that `around` is."""
+    """The slices of `box` in a tensor that holds the box `around`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, around, strict=True))

@@ -1,13 +1,13 @@
 """Checkpoints: a folder of safetensors, a JSON manifest and SHA256SUMS, which appears whole or not at all.
 
     000100/params.safetensors   the leaves that this run trains, or a whole model
-    000100/optim.safetensors    AdamW's moments, if they were kept
-    000100/unused.safetensors   what a converted model brought that LLaVA never reads, so that it can go out again
+    000100/optim.safetensors    AdamW's moments, if they were saved
+    000100/unused.safetensors   tensors of a converted model that LLaVA never reads, kept for a later export
     000100/tokenizer.model      the sentencepiece model that the ids belong to
     000100/manifest.json        model, image mode, template, step, recipe; the base: path and fingerprint
-    000100/SHA256SUMS           of all the others; `sha256sum -c SHA256SUMS` checks them too
+    000100/SHA256SUMS           of all other files; `sha256sum -c SHA256SUMS` checks them too
 
-A checkpoint that several processes wrote holds boxes instead of the first two, see boxes.py; shares.py writes it.
+A checkpoint that several processes wrote holds boxes instead of the first two files, see boxes.py and shares.py.
 
 A folder is written under a temporary name, flushed to the disk, and renamed. Nothing in it is ever pickled.
 """
@@ -37,8 +37,8 @@ from llava_fn.checkpoint.boxes import digest
 from llava_fn.config import Llava, differences, plain, structure
 
 SUMS = "SHA256SUMS"
-TEMPORARY = ".part-"  # a folder of this name was never finished, or is being removed
-ASIDE = ".old-"  # a whole checkpoint, while another takes its place
+TEMPORARY = ".part-"  # prefix of a folder that was never finished, or is being removed
+ASIDE = ".old-"  # prefix of a whole checkpoint while another one takes its place
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Base:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says."""
+    """The content of manifest.json."""
 
     model: Llava
-    parts: tuple[str, ...]  # of the model, that this checkpoint holds: vision, projector, llama
+    parts: tuple[str, ...]  # parts of the model that this checkpoint holds: vision, projector, llama
     image_mode: str
     template: str
     compat: str | None
     step: int = 0
     base: Base | None = None
-    recipe: dict | None = None  # the config of the run, as far as the numbers depend on it
-    data: list | None = None  # fingerprint of the records
+    recipe: dict | None = None  # the fields of the run's config that its numbers depend on
+    data: list | None = None  # fingerprints of the records' files
     format: int = 1
 
 
@@ -107,11 +107,10 @@ def _sum(path: Path) -> str:
     return digest(path) if path.is_file() else "no file"
 
 
-def sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
-    """What SHA256SUMS says of a folder. known: digests that need not be computed again, file name -> hex."""
+def sums(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The text of SHA256SUMS for a folder. digests: file name -> hex, of files that need not be hashed again."""
     paths = sorted(p for p in folder.iterdir() if p.name != SUMS)
-    digests = [known.get(p.name) or _sum(p) for p in paths]
-    return "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, paths, strict=True))
+    return "".join(f"{digests.get(p.name) or _sum(p)}  {p.name}\n" for p in paths)
 
 
 def fingerprint(folder: Path) -> str:
@@ -150,11 +149,11 @@ def _flat(params: TensorDict) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` to write a file or folder to; it becomes `target` at the end, and all at once.
+    """A temporary path beside `target` to write a file or folder to. At the end it is renamed to `target`.
 
     A `target` that exists is replaced. OSError naming it if the disk is full. An error or an interrupt leaves nothing
-    behind; a process killed at any instant leaves the old one or the new one, and perhaps the temporary ones, which the
-    next attempt removes, or `clean` does.
+    behind. A process killed at any instant leaves the old target or the new one, and perhaps temporary ones, which the
+    next attempt or `clean` removes.
     """
     part, aside = target.with_name(TEMPORARY + target.name), target.with_name(ASIDE + target.name)
     try:
@@ -199,15 +198,15 @@ def save(
         seal(part, manifest, tokenizer)
 
 
-def seal(part: Path, manifest: Manifest, tokenizer: bytes, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write what makes a folder of tensors a checkpoint: tokenizer, manifest and sums. known: as in `sums`."""
+def seal(part: Path, manifest: Manifest, tokenizer: bytes, digests: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Make a folder of tensors a checkpoint: write tokenizer, manifest and sums. digests: as in `sums`."""
     (part / "tokenizer.model").write_bytes(tokenizer)
     (part / "manifest.json").write_text(json.dumps(plain(manifest), indent=1) + "\n")
-    (part / SUMS).write_text(sums(part, known))
+    (part / SUMS).write_text(sums(part, digests))
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint or a file, if there, so that half of it is never found under its name."""
+    """Delete a checkpoint or a file, if it exists. It is renamed first, so that no half of it keeps its name."""
     if folder.exists():
         gone = folder.with_name(TEMPORARY + folder.name)
         folder.rename(gone)
@@ -215,7 +214,7 @@ def remove(folder: Path) -> None:
 
 
 def clean(runs: Path) -> None:
-    """Remove what a killed process left unfinished in a folder of checkpoints, and put back what it had set aside."""
+    """Remove unfinished folders that a killed process left beside the checkpoints, and restore what it set aside."""
     for part in runs.glob(TEMPORARY + "*"):
         shutil.rmtree(part)
     for aside in runs.glob(ASIDE + "*"):
@@ -224,17 +223,17 @@ def clean(runs: Path) -> None:
 
 
 def steps(runs: Path) -> list[int]:
-    """The steps that have a checkpoint in this folder, rising."""
+    """The steps that have a checkpoint in this folder, in rising order."""
     return sorted(int(p.name) for p in runs.glob("[0-9]*") if p.name.isdigit())
 
 
 def at(runs: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """The path of the checkpoint of a step."""
     return runs / f"{step:06d}"
 
 
 def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder; any other path as it is. ValueError if the run has saved none."""
+    """The newest checkpoint of a run folder; any other path unchanged. ValueError if the run has saved none."""
     if not (path / "checkpoints").is_dir():
         return path
     found = steps(path / "checkpoints")
@@ -258,7 +257,7 @@ def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> Te
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, unverified. ValueError names the field that this version does not know."""
+    """The manifest, unverified. ValueError names a field that this version does not have."""
     try:
         return structure(Manifest, json.loads((folder / "manifest.json").read_text()))
     except ValueError as error:
@@ -293,7 +292,7 @@ def open_checkpoint(folder: Path, verified: bool = False) -> Checkpoint:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """File -> SHA-256, as SHA256SUMS says. ValueError naming files that are missing or added; none is read."""
+    """File -> SHA-256, from SHA256SUMS. ValueError names files that are missing or added; their content is not read."""
     if not (folder / SUMS).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {SUMS}")
     lines = (folder / SUMS).read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # each ends with a newline
@@ -305,7 +304,7 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Snapshot:
-    """Read and verify a checkpoint, with the optimizer's moments if they are asked for. ValueError if it is damaged."""
+    """Read and verify a checkpoint; `moments`: with AdamW's moments. ValueError if it is damaged or lacks them."""
     verify(folder)
     manifest, sharded = read_manifest(folder), (folder / boxes.INDEX).is_file()
     spec, optim = spec_of(manifest), folder / boxes.file_of("first", None)
@@ -325,7 +324,7 @@ def load(folder: Path, moments: bool = False, device: torch.device = torch.devic
 
 
 def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snapshot:
-    """A checkpoint with the parts that it lacks from its base. ValueError if that is gone or not the one trained on."""
+    """A checkpoint with the missing parts from its base. ValueError if the base is gone or has changed."""
     own = load(folder, device=device)
     if own.manifest.base is None:
         return own
@@ -335,7 +334,7 @@ def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snap
 
 
 def check_base(base: Base) -> None:
-    """ValueError unless the folder is there and is the very checkpoint that was trained on."""
+    """ValueError if the folder of a base is gone, or is not the checkpoint that was trained on."""
     if not (Path(base.path) / SUMS).is_file():
         raise ValueError(f"the base {base.path} is gone; put it back")
     if fingerprint(Path(base.path)) != base.fingerprint:

@@ -1,4 +1,4 @@
-"""A tensor that is not read yet, and how a stream of them becomes a safetensors file."""
+"""Tensors that are read when they are needed, and safetensors files written from a stream of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = 2**30  # bytes; a single write takes up to 2 GiB
 
 @dataclass(frozen=True)
 class Leaf:
-    """`read` gives the tensor, mapped from its file where nothing is to be computed."""
+    """A tensor that is not read yet. `read` maps it from its file, or computes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -32,11 +32,11 @@ class Leaf:
 
     @staticmethod
     def of(t: Tensor) -> Leaf:
-        """A tensor that is there."""
+        """The leaf of a tensor in memory."""
         return Leaf(tuple(t.shape), t.dtype, lambda: t)
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Leaf:
-        """The leaf that `change` makes of this one, when it is read."""
+        """A leaf that applies `change` to this one when it is read."""
         made = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Leaf(tuple(made.shape), made.dtype, lambda: change(self.read()))
 
@@ -47,8 +47,9 @@ class Leaf:
 
 
 def _header(order: Sequence[str], leaves: Mapping[str, Leaf]) -> bytes:
-    """The length of the header and the header, padded as the format wants it."""
-    rows, end = {"__metadata__": {"format": "pt"}}, 0
+    """The file up to its first tensor: length of the header, and the header, padded to a multiple of 8 bytes."""
+    rows: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in order:
         leaf, begin = leaves[name], end
         end += leaf.nbytes
@@ -61,9 +62,9 @@ def _header(order: Sequence[str], leaves: Mapping[str, Leaf]) -> bytes:
 def write(path: Path, leaves: Mapping[str, Leaf], archives: Sequence[Archive], wrote: Callable[[int], None]) -> str:
     """Write a safetensors file one tensor at a time, and return its SHA-256.
 
-    The safetensors library writes only what is all in memory; its reader takes this file for its own. Wide dtypes come
-    first, so that every tensor is aligned. archives: the mapped files that leaves come from; what stays as it is goes
-    straight from file to file. wrote: called after each tensor with its bytes.
+    The safetensors library can only write tensors that are all in memory. Wide dtypes come first, so that every tensor
+    is aligned. archives: the mapped files of the leaves; a leaf that is unchanged is copied from file to file. wrote:
+    called after each tensor with its size in bytes.
     """
     order = sorted(leaves, key=lambda name: -leaves[name].dtype.itemsize)
     header, digest = _header(order, leaves), hashlib.sha256()
@@ -73,7 +74,7 @@ def write(path: Path, leaves: Mapping[str, Leaf], archives: Sequence[Archive], w
         f.flush()  # from here on the file's descriptor is written to
         for name in order:
             data = leaves[name].read().contiguous().flatten().view(torch.uint8)
-            hashed = beside.submit(digest.update, memoryview(data.numpy()))
+            hashed = beside.submit(digest.update, data.numpy().data)
             _put(f.fileno(), data, archives)
             hashed.result()
             wrote(leaves[name].nbytes)
@@ -81,10 +82,10 @@ def write(path: Path, leaves: Mapping[str, Leaf], archives: Sequence[Archive], w
 
 
 def _put(to: int, data: Tensor, archives: Sequence[Archive]) -> None:
-    """Append bytes to a file. Mapped pages go through the kernel alone, which is several times faster than a write."""
+    """Append bytes to a file. The kernel copies mapped pages itself, which is several times faster than a write."""
     spot = next(((a.path, at) for a in archives if (at := a.find(data)) is not None), None)
     if spot is None or sys.platform != "linux":  # elsewhere sendfile writes to sockets only
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         while rest:
             rest = rest[os.write(to, rest[:CHUNK]) :]
         return

@@ -1,10 +1,10 @@
-"""A sharded checkpoint is written: every rank its share, rank 0 what makes a checkpoint of them. No collective.
+"""Writing a sharded checkpoint without collectives: every rank writes its share, and rank 0 commits them.
 
     on each rank:   write_share(folder, rank, params, moments)
     on rank 0:      commit(folder, world, manifest, tokenizer, limit)
 
-Shares are collected in a folder beside the checkpoint, .part-000100-shares, which every rank has to see. A share counts
-from the moment that its sidecar appears, which is written last. All of it may run in a thread, see `Background`.
+Shares are collected in a folder beside the checkpoint, .part-000100-shares, which every rank must see. A share is
+complete when its sidecar appears, which is written last. Both functions may run in a thread, see `Background`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.boxes import Box, Entry, Piece
 from llava_fn.checkpoint.leaf import Leaf
 
-PERIOD = 0.02  # seconds between two looks for a sidecar
+PERIOD = 0.02  # seconds between two looks for sidecars
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What a sidecar says. sums: file -> SHA-256. rows: kind, path, global shape, box, CRC."""
+    """The content of a sidecar. sums: file -> SHA-256. rows: kind, path, global shape, box, CRC."""
 
     rank: int
     sums: dict[str, str]
@@ -37,7 +37,7 @@ class _Share:
 
 
 def _collected(folder: Path, attempt: str) -> Path:
-    """Where the shares of a checkpoint come together."""
+    """The folder in which the shares of a checkpoint are collected."""
     return folder.with_name(f"{checkpoint.TEMPORARY}{folder.name}-shares{attempt}")
 
 
@@ -54,9 +54,9 @@ def write_share(
 ) -> None:
     """Write this rank's boxes of the checkpoint that `folder` will be. Values on a device are copied to the CPU first.
 
-    attempt: a word that all ranks of this start share and no other start has. With it, what a process of an earlier
-    start left, or is still writing, cannot get in; without it that rests on `checkpoint.clean` before the start.
-    OSError naming the file if the disk is full. ValueError if this rank has already written its share.
+    attempt: a word that all ranks of this launch share and no other launch has. It keeps out the shares that a process
+    of an earlier launch left or is still writing; without it, only `checkpoint.clean` before the launch does. OSError
+    naming the file if the disk is full. ValueError if this rank has already written its share.
     """
     into = _collected(folder, attempt)
     if (into / _sidecar(rank)).exists():
@@ -85,10 +85,10 @@ def commit(
     limit: float,
     attempt: str = "",
 ) -> None:
-    """Wait for the shares of all ranks, check that they make the model up exactly, and let the checkpoint appear.
+    """Wait for the shares of all ranks, check that they are exactly the model, and let the checkpoint appear.
 
-    It replaces one of that name, as `checkpoint.appearing` does. limit: seconds to wait. TimeoutError names the ranks
-    that have written no share by then. ValueError names each hole, overlap, file or tensor that does not belong.
+    It replaces a checkpoint of that name, as `checkpoint.appearing` does. limit: seconds to wait. TimeoutError names
+    the ranks without a share. ValueError names each hole, overlap, and file or tensor that does not belong.
     """
     into = _collected(folder, attempt)
     shares = _wait(folder, into, world, limit)
@@ -128,7 +128,7 @@ def _index(folder: Path, manifest: checkpoint.Manifest, shares: Sequence[_Share]
                 model = f"which is {want[name]}" if name in want else "which the model lacks"
                 raise ValueError(f"{where}: rank {share.rank} wrote {name} of shape {tuple(shape)}, {model}")
             found[kind][name].append((share.rank, box, crc))
-    tilings: dict[str, boxes.Tiling] = {}  # of 512 ranks there are a million boxes, but few ways to cut
+    tilings: dict[str, boxes.Tiling] = {}  # 512 ranks write a million boxes, but tensors are cut in few ways
     index: dict[str, dict[str, Entry]] = {kind: {} for kind in found}
     for kind, name in itertools.product(found, want):
         rows = found[kind][name]
@@ -142,14 +142,14 @@ def _index(folder: Path, manifest: checkpoint.Manifest, shares: Sequence[_Share]
 
 
 def copied(pieces: Sequence[Piece]) -> list[Piece]:
-    """The same boxes with values of their own on the CPU, for a job that runs while training changes the others."""
+    """The same boxes with values copied to the CPU, for a job that runs while training changes the originals."""
     return [replace(p, value=p.value.detach().to("cpu", copy=True)) for p in pieces]
 
 
 class Background:
-    """Runs one job at a time in a thread, such as the writing of a checkpoint; a context that ends with the last job.
+    """Runs one job at a time in a thread, such as writing a checkpoint. As a context it waits for the last job.
 
-    The job's tensors must be its own, see `copied`.
+    No one else may write to the job's tensors, see `copied`.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Background:
         self._name, self._error = "", None
 
     def start(self, name: str, job: Callable[[], None]) -> None:
-        """Wait for the job before, then start this one. Raises what `join` does."""
+        """Wait for the previous job, then start this one. Raises what `join` raises."""
         self.join()
         self._name, self._thread = name, threading.Thread(target=self._run, args=(job,), name=name)
         self._thread.start()
@@ -169,7 +169,7 @@ class Background:
             self._error = error
 
     def join(self) -> None:
-        """Wait for the job, if one is running. If it failed: OSError or RuntimeError with its name, once."""
+        """Wait for the job, if there is one. OSError or RuntimeError with its name if it failed; raised once."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -180,10 +180,10 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait for the job. If the block failed, its error goes on, with a note of the job's."""
+        """Wait for the job. An error of the `with` block is raised in any case, with a note of the job's error."""
         try:
             self.join()
-        except (OSError, RuntimeError) as mine:
+        except (OSError, RuntimeError) as failure:
             if error is None:
                 raise
-            error.add_note(str(mine))
+            error.add_note(str(failure))

@@ -1,7 +1,7 @@
-"""The tensors of a TorchScript archive, read without running anything of it and without torch.jit.
+"""The tensors of a TorchScript archive, read without torch.jit and without running any of its code.
 
-data.pkl is a tree of modules. Python's unpickler builds it out of inert objects: it may name tensors, storages and
-TorchScript's own classes, and every name becomes something of ours that only holds what it is given.
+data.pkl is a tree of modules. Python's unpickler rebuilds it from inert objects: the pickle may name tensors, storages
+and TorchScript's own classes only, and each name stands for an object of this module that only holds its arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STORAGES = {
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
-# What an attribute that is no tensor of a module may be made of; it is left out whatever it is.
+# Functions that a pickle may name in attributes that are no tensors. Such attributes are left out.
 PLAIN = {
     ("torch", "device"), ("torch.jit._pickle", "restore_type_tag"), ("torch.jit._pickle", "build_intlist"),
     ("torch.jit._pickle", "build_boollist"), ("torch.jit._pickle", "build_doublelist"),
@@ -30,14 +30,14 @@ DECLARED = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n  
 
 
 class Unreadable(ValueError):
-    """Why a file is not read. The text begins with a verb, for the file's name to stand before it."""
+    """The reason why a file cannot be read. The text begins with a verb: the caller puts the file's name before it."""
 
 
 DANGER = "that would run code, which no weights need. Nothing of it was run; get these weights as safetensors"
 
 
 class _Object:
-    """A module of the archive: what class it was of, and its attributes."""
+    """A module of the archive: the name of its class, and its attributes."""
 
     kind = ""
 
@@ -53,7 +53,7 @@ class _Reader(pickle.Unpickler):
         self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        # What is returned can only be called, never changed: a bound method, a built-in, or a class made on the spot.
+        # The pickle can call what is returned but not change it: a bound method, a built-in, or a new class.
         if module == "__torch__" or module.startswith("__torch__."):
             return type("Object", (_Object,), {"kind": f"{module}.{name}"})
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
@@ -80,9 +80,9 @@ class _Reader(pickle.Unpickler):
 
 
 def declared(module: str, text: str) -> dict[str, set[str]]:
-    """Class -> names of its parameters and buffers, out of the text of one file of code/, which is not run.
+    """Class -> names of its parameters and buffers, parsed from one source file of the archive.
 
-    `module` is the file's dotted name, such as `__torch__.torch.nn.modules.linear`.
+    module: the file's dotted name, such as `__torch__.torch.nn.modules.linear`.
     """
     return {
         f"{module}.{name}": set(re.findall(r'"([^"]*)"', parameters + buffers))
@@ -102,11 +102,12 @@ def _walk(module: _Object, names: dict[str, set[str]], prefix: str) -> Iterator[
 def tensors(
     pickled: bytes, names: dict[str, set[str]], storage: Callable[[str, torch.dtype, int], Tensor]
 ) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers with the names of `state_dict()`, out of data.pkl and what `declared` says of its classes.
+    """Parameters and buffers, under the names of `state_dict()`.
 
-    storage: (key, dtype, count) -> Tensor[count]. Other attributes are left out, tensors too, as state_dict does; for
-    a class that `names` does not know, every tensor counts. Unreadable for a pickle that names anything else than
-    tensors and modules; whatever the unpickler raises for a damaged one.
+    pickled: data.pkl. names: what `declared` gives for all classes. storage: (key, dtype, count) -> Tensor[count].
+    Other attributes, tensors too, are left out as state_dict does; of a class that is not in `names`, every tensor is
+    kept. Unreadable for a pickle that names anything but tensors and modules; a damaged one raises what the unpickler
+    raises.
     """
     top = _Reader(pickled, storage).load()
     if not isinstance(top, _Object):

@@ -1,1 +1,1 @@
-"""The machine: environment, device, processes, command line."""
+"""What surrounds a program: environment variables, device, processes, command line."""

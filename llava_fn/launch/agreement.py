@@ -1,4 +1,4 @@
-"""What must be the same on several ranks, compared by all of them."""
+"""Values that must be equal on several ranks, compared on all of them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from llava_fn.spec import owner
 
 
 def check(what: str, value: object, axis: Axis, device: torch.device) -> None:
-    """ValueError on every rank if this value, of what JSON holds, is not the same all along the axis.
+    """ValueError on every rank if a value, which JSON can hold, is not equal on all ranks of the axis.
 
-    It names the ranks of the axis that differ from the first, and where.
+    The error names each rank that differs from the first one, and each field that differs.
     """
-    said = [json.loads(text) for text in texts(json.dumps(value), axis, device)]
-    lines = [f"rank {rank}: {line}" for rank, other in enumerate(said) for line in differences(said[0], other)]
+    values = [json.loads(text) for text in texts(json.dumps(value), axis, device)]
+    lines = [f"rank {rank}: {line}" for rank, other in enumerate(values) for line in differences(values[0], other)]
     if lines:
         raise ValueError(f"the processes do not agree on {what} (that of rank 0 -> theirs):\n  " + "\n  ".join(lines))
 
 
 def bits(x: Tensor) -> int:
-    """A number that changes with any bit of a tensor: the sum of its words as integers. Computed on its device."""
+    """A checksum that changes with any single bit: the sum of the tensor's 16-bit words, computed on its device."""
     words = x.contiguous().view(torch.uint8 if x.element_size() % 2 else torch.int16)
     return int(words.sum(dtype=torch.int64))
 
 
 def check_params(what: str, params: TensorDict, zero: Zero, device: torch.device) -> None:
-    """ValueError on every rank if leaves that ranks hold copies of have drifted apart; it names rank and leaf."""
+    """ValueError on every rank if replicas of a leaf have drifted apart. The error names rank and leaf."""
     mesh = zero.mesh
     if mesh.all.size == 1 or not tree.values(params):
         return
     owners = [owner(p, mesh) for p in zero.params(params)]
-    for axis in dict.fromkeys(owners):  # all ranks take the axes in one order; that of a set is each process's own
+    for axis in dict.fromkeys(owners):  # not a set: all ranks must take the axes in one order
         rows = zip(tree.paths(params), tree.values(params), owners, strict=True)
-        check(what, {"/".join(path): bits(x) for path, x, mine in rows if mine == axis}, axis, device)
+        check(what, {"/".join(path): bits(x) for path, x, along in rows if along == axis}, axis, device)

@@ -18,15 +18,15 @@ from llava_fn.errors import NonFinite
 C = TypeVar("C")
 
 
-def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None) -> C:
-    """The config that the command line asks for. `--config NAME|FILE.json` picks where it starts from.
+def parse(presets: Mapping[str, C], doc: str | None, args: Sequence[str] | None = None) -> C:
+    """The config that the command line asks for: that of `--config NAME|FILE.json`, with fields set by flags.
 
     presets: name -> config; the first is the default. Exits with a message on an unknown flag, like any command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar=f"{{{','.join(presets)}}}|FILE", default=next(iter(presets)))
-    known, args = first.parse_known_args(args)
-    start = known.config
+    chosen, args = first.parse_known_args(args)
+    start = chosen.config
     try:
         config = presets[start] if start in presets else read(type(next(iter(presets.values()))), Path(start))
     except ValueError as error:
@@ -36,11 +36,11 @@ def parse(presets: Mapping[str, C], doc: str, args: Sequence[str] | None = None)
     return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
 
 
-def command(kind: type[C], doc: str, args: Sequence[str] | None = None) -> C:
+def command(kind: type[C], doc: str | None, args: Sequence[str] | None = None) -> C:
     """The config that the command line asks for, without presets; exits as `parse` does."""
     try:
         return tyro.cli(kind, args=args, description=doc)
-    except ValueError as error:  # of a part whose fields have no prefix; tyro shows those of all others itself
+    except ValueError as error:  # of fields without a prefix; tyro itself shows the errors of all others
         sys.exit(f"error: {error}")
 
 

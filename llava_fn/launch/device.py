@@ -23,9 +23,9 @@ PACKAGES = (
 def pick_device(name: str = "auto") -> torch.device:
     """The device named; for "auto" the NPU if torch_npu is installed, else CUDA if there is a card, else the CPU.
 
-    name: auto, npu, cuda or cpu. Always the first visible card; ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES
-    chooses among several. Raises ValueError for another name, and for a named device that is not there. An installed
-    torch_npu that does not work raises for "auto" too: a run meant for an NPU must not crawl along on the CPU.
+    name: auto, npu, cuda or cpu. The card is always the first visible one; ASCEND_RT_VISIBLE_DEVICES or
+    CUDA_VISIBLE_DEVICES chooses among several. ValueError for another name, and for a named device that is not there;
+    also for "auto" if torch_npu is installed and does not work: a run meant for an NPU must not crawl on the CPU.
 
     torch itself imports an installed torch_npu. Where that is broken, `import torch` fails before this function runs,
     unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set.
@@ -47,7 +47,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _require_npu() -> None:
-    """Import torch_npu, which adds torch.npu, and make sure that a card is visible; ValueError says what is missing."""
+    """Import torch_npu, which adds torch.npu. ValueError says what is missing, if it does not work or sees no card."""
     if importlib.util.find_spec("torch_npu") is None:
         raise ValueError(
             f"device 'npu': torch_npu is not installed; install the version that belongs to torch {torch.__version__}, "
@@ -55,7 +55,7 @@ def _require_npu() -> None:
         )
     try:
         importlib.import_module("torch_npu")
-        available = torch.npu.is_available()
+        available = torch.npu.is_available()  # pyright: ignore[reportAttributeAccessIssue]  # torch_npu adds it
     except NPU_ERRORS as error:
         raise ValueError(
             f"torch_npu is installed but does not work ({type(error).__name__}: {error}); run `source set_env.sh` of "

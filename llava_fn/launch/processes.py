@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: their environment, their mesh, and where their output goes."""
+"""The processes that torchrun starts: the variables that it sets, their mesh, and where their output goes."""
 
 import contextlib
 import os
@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from llava_fn.launch.ascend import is_integer
 from llava_fn.parallel.collectives import total
@@ -17,8 +19,8 @@ from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
 
 T = TypeVar("T")
 BACKENDS = {"npu": "hccl", "cuda": "nccl"}  # the CPU has mesh.gloo
-WAIT = timedelta(minutes=10)  # that a collective waits for the other ranks, some of which may still read weights
-LONG_WAIT = timedelta(days=7)  # for ranks whose work is not alike; if one dies, torchrun ends the others
+WAIT = timedelta(minutes=10)  # limit of a collective; other ranks may still be reading weights
+LONG_WAIT = timedelta(days=7)  # where ranks have unequal work; if one dies, torchrun ends the others
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class World:
 
     device: torch.device = torch.device("cpu")
     mesh: Mesh = Mesh()
-    store: dist.Store | None = None
+    store: Store | None = None
     attempt: str = ""
 
     @property
@@ -41,17 +43,16 @@ class World:
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """make() on rank 0 and then on the others, which find on the disk what rank 0 left there."""
-        if self.first:
-            made = make()
+        results = [make()] if self.first else []
         total(torch.zeros(1, device=self.device), self.mesh.all)
-        return made if self.first else make()
+        return results[0] if self.first else make()
 
 
 def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) -> int:
-    """How many processes there are. alone: whether exactly `tp` are wanted, not a multiple.
+    """The number of processes. alone: whether there must be exactly `tp`, and not a multiple.
 
-    ValueError before any collective, and so on every process, if tp does not divide them, if it reaches across
-    machines, and if torchrun may start them again in a way in which they cannot find each other.
+    ValueError on every process, before any collective, if tp does not divide their number or crosses machines, if a
+    variable of torchrun is missing, and if torchrun's restarts are set up so that processes would not find each other.
     """
     wrong = [name for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if not is_integer(environ.get(name, "1"), 1)]
     if wrong:
@@ -59,12 +60,13 @@ def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) ->
     world, local = (int(environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if alone and world != tp:
         several = f"torchrun --nproc-per-node {tp} RECIPE ... --tp {tp}"
-        how = several if tp > 1 else f"without torchrun, or with --tp {world}"
-        raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {how}")
+        command = several if tp > 1 else f"without torchrun, or with --tp {world}"
+        raise ValueError(f"tp={tp} but WORLD_SIZE={world}: one process for each part of the model; start it {command}")
     check_world(world, tp, local if "LOCAL_WORLD_SIZE" in environ else world)
-    lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if world > 1 and lost:
-        raise ValueError(f"WORLD_SIZE={world} but {', '.join(lost)} is not set; torchrun sets them, start it with that")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if world > 1 and missing:
+        names = ", ".join(missing)
+        raise ValueError(f"WORLD_SIZE={world} but {names} is not set; torchrun sets them, start it with that")
     restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise ValueError(
@@ -76,19 +78,19 @@ def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) ->
 
 @contextlib.contextmanager
 def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bool = False) -> Iterator[World]:
-    """The processes that torchrun started as a mesh of dp x `tp`, each with a device of its own; or one without it.
+    """Join the processes that torchrun started as a mesh of dp x `tp`; without torchrun, a World of this process.
 
-    device: as `pick_device` gives it; afterwards it means this process's card. What processes above 0 print goes to
-    logs/rank-00001.log, or nowhere if there is no such folder, except an error that ends them. alone and ValueError: as
-    of `check_processes`; also where a machine has fewer cards than processes. After an error the group is not ended:
-    another rank may wait in a collective, and it is the launcher that ends it.
+    device: as `pick_device` gives it; from here on it means the card of this process. Output of ranks above 0 goes to
+    logs/rank-00001.log and so on, without `logs` nowhere; an error that ends such a rank is still printed. alone and
+    ValueError: as of `check_processes`; ValueError also if a machine has fewer cards than processes. After an error the
+    group is not destroyed, since another rank may wait in a collective: torchrun ends that rank.
     """
     if check_processes(tp, os.environ, alone) == 1:
         yield World(device)
         return
     with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
         mesh = make_mesh(tp)
-        for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, and not all at once in the middle of a step
+        for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, not in the middle of the first update
             total(torch.zeros(1, device=device), axis)
         attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
         yield World(device, mesh, store, attempt)
@@ -96,10 +98,10 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
 
 @contextlib.contextmanager
 def replicas(device: torch.device) -> Iterator[Axis]:
-    """The processes that torchrun started, on any number of machines, each with a model and a device of its own.
+    """Join the processes that torchrun started as replicas: each has a whole model and a device of its own.
 
-    One process without it. They meet where `meet` is called and nowhere else, so the group is of the hosts' and its
-    wait is long. Ranks above 0 print nothing, except an error that ends them. ValueError as of `processes`.
+    Without torchrun, an axis of one. Replicas wait for each other only in `meet`, so their group is one of the hosts
+    (gloo) with a long limit. Ranks above 0 print nothing, except an error that ends them. ValueError as of `processes`.
     """
     if check_processes(1, os.environ) == 1:
         yield Axis("dp")
@@ -109,19 +111,22 @@ def replicas(device: torch.device) -> Iterator[Axis]:
 
 
 @contextlib.contextmanager
-def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | None) -> Iterator[dist.Store]:
-    """This process in the group of all, with its card, and silent above rank 0. Gives a store that all share."""
+def _joined(device: torch.device, backend: str, wait: timedelta, logs: Path | None) -> Iterator[Store]:
+    """Join the group of all processes, take this one's card, and redirect its output if its rank is above 0.
+
+    Gives a store that all processes share.
+    """
     if device.type != "cpu":
         _take_card(device, int(os.environ["LOCAL_RANK"]))
-    store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
-    own = dist.PrefixStore("llava_fn", store)
+    store, rank, world = next(rendezvous("env://", timeout=WAIT))
+    shared = PrefixStore("llava_fn", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with contextlib.ExitStack() as stack:
         if rank:
             out = stack.enter_context(open(_log(logs, rank), "a", buffering=1))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(out))
-        yield own
+        yield shared
     dist.destroy_process_group()
 
 
@@ -133,7 +138,7 @@ def _log(logs: Path | None, rank: int) -> Path:
 
 
 def meet(axis: Axis) -> None:
-    """Wait until every rank is here."""
+    """A barrier: wait until every rank of the axis has called this."""
     if axis.size > 1:
         dist.barrier(axis.group)
 

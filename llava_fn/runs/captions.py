@@ -63,5 +63,5 @@ def caption(p: TensorDict, samples: Sequence[Sample], c: Llava, tokenizer: Token
             prompts = [replace(s, pixels=s.pixels.to(p["projector"]["w1"].device)) for s in prompts]
             answers += generate.greedy(p, prompts, samples[0].ids[-1], limit, c)
         nll, shuffled = mean_nll(p, samples, c), mean_nll(p, swapped, c)
-    texts = [tuple(tokenizer.decode(ids) for ids in many) for many in (map(target, samples), answers)]
-    return Captions(*texts, nll, shuffled)
+    truth = tuple(tokenizer.decode(target(s)) for s in samples)
+    return Captions(truth, tuple(map(tokenizer.decode, answers)), nll, shuffled)

@@ -15,7 +15,8 @@ from llava_fn import llama, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Checkpoint
 from llava_fn.config import STAGES, Llava, Parallel, Stage
-from llava_fn.data.records import Data, check_share
+from llava_fn.data.options import Data
+from llava_fn.data.records import check_share
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.launch.processes import check_processes
 from llava_fn.parallel.zero import Zero
@@ -27,7 +28,7 @@ class Origin:
     """The model and the tokenizer of a run, and the base that brings both, if there is one."""
 
     model: Llava
-    words: Path | None  # a sentencepiece model; None: that of the base
+    words: Path | bytes  # a sentencepiece model: its file, or its content
     base: Checkpoint | None
 
     @property
@@ -55,7 +56,7 @@ class Origin:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. ValueError if the vocabulary of the model is too small for its ids."""
-        words = open_tokenizer(self.base.tokenizer) if self.base else read_tokenizer(self.words)
+        words = read_tokenizer(self.words) if isinstance(self.words, Path) else open_tokenizer(self.words)
         if words.vocab_size > self.model.llama.vocab:
             have, room = words.vocab_size, self.model.llama.vocab
             raise ValueError(f"the tokenizer has {have} pieces, but llama.vocab is only {room}")
@@ -95,11 +96,11 @@ class Origin:
 
 def open_origin(model: Llava | None, words: Path | None, base: Path | None) -> Origin:
     """What the config of a run names. ValueError if model and tokenizer stand in two places or in none."""
-    if (base is None) == (model is None) or (base is None) == (words is None):
-        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
-    if base is None:
+    if base is None and model is not None and words is not None:
         return Origin(model, words, None)
+    if base is None or model is not None or words is not None:
+        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
     if not (base / checkpoint.SUMS).is_file():
         raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
     opened = checkpoint.open_checkpoint(base)
-    return Origin(opened.manifest.model, None, opened)
+    return Origin(opened.manifest.model, opened.tokenizer, opened)

@@ -167,7 +167,7 @@ class Run:
         moments = (pieces[1], pieces[2]) if len(pieces) > 1 else None
         if world.size == 1:
             whole = [_tree(kind) for kind in pieces]
-            checkpoint.save(folder, manifest, whole[0], tuple(whole[1:]) or None, self.tokenizer)
+            checkpoint.save(folder, manifest, whole[0], (whole[1], whole[2]) if moments else None, self.tokenizer)
         else:
             shares.write_share(folder, world.rank, pieces[0], moments, self.world.attempt)
         if not self.world.first:

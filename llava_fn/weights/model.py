@@ -1,4 +1,4 @@
-"""Several sources put together, and what a device loads of them."""
+"""Weights of several sources merged into one model, and loaded by a device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from llava_fn.weights.source import Weights, interpret
 
 
 def _one(sources: Sequence[Weights], what: str):
-    """The value that the sources agree on, or None if none says. ValueError names two that do not agree."""
-    said = [(source, getattr(source, what)) for source in sources if getattr(source, what) is not None]
-    other = [source for source, value in said if value != said[0][1]]
+    """The value on which the sources agree, or None if none states it. ValueError names two that differ."""
+    given = [(source, getattr(source, what)) for source in sources if getattr(source, what) is not None]
+    other = [source for source, value in given if value != given[0][1]]
     if other:
-        raise ValueError(f"{said[0][0].where} and {other[0].where} differ in {what}; give the one that holds")
-    return said[0][1] if said else None
+        raise ValueError(f"{given[0][0].where} and {other[0].where} differ in {what}; give the one that holds")
+    return given[0][1] if given else None
 
 
 def merge(sources: Sequence[Weights], merge_lora: bool = False) -> Weights:
-    """One source of all parts.
+    """The weights of all sources in one.
 
-    ValueError if two bring the same part, if parts do not fit each other, or if there is LoRA and it is not asked for.
+    ValueError if two sources bring the same part, if parts do not fit each other, or if there are LoRA adapters without
+    `merge_lora`.
     """
     owner: dict[str, Weights] = {}
     for source in sources:
@@ -49,8 +50,10 @@ def merge(sources: Sequence[Weights], merge_lora: bool = False) -> Weights:
         " + ".join(source.where for source in sources), "merged", leaves,
         {path: leaf for source in sources for path, leaf in source.spare.items()},
         tuple(archive for source in sources for archive in source.archives),
-        *[next((getattr(s, kind) for s in sources if kind in s.parts), None) for kind in ("vision", "llama")],
-        **{what: _one(sources, what) for what in ("tokenizer", "image_mode", "template", "compat")},
+        vision=next((s.vision for s in sources if "vision" in s.parts), None),
+        llama=next((s.llama for s in sources if "llama" in s.parts), None),
+        tokenizer=_one(sources, "tokenizer"), image_mode=_one(sources, "image_mode"),
+        template=_one(sources, "template"), compat=_one(sources, "compat"),
     )  # fmt: skip
     _check_widths(whole)
     return whole
@@ -69,38 +72,39 @@ def _check_widths(source: Weights) -> None:
 
 
 def config(source: Weights) -> Llava:
-    """The whole model's config. ValueError if the image tower or the decoder is not there."""
-    missing = [part for part in ("vision", "llama") if getattr(source, part) is None]
-    if missing:
+    """The config of the whole model. ValueError if the image tower or the decoder is missing."""
+    if source.vision is None or source.llama is None:
+        missing = [part for part in ("vision", "llama") if getattr(source, part) is None]
         raise ValueError(f"{source.where} does not bring the {' and the '.join(missing)}; name a source for it too")
     return Llava(source.vision, source.llama)
 
 
 def spec(source: Weights) -> specs.Spec:
-    """Parameters of the parts that the source brings, in our order."""
-    make = {
-        "vision": lambda: tower(source.vision).spec(source.vision),
-        "projector": lambda: projector.spec(*reversed(source.leaves["projector/w1"].shape)),
-        "llama": lambda: llama.spec(source.llama),
+    """The declared parameters of the parts that the source brings, in our order."""
+    w1 = source.leaves.get("projector/w1")
+    parts = {
+        "vision": source.vision and tower(source.vision).spec(source.vision),
+        "projector": w1 and projector.spec(*reversed(w1.shape)),
+        "llama": source.llama and llama.spec(source.llama),
     }
-    return {part: make[part]() for part in make if part in source.parts}
+    return {part: params for part, params in parts.items() if params and part in source.parts}
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
-    """Parameters out of a state dict of any layout, `transformers`' own models included; each part that it holds.
+    """The parameters of a state dict of any public layout, such as that of a model of `transformers`.
 
-    c: the model; of a part that is not there the config does not matter. ValueError lists what does not fit.
+    c: the model; the config of a part that the state dict lacks does not matter. ValueError lists what does not fit.
     """
     return load(interpret("the state dict", tensors, {}, c))
 
 
 def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
-    """The parameters in memory, locked: this rank's block of each."""
+    """The parameters in memory, locked: this rank's tensor-parallel block of each."""
     return specs.build(spec(source), lambda path, p: block(source, path, p, mesh))
 
 
 def block(source: Weights, path: tuple[str, ...], p: specs.Param, mesh: Mesh) -> Tensor:
-    """This rank's block of a leaf, in the dtype that it has in its file. Of a plain file no other block is read."""
-    mine = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
+    """This rank's block of a leaf, in the dtype of its file. Other blocks of a mapped file are not read."""
+    own = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
     source.release()
-    return mine
+    return own

@@ -1,4 +1,4 @@
-"""Weights in: from files of any public layout to leaves under our paths, every tensor accounted for."""
+"""Import of weights: files of any public layout become leaves under our paths, and no tensor is left over."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from llava_fn.weights.placing import Tensors
 OURS = "llava_fn"
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 PARTS = ("vision", "projector", "llama")
-UNUSED = "unused.safetensors"  # in a checkpoint: what LLaVA never reads, kept so that it can go out again
+UNUSED = "unused.safetensors"  # in a checkpoint: tensors that LLaVA never reads, kept for a later export
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What files or folders bring. A config is None where its part is not there; so is all that nothing says."""
+    """The content of files or folders of weights. What they do not hold or state is None: a config, a tokenizer."""
 
     where: str
     layout: str
@@ -48,20 +48,20 @@ class Weights:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Which of vision, projector and llama it brings."""
+        """The parts that it brings, of vision, projector and llama."""
         there = {path.partition("/")[0] for path in self.leaves}
         return tuple(part for part in PARTS if part in there)
 
     def release(self) -> None:
-        """Give back the memory of what has been read."""
+        """Free the memory of the pages that were read."""
         for archive in self.archives:
             archive.release()
 
 
 def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Weights:
-    """The source that these tensors are. values: of the config.json beside them. given: the model, if it is known.
+    """Weights out of named tensors. values: of the config.json beside them. given: the model, if it is known.
 
-    ValueError lists every tensor that is missing, unexpected, there twice, or of a wrong shape or dtype.
+    ValueError lists every tensor that is missing, unexpected, duplicate, or of a wrong shape or dtype.
     """
     layout = placing.detect(where, tensors)
     wrong: list[str] = []
@@ -93,7 +93,7 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava
 
 
 def _trim(source: Weights, values: configs.Values) -> Weights:
-    """llava-hf's rows for `<image>`, `<pad>` and padding become spare: no id of the text vocabulary points to them."""
+    """Move llava-hf's rows for `<image>`, `<pad>` and padding to `spare`: no id of the text vocabulary needs them."""
     first = values.get("image_token_index", values.get("image_token_id"))
     if source.llama is None or first is None or first >= source.llama.vocab:
         return source
@@ -108,10 +108,10 @@ def _trim(source: Weights, values: configs.Values) -> Weights:
 
 
 def open_source(path: Path, given: Llava | None = None) -> Weights:
-    """One file or folder; a run's folder stands for its newest checkpoint.
+    """The weights of one file or folder; a run folder stands for its newest checkpoint.
 
-    given: the model, where the file itself cannot tell (MindSpeed-MM's model.json).
-    ValueError if it is no file of tensors, of no known layout, or if a single tensor does not fit.
+    given: the model, where the file does not state it (MindSpeed-MM's model.json). ValueError if it is no file of
+    tensors, if its layout is not known, or if any tensor does not fit.
     """
     path = checkpoint.newest(path)
     if path.is_file():
@@ -127,7 +127,7 @@ def open_source(path: Path, given: Llava | None = None) -> Weights:
 
 
 def _model(archive: Archive) -> Tensors:
-    """The tensors under "model" in a checkpoint of a trainer (Megatron's), else all of them."""
+    """The tensors under "model", as in a checkpoint of Megatron; all tensors if there are none."""
     inner = {name.removeprefix("model/"): t for name, t in archive.tensors.items() if name.startswith("model/")}
     return inner or archive.tensors
 
@@ -137,7 +137,7 @@ def _with(source: Weights, archives: list[Archive], **more: Any) -> Weights:
 
 
 def _megatron(folder: Path) -> Path | None:
-    """The file of the one rank of Megatron's newest iteration, or None if the folder is none of Megatron's.
+    """The file of Megatron's newest iteration, or None if the folder is not Megatron's.
 
     ValueError if several ranks wrote it: MindSpeed-MM's LLaVA never ran with tensor or pipeline parallelism.
     """
@@ -161,7 +161,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _hugging_face(folder: Path, given: Llava | None) -> Weights:
-    """A folder with config.json and weights, or one of PEFT's with an adapter."""
+    """A folder with config.json and weights, or PEFT's folder of an adapter."""
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
     files = {name: _json(folder / name) for name in CONFIGS}
@@ -183,7 +183,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
 
 
 def _ours(c: Checkpoint) -> Weights:
-    """A checkpoint of ours, with the parts that it lacks from its base."""
+    """A checkpoint of ours, with the missing parts from its base."""
     m = c.manifest
     unused = open_archive(c.folder / UNUSED) if (c.folder / UNUSED).is_file() else None
     leaves, archives = _leaves(c)
@@ -201,9 +201,9 @@ def _ours(c: Checkpoint) -> Weights:
 
 
 def _leaves(c: Checkpoint) -> tuple[dict[str, Leaf], list[Archive]]:
-    """The leaves that a checkpoint itself holds, and the files that are mapped for them.
+    """The leaves that the checkpoint itself holds, and the files that are mapped for them.
 
-    What several ranks wrote is put together when it is read.
+    A leaf that several ranks wrote is assembled when it is read.
     """
     params = [(path, p.shape) for path, p in specs.leaves(checkpoint.spec_of(c.manifest))]
     if (c.folder / boxes.INDEX).is_file():
