@@ -47,7 +47,7 @@ class Origin:
         return tuple(part for part in llava.spec(self.model) if part not in self.holders)
 
     def check(self, data: Data, parallel: Parallel, recompute: bool, backend: str) -> None:
-        """ValueError for sizes that the processes of this launch cannot run; on each, before one waits for another."""
+        """ValueError on every process for sizes that this launch cannot run, before any process waits for another."""
         count = check_processes(parallel.tp, os.environ)
         llama.check_tp(self.model.llama, parallel.tp)
         llava.execution(recompute, backend, Zero(level=parallel.zero))
@@ -65,8 +65,8 @@ class Origin:
     def parameters(self, train: Stage, seed: int, zero: Zero, device: torch.device) -> tuple[TensorDict, TensorDict]:
         """(trainable, frozen): this rank's share of the base's weights, and of random ones for the parts it lacks.
 
-        trainable: fp32, sharded as `zero` says. frozen: tensor-parallel blocks, in
-        `zero.dtype`. ValueError if a frozen part has no weights to load.
+        trainable: fp32, sharded as `zero` says. frozen: tensor-parallel blocks in the dtype of `zero`. ValueError if a
+        frozen part has no weights to load.
         """
         trained = trains(train)
         names = ", ".join(part for part in self.random if part not in STAGES[train])
@@ -95,7 +95,7 @@ class Origin:
 
 
 def open_origin(model: Llava | None, words: Path | None, base: Path | None) -> Origin:
-    """What the config of a run names. ValueError if model and tokenizer stand in two places or in none."""
+    """The origin that a config names. ValueError if model and tokenizer are given twice or not at all."""
     if base is None and model is not None and words is not None:
         return Origin(model, words, None)
     if base is None or model is not None or words is not None:

@@ -99,12 +99,14 @@ def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
 
 
 def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
-    """The parameters in memory, locked: this rank's tensor-parallel block of each."""
-    return specs.build(spec(source), lambda path, p: block(source, path, p, mesh))
+    """The parameters in memory, locked: this rank's tensor-parallel block of each leaf, in the dtype of its file.
 
+    Other blocks of a mapped file are not read.
+    """
 
-def block(source: Weights, path: tuple[str, ...], p: specs.Param, mesh: Mesh) -> Tensor:
-    """This rank's block of a leaf, in the dtype of its file. Other blocks of a mapped file are not read."""
-    own = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
-    source.release()
-    return own
+    def block(path: tuple[str, ...], p: specs.Param) -> Tensor:
+        own = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
+        source.release()
+        return own
+
+    return specs.build(spec(source), block)

@@ -233,6 +233,19 @@ def test_help_names_the_flags(tmp_path):
         assert flag in shown.stdout, flag
 
 
+def test_help_does_not_wait_for_torch(tmp_path):
+    """`import torch` takes seconds."""
+    look = """import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print([name for name in ("torch", "tensordict", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+    shown = subprocess.run([sys.executable, "-c", look, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--optim.lr" in shown.stdout and shown.stderr == "[]\n"
+
+
 def test_a_worker_process_gives_the_same_run(zygote, finished, small, tmp_path):
     status, log = zygote.run(tmp_path, "--config", write(tmp_path, small), "--data.workers", "1")
     assert status == 0, log
