@@ -8,12 +8,12 @@ Pictures: Noto Emoji (64 px PNG, Apache-2.0). Captions: CLDR English short names
 Selection: every emoji of the Unicode group "People & Body", with all its skin tones, that has a picture: 386 bases and
 1,875 variants. Emoji of Unicode 17 are named in emojibase-data 17.0.0 but have no picture in this Noto release.
 
-Split: HELD-OUT = 281 skin-tone variants (15 %), so that the test is composition: the base is known, the tone is known,
-the pair is new. Variants are visited in the order of the SHA-256 of their hexcode (no random state) and each is held
-out if at least 3 other variants of its base stay in train, until there are 281. Never held out: a base, and a variant
-whose packed picture equals another one, as no picture can tell its caption: Noto draws all snowboarders alike (and, in
-train, a few families; so 2,261 captions are of 2,251 distinct pictures).
-So each held-out base keeps itself and >= 3 tones in train, and each word of a held-out caption occurs in train.
+Split: HELD-OUT = 281 skin-tone variants (15 %). They test composition: the base is in train, the tone is in train, and
+the pair is new. Variants are visited in the order of the SHA-256 of their hexcode (no random state); each is held out
+if at least 3 other variants of its base stay in train, until there are 281. A base is never held out, nor is a variant
+whose packed picture equals another one, since that picture does not determine its caption: Noto draws all snowboarders
+alike (and, in train, a few families; so 2,261 captions are of 2,251 distinct pictures).
+So each base of a held-out variant is in train with >= 3 tones, and each word of a held-out caption occurs in train.
 
 Equal input and equal versions of Pillow, zlib and sentencepiece give equal bytes.
 """
@@ -56,7 +56,7 @@ class Config:
 def read_package(path: Path, keep: tuple[str, ...]) -> dict[str, bytes]:
     """The files of an npm package whose names start with one of `keep`, from a .tgz or an unpacked folder.
 
-    Raises ValueError if there is no package.json at the top.
+    ValueError if there is no package.json at the top.
     """
     if path.is_dir():
         names = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
@@ -71,7 +71,7 @@ def read_package(path: Path, keep: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def check_source(files: dict[str, bytes], name: str, notice: str) -> str:
-    """A package's name and version; raises ValueError if it is another package or NOTICE does not name that version."""
+    """A package's name and version. ValueError if it is another package, or if NOTICE does not name that version."""
     package = json.loads(files["package.json"])
     source = f"{package['name']} {package['version']}"
     if package["name"] != name:
@@ -95,7 +95,7 @@ def picture_names(emoji: list[dict]) -> dict[str, str]:
 def select(names: list[dict], pictures: dict[str, str]) -> list[dict]:
     """One record {caption, hexcode, base} for each emoji of the group with a picture, in Unicode order.
 
-    Raises ValueError if a caption occurs twice.
+    ValueError if a caption occurs twice.
     """
     found = []
     for base in (base for base in names if base.get("group") == GROUP):
@@ -143,7 +143,7 @@ def words(caption: str) -> set[str]:
 def hold_out(records: list[dict], cells: list[bytes], count: int) -> set[str]:
     """The hexcodes of `count` held-out variants, by the rule at the top of this file; cells: their packed pixels.
 
-    Raises ValueError if the rule does not allow so many.
+    ValueError if the rule does not allow so many.
     """
     variants = [record for record in records if record["hexcode"] != record["base"]]
     in_train = Counter(record["base"] for record in variants)
@@ -160,7 +160,7 @@ def hold_out(records: list[dict], cells: list[bytes], count: int) -> set[str]:
 
 
 def split(records: list[dict], heldout: set[str]) -> list[dict]:
-    """The records with "split" (train or heldout) added; raises ValueError if a held-out word is not in train."""
+    """The records with "split" (train or heldout) added. ValueError if a held-out word is not in train."""
     done = [{**record, "split": "heldout" if record["hexcode"] in heldout else "train"} for record in records]
     seen = {part: {word for r in done if r["split"] == part for word in words(r["caption"])} for part in SPLITS}
     new = seen["heldout"] - seen["train"]
@@ -193,15 +193,15 @@ def tokenizer(captions: list[str], vocab: int) -> bytes:
 
 
 def check_tokenizer(model: bytes, captions: list[str]) -> None:
-    """Raises ValueError for a caption that does not survive encode and decode."""
+    """ValueError for a caption that encoding and decoding change."""
     loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
     for caption in captions:
         if loaded.decode(loaded.encode(caption)) != caption:
-            raise ValueError(f"the tokenizer does not give {caption!r} back: change its settings")
+            raise ValueError(f"the tokenizer changes {caption!r}: change its settings")
 
 
 def zip_bytes(files: dict[str, bytes]) -> bytes:
-    """A zip file with fixed timestamps and rights; raises ValueError above LIMIT bytes."""
+    """A zip file with fixed timestamps and permissions. ValueError above LIMIT bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
@@ -259,7 +259,7 @@ def metadata(sources: list[str], config: Config) -> dict:
 
 
 def main(config: Config) -> None:
-    """Write emoji.zip and say how large it is."""
+    """Write emoji.zip and print its size and digest."""
     content = pack(config)
     config.out.write_bytes(content)
     print(f"{config.out}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}")

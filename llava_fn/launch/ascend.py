@@ -1,7 +1,7 @@
 """The environment variables of Ascend's libraries: ASCEND_VARIABLES lists them with their legal values.
 
-The libraries themselves stop at some wrong values, read others as a number up to the first bad character, and ignore
-the rest. Here every illegal value is an error before anything starts.
+The libraries stop at some illegal values, parse others up to the first bad character, and ignore the rest. Here every
+illegal value is an error before anything starts.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable. legal: in words, what check(value) accepts; default: what holds when it is unset."""
+    """One environment variable. legal: the values that check(value) accepts, in words; default: the value if unset."""
 
     name: str
     legal: str
@@ -123,11 +123,11 @@ ASCEND_VARIABLES: tuple[Variable, ...] = (
 
 
 def check_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """environ: like os.environ -> those of ASCEND_VARIABLES that are set in it, unchanged.
+    """The ASCEND_VARIABLES that are set in `environ`, a mapping like os.environ, with their values.
 
-    Raises one ValueError that lists every illegal value and every pair that excludes each other, and what to do.
-    Nothing is set or corrected. Values are held to what is documented: the libraries read "08x" as 8, and so a typing
-    error as a setting. Source: MindSpeed-MM args_readme.md; torch_npu OptionsManager.cpp and its documentation.
+    ValueError lists every illegal value and every pair of settings that exclude each other, and says what to do.
+    Nothing is set or corrected. Legal is what is documented: the libraries would read the typing error "08x" as 8.
+    Source: MindSpeed-MM args_readme.md; torch_npu OptionsManager.cpp and its documentation.
     """
     found = {row.name: environ[row.name] for row in ASCEND_VARIABLES if row.name in environ}
     problems = [

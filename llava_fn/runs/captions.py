@@ -19,7 +19,7 @@ CHUNK = 64  # samples at a time
 
 @dataclass(frozen=True)
 class Captions:
-    """truth, answers: one text a sample. nll: nats per caption token; shuffled: the same with other samples' images."""
+    """truth, answers: one text a sample. nll: nats per caption token; shuffled: nll with images of other samples."""
 
     truth: tuple[str, ...]
     answers: tuple[str, ...]
@@ -39,7 +39,7 @@ def prompt(s: Sample) -> Sample:
 
 
 def target(s: Sample) -> list[int]:
-    """The labelled tokens without the last, which ends the caption."""
+    """The labelled tokens without the last one, which ends the caption."""
     return [t for t, labelled in zip(s.ids, s.label, strict=True) if labelled][:-1]
 
 
@@ -50,7 +50,7 @@ def mean_nll(p: TensorDict, samples: Sequence[Sample], c: Llava) -> float:
 
 
 def caption(p: TensorDict, samples: Sequence[Sample], c: Llava, tokenizer: Tokenizer, limit: int = 64) -> Captions:
-    """Caption each sample's image greedily and compare. Each sample holds one image and one caption.
+    """Caption each sample's image greedily and compare with its caption. Each sample holds one image and one caption.
 
     The shuffled loss gives each sample the image of the sample half the list away.
     """

@@ -1,4 +1,4 @@
-"""What a run shows a person: metrics.jsonl, loss.png and samples.html."""
+"""The files of a run for a reader: metrics.jsonl, loss.png and samples.html."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def memory(device: torch.device) -> float:
 
 
 def read_metrics(path: Path, until: int) -> list[dict]:
-    """Rows of a JSON-lines file whose step is at most `until`; a last line that a kill cut short is dropped."""
+    """The rows of a JSON-lines file up to step `until`. A last line that a kill cut short is dropped."""
     rows = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n") and (row := json.loads(line))["step"] <= until:
@@ -35,14 +35,14 @@ def read_metrics(path: Path, until: int) -> list[dict]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file in one go: a process killed on the way leaves the old one."""
+    """Replace a file atomically: a process killed on the way leaves the old one."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.rename(path)
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run computes again."""
+    """Drop the rows after `step`: a resumed run computes them again."""
     write(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, step)))
 
 
