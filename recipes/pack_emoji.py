@@ -197,7 +197,7 @@ def check_tokenizer(model: bytes, captions: list[str]) -> None:
     loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
     for caption in captions:
         if loaded.decode(loaded.encode(caption)) != caption:
-            raise ValueError(f"the tokenizer changes {caption!r}: change its settings")
+            raise ValueError(f"the tokenizer does not give {caption!r} back: change its settings")
 
 
 def zip_bytes(files: dict[str, bytes]) -> bytes:
