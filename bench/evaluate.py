@@ -102,14 +102,14 @@ def scoring(c: Bench) -> str:
     draw = random.Random(0)
     word = "".join(draw.choices("abcdefghij ", k=40))
     data = Dataset("DocVQA_VAL", "docvqa", Path("x"), ("index", "question", "answer", "split"))
-    questions, said = [], {}
+    questions, predictions = [], {}
     for j in range(c.rows):
         golds = [word[j % 20 : j % 20 + 15 + k] for k in range(3)]
         cells = {"index": str(j), "question": "q", "answer": str(golds), "split": "val"}
         questions.append(Question(j, str(j), cells, str(j // 4)))
-        said[str(j)] = Prediction(str(j), "".join(draw.choices("abcdefghij ", k=20)), 9, 0.1)
+        predictions[str(j)] = Prediction(str(j), "".join(draw.choices("abcdefghij ", k=20)), 9, 0.1)
     began = time.perf_counter()
-    rows = tally.score_rows(data, questions, said, "anls")
+    rows = tally.score_rows(data, questions, predictions, "anls")
     scored = time.perf_counter()
     tally.summarise("m", data, rows, "anls", {}, False)
     ended = time.perf_counter()
@@ -141,10 +141,10 @@ def waiting(folder: Path, c: Bench) -> str:
     """The share of its time that the loop of an evaluation waits for images."""
     a, table = assistant(folder, c), tsv.open_table(write(folder / "pages.tsv", pages(c)), "docvqa")
     s = Settings("", prompts.style("vlmevalkit", a.form), Decoding(c.tokens), a.context, c.dtype, None)
-    asked = run.ask(table, s, run.parts(table, s), a.tokenizer, a.model.vision.patches)
+    queries = run.queries(table, s, run.parts(table, s), a.tokenizer, a.model.vision.patches)
     waits: list[float] = []
 
-    def timed(batches: Iterable[run.Ready]) -> Iterator[run.Ready]:
+    def timed(batches: Iterable[run.ReadyBatch]) -> Iterator[run.ReadyBatch]:
         source = iter(batches)
         while True:
             began = time.perf_counter()
@@ -154,13 +154,13 @@ def waiting(folder: Path, c: Bench) -> str:
                 return
             yield batch
 
-    mine, answered = run.batches(asked, s, c.batch, 1), 0
+    shares, answered = run.batches(queries, s, c.batch, 1), 0
     ends = []
-    for said in run.answer(a, timed(run.ahead(table, a, mine, c.workers)), s.decoding):
+    for predictions in run.answer(a, timed(run.ahead(table, a, shares, c.workers)), s.decoding):
         ends.append(time.perf_counter())
-        answered += len(said)
+        answered += len(predictions)
     seconds, share = ends[-1] - ends[0], sum(waits[1:-1]) / (ends[-1] - ends[0])
-    rate = (answered - len(mine[0])) / seconds
+    rate = (answered - len(shares[0])) / seconds
     first = f"the first batch came after {waits[0]:.2f} s"
     of = f"{seconds:.1f} s ({c.model}, {rate:.2f} answers/s)"
     return f"wait: {100 * share:.2f} % (target: under 2 %) of {of}; {first}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tsvs
 
+from llava_fn.evaluate import results, tally
 from llava_fn.evaluate.records import Dataset, Prediction, Question
 
 
@@ -36,3 +37,16 @@ def said(*texts):
         str(j): Prediction(str(j), "", 0, 1.0, str(x)) if isinstance(x, Exception) else Prediction(str(j), x, 3, 0.5)
         for j, x in enumerate(texts) if x is not None
     }  # fmt: skip
+
+
+def summary(model, t, predictions, rules, about, partial):
+    """The scores of predictions."""
+    rows = tally.score_rows(t.dataset, t.questions, predictions, rules)
+    return tally.summarise(model, t.dataset, rows, rules, about, partial)
+
+
+def write(out, model, t, *answers):
+    """Write the files of predictions, rules, about and partial. Returns their summary."""
+    s = summary(model, t, *answers)
+    results.write(out, s, t)
+    return s

@@ -1,10 +1,12 @@
 """Ranks for tests, cheap: a process that has imported everything, and forks as many processes as it is asked for.
 
-    python tests/zygote.py recipes/evaluate.py
+    python tests/zygote.py recipes/evaluate.py llava_fn.evaluate.finish
 
+The modules after the recipe are those that it imports only when it runs.
 A line on stdin is [world, port, argv, log]; the answer is the list of process ids, and on "wait" their exit statuses.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,11 +17,13 @@ ENTRY = sys.argv[1]
 
 
 def imported(path):
-    """Import what the recipe imports, without running it."""
+    """Import what the recipe imports, without running it, and what it imports when it runs."""
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["recipe"] = module
     spec.loader.exec_module(module)
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
 
 
 def rank(number, world, port, argv, log):

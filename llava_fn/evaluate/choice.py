@@ -33,18 +33,18 @@ _ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNOR
 
 
 @dataclass(frozen=True)
-class Rules:
-    """A generation of rules. late: a letter counts only among the last four words. said: "answer is B" counts too."""
+class Generation:
+    """One generation of rules. late: a letter counts only among the last four words. phrase: "answer is B" counts."""
 
     late: bool
-    said: bool
+    phrase: bool
 
 
-GENERATIONS: Mapping[str, Rules] = {
-    "vlmevalkit-2024": Rules(late=False, said=False),
-    "vlmevalkit-2025": Rules(late=True, said=False),
-    "vlmevalkit-2026": Rules(late=True, said=True),
-    "mindspeed": Rules(late=False, said=False),
+GENERATIONS: Mapping[str, Generation] = {
+    "vlmevalkit-2024": Generation(late=False, phrase=False),
+    "vlmevalkit-2025": Generation(late=True, phrase=False),
+    "vlmevalkit-2026": Generation(late=True, phrase=True),
+    "mindspeed": Generation(late=False, phrase=False),
 }
 
 
@@ -61,32 +61,32 @@ def find(text: str, options: Mapping[str, str], rules: str) -> Found:
 
     Letters count in upper case only, the texts of options in either. Source: VLMEvalKit utils/matching_util.py.
     """
-    r = GENERATIONS[rules]
-    return _letter(text, options, r) or _text(text, options, r)
+    g = GENERATIONS[rules]
+    return _letter(text, options, g) or _text(text, options, g)
 
 
-def _letter(text: str, options: Mapping[str, str], r: Rules) -> Found | None:
+def _letter(text: str, options: Mapping[str, str], g: Generation) -> Found | None:
     """By a letter that stands alone; None leaves it to the options' texts."""
     if FAILED in text:
         return None
-    if refusal := next((known for known in REFUSALS if known in text), None):
+    if refusal := next((refusal for refusal in REFUSALS if refusal in text), None):
         return Found(UNDECIDED, f"a refusal: {refusal!r}")
     words = text.translate(_BLANKS).split()
     there = [letter for letter in options if letter in words]
-    if len(there) == 1 and not (r.late and words.index(there[0]) < len(words) - 4):
+    if len(there) == 1 and not (g.late and words.index(there[0]) < len(words) - 4):
         return Found(there[0], f"the only option letter is {there[0]}")
     if not there and UNDECIDED in words:
         return Found(UNDECIDED, "it says Z")
-    said = _ANSWER_IS.search(text) if r.said else None
-    if said and said[1].upper() in options:
-        return Found(said[1].upper(), f"it says {said[0]!r}")
+    phrase = _ANSWER_IS.search(text) if g.phrase else None
+    if phrase and phrase[1].upper() in options:
+        return Found(phrase[1].upper(), f"it says {phrase[0]!r}")
     return None
 
 
-def _text(text: str, options: Mapping[str, str], r: Rules) -> Found:
+def _text(text: str, options: Mapping[str, str], g: Generation) -> Found:
     """By the one option whose text stands in the answer."""
     lowered = text.lower()
-    if r.late and len(lowered) > 2 * sum(map(len, options.values())):
+    if g.late and len(lowered) > 2 * sum(map(len, options.values())):
         return Found(UNDECIDED, "no single option letter, and too long to search for the options' texts")
     there = [letter for letter, option in options.items() if option.lower() in lowered]
     if len(there) == 1:

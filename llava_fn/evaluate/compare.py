@@ -11,19 +11,19 @@ import numpy as np
 from llava_fn.evaluate import intervals, tally
 from llava_fn.evaluate.intervals import Interval
 from llava_fn.evaluate.records import Question
-from llava_fn.evaluate.tally import Row, Summary, Tally
+from llava_fn.evaluate.tally import Scored, Summary, Tally
 
 
 @dataclass(frozen=True)
 class Pair:
     """One question in two runs."""
 
-    one: Row
-    other: Row
+    one: Scored
+    other: Scored
 
     @property
     def change(self) -> str:
-        """What the first run is, seen from the other: better, worse or same. Words that differ may score the same."""
+        """How the first run scores beside the other: better, worse or same. Different answers may score the same."""
         gain = self.one.score.score - self.other.score.score
         return "better" if gain > 0 else "worse" if gain < 0 else "same"
 
@@ -49,8 +49,7 @@ class Comparison:
     """Two runs on the questions that both were asked.
 
     whole: of the rows that the headlines count; its name is that of their split, or "Overall". tallies: of one and of
-    the other, on these rows. groups: column -> gains by its values, sorted; those of subjects and categories are of
-    these rows, too.
+    the other, on these rows. groups: column -> gains by its values, sorted; of the same rows, but for the column split.
     """
 
     one: Summary
@@ -72,17 +71,17 @@ class Comparison:
 
 def compare(one: Summary, other: Summary) -> Comparison:
     """Two runs, question by question, by index. ValueError if their file, rules or questions are not the same."""
-    pairs, of = _pairs(one, other), one.headline.name
-    counted = [p for p in pairs if one.headline is one.overall or p.one.group("split") == of]
-    mine, theirs = [p.one for p in counted], [p.other for p in counted]
-    tallies = tally.tally(one.dataset, one.model, mine), tally.tally(other.dataset, other.model, theirs)
-    if None in tallies:
+    pairs, split = _pairs(one, other), one.headline.name
+    counted = [p for p in pairs if one.headline is one.overall or p.one.group("split") == split]
+    first = tally.tally(one.dataset, one.model, [p.one for p in counted])
+    second = tally.tally(other.dataset, other.model, [p.other for p in counted])
+    if first is None or second is None:
         raise ValueError(
-            f"{one.model} and {other.model} share no question of the split {of}; there is nothing to compare"
+            f"{one.model} and {other.model} share no question of the split {split}; there is nothing to compare"
         )
     columns = [name for name in ("split", *tally.GROUPS) if name in one.dataset.columns]
     groups = {name: _gains(pairs if name == "split" else counted, name) for name in columns}
-    return Comparison(one, other, pairs, tallies, _gain(of, counted), groups)
+    return Comparison(one, other, pairs, (first, second), _gain(split, counted), groups)
 
 
 def _gains(pairs: Sequence[Pair], column: str) -> list[Gain]:
@@ -100,8 +99,9 @@ def _pairs(one: Summary, other: Summary) -> list[Pair]:
     for what, a, b in (("dataset", one.dataset.name, other.dataset.name), ("rules", one.rules, other.rules)):
         if a != b:
             raise ValueError(f"{what} {a!r} of {one.model} is not {b!r} of {other.model}; compare like with like")
-    theirs = {row.question.index: row for row in other.rows if row.said}
-    pairs = [Pair(row, theirs[row.question.index]) for row in one.rows if row.said and row.question.index in theirs]
+    others = {row.question.index: row for row in other.rows if row.prediction}
+    rows = [row for row in one.rows if row.prediction and row.question.index in others]
+    pairs = [Pair(row, others[row.question.index]) for row in rows]
     changed = [p.one.question.index for p in pairs if _content(p.one.question) != _content(p.other.question)]
     if changed or not pairs:
         why = f"index {changed[0]} and {len(changed) - 1} more differ" if changed else "no index has answers in both"

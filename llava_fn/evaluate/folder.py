@@ -4,9 +4,9 @@
     out/MODEL_DATASET/predictions/*.jsonl   one file a process: a line an answer, written when it is there
 
 A line is {"i": index, "h": key, "p": answer, "n": tokens, "t": ms, "st": "ok" or "error", "err": reason}. The key is a
-digest of the prompt, its images and the settings, so a line counts only for the very question that it answers: where
-rows of the TSV were changed, those rows are asked again. A process never writes to a file that was there before, so a
-line that a kill cut short spoils no other.
+digest of the prompt, its images and the settings, so a line counts only for the very question that it answers: rows of
+the TSV that were changed are asked again. Each process writes a new file, so a line that a kill cut short spoils no
+other.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What run.json says. data: name, sha256 and rows of the TSV. versions: of what made the first answers."""
+class Provenance:
+    """What run.json says. data: name, sha256 and rows of the TSV. versions: of the packages at the first start."""
 
     settings: Settings
     data: dict
@@ -56,7 +56,7 @@ class Manifest:
 def fingerprint(paths: Sequence[Path]) -> str:
     """One digest for the weights: a checkpoint's own, else that of every byte of the files that make the model.
 
-    Those are the files of tensors, and beside them the JSON files and tokenizer.model.
+    These files are those of the tensors, and beside them the JSON files and tokenizer.model.
     """
     each = [_fingerprint(checkpoint.newest(path)) for path in paths]
     return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
@@ -85,41 +85,41 @@ def key(s: Settings, prompt: str, images: str) -> str:
     return hashlib.sha256(json.dumps([plain(s), prompt, images]).encode()).hexdigest()
 
 
-def begin(folder: Path, now: Manifest) -> list[str]:
-    """Write run.json, or find that the run which stands there was made with the same settings. Returns notes.
+def begin(folder: Path, provenance: Provenance) -> list[str]:
+    """Write run.json, or check that the run in the folder has the same settings. Returns notes for the user.
 
     ValueError names each setting that differs.
     """
     notes = []
     if (folder / "run.json").exists():
-        then = read_manifest(folder)
-        other = differences(plain(then.settings), plain(now.settings))
+        before = read_provenance(folder)
+        other = differences(plain(before.settings), plain(provenance.settings))
         if other:
             raise ValueError(
                 f"{folder} holds answers with other settings ({'; '.join(other)}); --fresh moves them aside, or name "
                 "another --out or --name"
             )
-        if then.data != now.data:
+        if before.data != provenance.data:
             notes.append(f"{folder}: the TSV has changed since; rows that are not as they were are asked again")
-        if then.versions != now.versions:
-            changed = "; ".join(differences(then.versions, now.versions))
+        if before.versions != provenance.versions:
+            changed = "; ".join(differences(before.versions, provenance.versions))
             notes.append(f"{folder}: earlier answers were made with other versions ({changed})")
-        now = Manifest(then.settings, now.data, then.versions)
+        provenance = Provenance(before.settings, provenance.data, before.versions)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run.json; --fresh moves it aside, or name another --out")
     with replacing(folder / "run.json") as part:
-        part.write_text(json.dumps(plain(now), indent=1) + "\n")
+        part.write_text(json.dumps(plain(provenance), indent=1) + "\n")
     (folder / "predictions").mkdir(exist_ok=True)
     return notes
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_provenance(folder: Path) -> Provenance:
     """What run.json says. ValueError if it is not there or of another format."""
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; no run was begun there")
     try:
-        return structure(Manifest, json.loads(path.read_text()))
+        return structure(Provenance, json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -143,19 +143,19 @@ def files(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, keys: Mapping[str, str]) -> dict[str, Prediction]:
-    """index -> the prediction of each question of which a line has its key. keys: index -> key.
+    """index -> prediction, from the lines that have the right key. keys: index -> key.
 
-    An answer stands before an error, and else the last line. The end of a file without a line end, where a process was
-    killed, is left out. ValueError names any other line that is none.
+    Of several lines an answer beats an error, and otherwise the last one counts. A last line without a line end is left
+    out: its process was killed. ValueError names any other line that is no answer.
     """
     found: dict[str, Prediction] = {}
     for path in files(folder):
         *lines, _ = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
-            said, known = _prediction(path, number, line)
-            before = found.get(said.index)
-            if keys.get(said.index) == known and (before is None or before.error or not said.error):
-                found[said.index] = said
+            new, new_key = _prediction(path, number, line)
+            old = found.get(new.index)
+            if keys.get(new.index) == new_key and (old is None or old.error or not new.error):
+                found[new.index] = new
     return found
 
 
@@ -169,7 +169,7 @@ def _prediction(path: Path, number: int, line: bytes) -> tuple[Prediction, str]:
 
 
 def count(folder: Path) -> int:
-    """Lines of all processes."""
+    """The number of lines that all processes have written."""
     return sum(path.read_bytes().count(b"\n") for path in files(folder))
 
 
@@ -184,10 +184,10 @@ def create(folder: Path, rank: int, size: int) -> TextIO:
 
 
 def write(file: TextIO, predictions: Sequence[Prediction], keys: Mapping[str, str]) -> None:
-    """Append answers; they are on the disk when it returns."""
-    for said in predictions:
-        row = {"i": said.index, "h": keys[said.index], "p": said.text, "n": said.tokens}
-        row |= {"t": round(said.seconds * 1000, 3), "st": "error" if said.error else "ok", "err": said.error}
+    """Append answers. When this returns, they are on the disk."""
+    for p in predictions:
+        row = {"i": p.index, "h": keys[p.index], "p": p.text, "n": p.tokens}
+        row |= {"t": round(p.seconds * 1000, 3), "st": "error" if p.error else "ok", "err": p.error}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
     os.fsync(file.fileno())

@@ -62,8 +62,8 @@ def bootstrap(values: np.ndarray, pictures: np.ndarray, seed: int = 0) -> Interv
     generator = np.random.Generator(np.random.PCG64(seed))
     rows, means = max(1, BLOCK // len(sizes)), []
     for begin in range(0, DRAWS, rows):
-        again = generator.integers(len(sizes), size=(min(rows, DRAWS - begin), len(sizes)))
-        means.append(sums[again].sum(1) / sizes[again].sum(1))
+        draws = generator.integers(len(sizes), size=(min(rows, DRAWS - begin), len(sizes)))
+        means.append(sums[draws].sum(1) / sizes[draws].sum(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return Interval(float(low), float(high), "bootstrap")
 

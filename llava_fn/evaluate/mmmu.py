@@ -48,11 +48,11 @@ def letter(text: str, options: Mapping[str, str]) -> Found:
     for char in _ENDS:
         text = text.strip(char)
     text = f" {text} "
-    for how, form, place in _FORMS:
+    for name, form, place in _FORMS:
         there = [x for x in options if form.format(x) in text]
         if there:
             last = max((text.rfind(place.format(x)), -ord(x), x) for x in there)[2]
-            return Found(last, f"the last option letter {how} is {last}")
+            return Found(last, f"the last option letter {name} is {last}")
     lowered = text.lower()
     there = [x for x in options if options[x].lower() in lowered] if len(text.split()) > 5 else []
     if there:
@@ -98,14 +98,14 @@ def claims(text: str) -> list[float | str]:
 
 
 def open_answer(text: str, golds: Sequence[str]) -> Found:
-    """Letter A if an open answer is right and B if not, as of the two options above; why names what it said.
+    """Letter A if an open answer is right and B if not, as of the two options above; why names what the answer says.
 
     A number must equal a gold, and a text must hold one. Source: eval_open.
     """
     accepted = [value for gold in golds for value in normalise(gold)]
     words = [gold for gold in accepted if isinstance(gold, str)]
-    said = claims(text)
-    for value in said:
+    values = claims(text)
+    for value in values:
         if value in accepted if isinstance(value, float) else any(word in value for word in words):
             return Found("A", f"it says {value}")
-    return Found("B", f"it says {said[0]}, and none of {', '.join(map(str, accepted))}")
+    return Found("B", f"it says {values[0]}, and none of {', '.join(map(str, accepted))}")

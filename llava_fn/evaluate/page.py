@@ -1,10 +1,10 @@
 """The report: one HTML file that needs nothing else, of one run or of two on the same questions.
 
-It shows the score with its interval, bars by split, category and subject, how long answers are and take, which letter
-was taken for which, and every question with what became of it, to be filtered in the browser. A click on a picture
-opens it large. There are PICTURES of them at most: those of the first questions that are not right (or that changed, of
-two runs). Texts are cut where they are longer than TEXT characters, with a mark. So 5,349 questions make a file of some
-4 MB, and pictures as many as 16 MB more, if all are densely printed pages.
+It shows the score with its interval, bars by split, category and subject, the length and time of answers, which letter
+was taken for which, and every question with its answer and score, to be filtered in the browser. A click on a picture
+opens it large. There are PICTURES of them at most: those of the first questions that are not right (of two runs: whose
+score changed). Texts longer than TEXT characters are cut, with a mark. So 5,349 questions make a file of some 4 MB, and
+pictures add up to 16 MB if all are densely printed pages.
 Whatever stands in a cell stays text: the template escapes it, and the script makes text nodes of it.
 """
 
@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from llava_fn.evaluate import score, tally
 from llava_fn.evaluate.compare import Comparison
 from llava_fn.evaluate.records import Question
-from llava_fn.evaluate.tally import Row, Summary, Tally
+from llava_fn.evaluate.tally import Scored, Summary, Tally
 from llava_fn.evaluate.tsv import Table
 
 PICTURES = 120
@@ -49,7 +49,7 @@ def report(s: Summary, table: Table) -> str:
 def comparison(c: Comparison, table: Table) -> str:
     """The page of two runs. OSError or ValueError if the TSV is no longer there as it was."""
     shown = [p.one.question for p in c.pairs if p.change != "same"]
-    rows = [_row(p.one) | {"change": p.change, "other": _said(p.other)} for p in c.pairs]
+    rows = [_row(p.one) | {"change": p.change, "other": _answer(p.other)} for p in c.pairs]
     return _render(c.one, {"rows": rows, "pictures": _pictures(table, shown)}, c, shown)
 
 
@@ -86,22 +86,22 @@ def _short(text: str, most: int = TEXT) -> str:
     return text if len(text) <= most else f"{text[:most]} [{len(text) - most} more characters]"
 
 
-def _row(row: Row) -> dict:
+def _row(row: Scored) -> dict:
     q = row.question
     options = {letter: _short(text, 120) for letter, text in q.options.items()}
     where = {name: row.group(name) for name in ("split", *GROUPS) if name in q.cells}
     return {
         "index": q.index, "question": _short(q.cells["question"]), "options": options, "where": where,
         "gold": _short(q.cells["answer"]), "picture": q.images,
-    } | _said(row)  # fmt: skip
+    } | _answer(row)  # fmt: skip
 
 
-def _said(row: Row) -> dict:
-    said, x = row.said, row.score
+def _answer(row: Scored) -> dict:
+    p, x = row.prediction, row.score
     return {
-        "verdict": row.verdict, "score": round(x.score, 4), "said": _short(said.text) if said else "",
-        "extracted": _short(x.extracted, 120), "why": _short(x.why, 240), "tokens": said.tokens if said else 0,
-        "seconds": round(said.seconds, 3) if said else 0,
+        "verdict": row.verdict, "score": round(x.score, 4), "said": _short(p.text) if p else "",
+        "extracted": _short(x.extracted, 120), "why": _short(x.why, 240), "tokens": p.tokens if p else 0,
+        "seconds": round(p.seconds, 3) if p else 0,
     }  # fmt: skip
 
 
@@ -139,11 +139,11 @@ def _sections(s: Summary) -> list[tuple[str, list[Tally]]]:
 
 
 def _histograms(s: Summary) -> list[dict]:
-    said = [row.said for row in s.rows if row.status == "ok"]
-    if not said:
+    answers = [row.prediction for row in s.rows if row.prediction and row.status == "ok"]
+    if not answers:
         return []
-    tokens = _histogram("Length of answers", "tokens", [p.tokens for p in said])
-    return [tokens, _histogram("Time of answers", "seconds", [p.seconds for p in said])]
+    tokens = _histogram("Length of answers", "tokens", [p.tokens for p in answers])
+    return [tokens, _histogram("Time of answers", "seconds", [p.seconds for p in answers])]
 
 
 def _histogram(title: str, unit: str, values: Sequence[float]) -> dict:
@@ -169,10 +169,10 @@ def _confusion(s: Summary) -> dict | None:
     """Right letter -> letter that was found -> count, of answered questions with options; None without such."""
     if s.dataset.kind not in tally.LETTERED:
         return None
-    asked = [row for row in s.rows if row.status == "ok" and "A" in row.question.options]
-    counts = Counter((score.key(s.dataset.kind, row.question), row.score.extracted) for row in asked)
+    rows = [row for row in s.rows if row.status == "ok" and "A" in row.question.options]
+    counts = Counter((score.key(s.dataset.kind, row.question), row.score.extracted) for row in rows)
     right, found = (sorted({pair[j] for pair in counts}) for j in (0, 1))
-    sums = Counter(score.key(s.dataset.kind, row.question) for row in asked)
+    sums = Counter(score.key(s.dataset.kind, row.question) for row in rows)
     return {"right": right, "found": found, "counts": counts, "sums": sums} if counts else None
 
 

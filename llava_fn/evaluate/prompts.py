@@ -16,13 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from llava_fn.data.templates import MARK, template_of
+from llava_fn.evaluate.options import PromptName
 from llava_fn.evaluate.records import Kind, Question
 from llava_fn.generate.options import Form
 
-Name = Literal["vlmevalkit", "llava", "own"]
 Parts = tuple[str | None, ...]
 
 LETTER = (
@@ -39,14 +38,14 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 class Style:
     """How a question and its images stand in a prompt. around: text before and behind each image; tail: at the end."""
 
-    name: Name
+    name: PromptName
     form: Form
     around: tuple[str, str] = ("", "\n")
     tail: str = ""
 
 
-def style(name: Name, own: Form) -> Style:
-    """own: the form of the weights. ValueError if that is one of captions, which no question can be put into."""
+def style(name: PromptName, own: Form) -> Style:
+    """own: the form of the weights. ValueError if their template is of captions, which take no question."""
     if name == "vlmevalkit":
         return Style(name, Form("llava_v1", "pad"), (" ", " "), " ")
     if name == "llava":
@@ -63,17 +62,17 @@ def question_text(q: Question, kind: Kind) -> str:
     if kind in ("chartqa", "docvqa"):
         return q.cells["question"] + PHRASE
     hint = q.cells.get("hint", "")
-    asked = (f"{hint}\n" if hint else "") + q.cells["question"]
-    asked += "".join(f"\n{letter}. {option}" for letter, option in q.options.items())
-    return asked + (LETTER if q.options else DIRECTLY)[bool(_CHINESE.search(asked))]
+    text = (f"{hint}\n" if hint else "") + q.cells["question"]
+    text += "".join(f"\n{letter}. {option}" for letter, option in q.options.items())
+    return text + (LETTER if q.options else DIRECTLY)[bool(_CHINESE.search(text))]
 
 
-def parts(s: Style, asked: str, images: int) -> Parts:
-    """The prompt of a text with so many images in front, cut at them."""
+def parts(s: Style, question: str, images: int) -> Parts:
+    """The prompt of a question with so many images in front of its text, cut at them."""
     template = template_of(s.form.template)
     before, behind = s.around
     between = [x for _ in range(images - 1) for x in (behind + before, None)]
-    end = asked + template.reply + s.tail
+    end = question + template.reply + s.tail
     if not images:
         return (template.first + end,)
     return (template.first + before, None, *between, behind + end)

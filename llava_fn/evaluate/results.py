@@ -1,12 +1,13 @@
-"""The files of a result, each of which appears at once and whole:
+"""The files of a result. Each file appears whole, or the earlier one stays:
 
-    out/MODEL_DATASET.xlsx           a row a question: the TSV's columns but image, and what became of it; accuracies
+    out/MODEL_DATASET.xlsx           a row a question: the TSV's columns but image, answer and score; accuracies
     out/MODEL_DATASET_acc.csv        the peers' table of accuracies: their columns and units, always commas, all quoted
-    out/MODEL_DATASET_summary.json   percent with 95 % intervals and counts of all that is odd
+    out/MODEL_DATASET_summary.json   percent with 95 % intervals, and counts of answers without a usable score
     out/MODEL_DATASET.html           the report, see `page`; MODEL_DATASET_vs_OTHER.html for two runs
 
-All but the report are the same to the byte for the same answers: they hold no times. A result of some rows only has
-_acc_partial.csv in place of _acc.csv, and says "partial" in the others, so that no script takes it for the score.
+For the same answers all of them are the same to the byte, but the report: it shows how long answers took. A result of
+some rows only has _acc_partial.csv in place of _acc.csv, and says "partial" in the others, so that no script takes it
+for the score.
 
 In the spreadsheet every cell is text: "=1+1" is no formula, "007" no number and "http://..." no link. It cannot hold
 everything. Control characters are written as Excel escapes them, _x000B_, and halves of surrogate pairs as \\ud800. A
@@ -16,6 +17,7 @@ cell of over 32,767 characters is cut and says so, and the whole text stands in 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -30,40 +32,37 @@ import xlsxwriter
 from llava_fn.evaluate import compare as comparing
 from llava_fn.evaluate import page, tally
 from llava_fn.evaluate.compare import Comparison
-from llava_fn.evaluate.records import Prediction
-from llava_fn.evaluate.tally import Row, Summary
+from llava_fn.evaluate.tally import Scored, Summary
 from llava_fn.evaluate.tsv import Table
 
 COLUMNS = ("prediction", "extracted", "score", "hit", "why", "status")
 LONGEST = 32_767  # UTF-16 units that a cell holds
+ENDINGS = (".xlsx", ".html", "_acc.csv", "_acc_partial.csv", "_summary.json", "_cut.json")
 CREATED = datetime(2000, 1, 1)  # the same in every file, or no two were alike
 TEXT_ONLY = {"strings_to_formulas": False, "strings_to_urls": False, "strings_to_numbers": False}
 _HALVES = re.compile("[\ud800-\udfff]")
 _FORMULA = re.compile(r"[=+\-@\t\r]")  # how a cell begins that a spreadsheet may take for a formula
 
 
-def write(
-    out: Path, model: str, table: Table, predictions: Mapping[str, Prediction], rules: str, about: Mapping[str, str],
-    partial: bool,
-) -> Summary:  # fmt: skip
-    """Score the answers to a table and write all files. predictions: by index. rules: see `score.RULES`.
+def write(out: Path, s: Summary, table: Table) -> None:
+    """Write all files of a result. table: with the questions of the summary.
 
-    about: what the report says of the run. partial: the table is a part of its file, or answers are missing. A row
-    whose prediction is an error counts as wrong and in `failed`. ValueError if rows have no prediction and the result
-    is not partial, if no row has one, or if the rules are unknown; OSError if a file cannot be written.
+    ValueError if rows have no prediction and the result is not partial; OSError if a file cannot be written.
     """
-    rows = tally.score_rows(table.dataset, table.questions, predictions, rules)
-    missing = [row.question.index for row in rows if row.said is None]
-    if missing and not partial:
+    missing = [row.question.index for row in s.rows if row.prediction is None]
+    if missing and not s.partial:
         raise ValueError(
-            f"{table.dataset.path}: {len(missing)} rows have no answer yet, the first of index {missing[0]}; finish "
+            f"{s.dataset.path}: {len(missing)} rows have no answer yet, the first of index {missing[0]}; finish "
             "the run, or ask for a partial result"
         )
-    s = tally.summarise(model, table.dataset, rows, rules, about, partial)
-    stem = f"{model}_{table.dataset.name}"
+    stem = f"{s.model}_{s.dataset.name}"
     _write_tables(out, stem, s)
     _write_text(out / f"{stem}.html", page.report(s, table))
-    return s
+
+
+def files(out: Path, stem: str) -> list[Path]:
+    """Where the files of a result stand or may stand, pages of comparisons included. stem: MODEL_DATASET."""
+    return [*(out / (stem + ending) for ending in ENDINGS), *out.glob(f"{glob.escape(stem)}_vs_*.html")]
 
 
 def compare(out: Path, one: Summary, other: Summary, table: Table) -> Comparison:
@@ -136,12 +135,12 @@ def header(s: Summary) -> list[str]:
     return [f"{name} (TSV)" if name in ours else name for name in s.dataset.columns] + ours
 
 
-def cells(s: Summary, row: Row) -> list[str]:
-    """A row of the sheet of predictions. Numbers are texts too; a row that was not asked has none."""
-    x, asked = row.score, row.said is not None
-    mine = [row.said.text, x.extracted, f"{x.score:.6g}", str(int(x.hit))] if asked else [""] * 4
-    lenient = [str(int(bool(row.lenient))) if asked else ""] if s.overall.lenient is not None else []
-    return [*(row.question.cells[name] for name in s.dataset.columns), *mine, x.why, row.status, *lenient]
+def cells(s: Summary, row: Scored) -> list[str]:
+    """A row of the sheet of predictions. Numbers are texts too; a row without a prediction has none."""
+    x, p = row.score, row.prediction
+    figures = [p.text, x.extracted, f"{x.score:.6g}", str(int(x.hit))] if p else [""] * 4
+    lenient = [str(int(bool(row.lenient))) if p else ""] if s.overall.lenient is not None else []
+    return [*(row.question.cells[name] for name in s.dataset.columns), *figures, x.why, row.status, *lenient]
 
 
 def _write_xlsx(path: Path, s: Summary, aside: str, whole: dict[str, dict[str, str]]) -> None:

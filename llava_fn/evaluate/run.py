@@ -1,8 +1,8 @@
-"""From questions to answers: which are left, in which batches, by which process, and the batches themselves.
+"""From questions to answers: prompts in tokens, batches, and each process's share of them.
 
-Rows are answered in batches of similar length, rows that share their images one after another, so that the image tower
-sees an image once. Images are read and decoded ahead by threads while the device works. A process knows from its rank
-alone what it has to do, and never waits for another.
+A batch holds prompts of similar length. Rows that share images follow each other, so that the image tower sees each
+image once. Threads read and decode images ahead while the device works. A process knows its share from its rank alone,
+and never waits for another.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llava_fn.generate.options import Decoding
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question as the model gets it. ids: IMAGE once for each image. size: its tokens, image positions included."""
+class Query:
+    """A question in tokens. ids: IMAGE once for each image. size: its tokens, image positions included."""
 
     question: Question
     ids: tuple[int, ...]
@@ -39,12 +39,12 @@ class Asked:
 
     @property
     def images(self) -> int:
-        """How many images it has."""
+        """The number of its images."""
         return self.ids.count(IMAGE)
 
 
 def parts(table: Table, s: Settings) -> dict[str, Parts]:
-    """index -> prompt."""
+    """index -> prompt, cut at its images."""
     kind = table.dataset.kind
     return {
         q.index: prompts.parts(s.style, prompts.question_text(q, kind), len(table.pictures[q.index]))
@@ -53,112 +53,114 @@ def parts(table: Table, s: Settings) -> dict[str, Parts]:
 
 
 def keys(table: Table, s: Settings, cut: Mapping[str, Parts]) -> dict[str, str]:
-    """index -> the key of its answer. cut: the prompts."""
+    """index -> the key of its answer. cut: prompts by index."""
     return {q.index: folder.key(s, prompts.shown(cut[q.index]), q.images) for q in table.questions}
 
 
-def ask(table: Table, s: Settings, cut: Mapping[str, Parts], tokenizer: Tokenizer, patches: int) -> list[Asked]:
-    """Every question in the tokens of its prompt. cut: the prompts; patches: positions of an image."""
+def queries(table: Table, s: Settings, cut: Mapping[str, Parts], tokenizer: Tokenizer, patches: int) -> list[Query]:
+    """Every question in the tokens of its prompt. cut: prompts by index; patches: image positions of one image."""
     compat, out = s.style.form.compat, []
     for q in table.questions:
         ids = text.pieces(cut[q.index], tokenizer, compat)
-        out.append(Asked(q, tuple(ids), len(ids) + (patches - 1) * ids.count(IMAGE)))
+        out.append(Query(q, tuple(ids), len(ids) + (patches - 1) * ids.count(IMAGE)))
     return out
 
 
-def batches(asked: Sequence[Asked], s: Settings, batch: int, world: int) -> list[list[Asked]]:
-    """What goes through the model together, in order; rank r of world takes every world-th from r on.
+def batches(queries: Sequence[Query], s: Settings, batch: int, world: int) -> list[list[Query]]:
+    """Batches of at most `batch` queries, in order. Rank r takes the batches r, r + world, r + 2 world, ...
 
     A prompt that leaves less room in the context than an answer may need is a batch of its own, so that no other
     answer depends on it.
     """
     longest: dict[str, int] = {}
-    for a in asked:
-        longest[a.question.images] = max(a.size, longest.get(a.question.images, 0))
-    order = sorted(asked, key=lambda a: (longest[a.question.images], a.question.images, a.size, a.question.row))
-    roomy = [a for a in order if a.size + s.decoding.tokens <= s.context]
-    tight = [[a] for a in order if a.size + s.decoding.tokens > s.context]
+    for x in queries:
+        longest[x.question.images] = max(x.size, longest.get(x.question.images, 0))
+    order = sorted(queries, key=lambda x: (longest[x.question.images], x.question.images, x.size, x.question.row))
+    roomy = [x for x in order if x.size + s.decoding.tokens <= s.context]
+    tight = [[x] for x in order if x.size + s.decoding.tokens > s.context]
     size = max(1, min(batch, -(-len(roomy) // world)))
     return [roomy[i : i + size] for i in range(0, len(roomy), size)] + tight
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A batch with its pictures, and what is wrong with the questions that have none."""
+class ReadyBatch:
+    """A batch with its pictures in memory. errors: index -> why a question of the batch cannot be asked."""
 
-    asked: tuple[Asked, ...]
-    pictures: tuple[tuple[Picture, ...], ...]
-    wrong: Mapping[str, str]  # index -> reason
+    queries: tuple[Query, ...]
+    pictures: tuple[tuple[Picture, ...], ...]  # of each query
+    errors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Reads and decodes the images of a batch; those that several of its questions share, once."""
+class ImageReader:
+    """Reads and decodes the images of a batch; images that several of its questions share, once."""
 
     table: Table
     a: Assistant
 
-    def __call__(self, batch: Sequence[Asked]) -> Ready:
-        asked, pictures, wrong = [], [], {}
-        known: dict[str, tuple[Picture, ...]] = {}
-        for one in batch:
-            q = one.question
+    def __call__(self, batch: Sequence[Query]) -> ReadyBatch:
+        queries, pictures, errors = [], [], {}
+        read: dict[str, tuple[Picture, ...]] = {}
+        for query in batch:
+            q = query.question
             try:
-                _check_room(one, self.a)
-                if q.images not in known:
+                _check_room(query, self.a)
+                if q.images not in read:
                     content = enumerate(self.table.images(q), 1)
-                    known[q.images] = tuple(assistant.picture(x, self.a, f"image {j}") for j, x in content)
-                asked.append(one)
-                pictures.append(known[q.images])
+                    read[q.images] = tuple(assistant.picture(x, self.a, f"image {j}") for j, x in content)
+                queries.append(query)
+                pictures.append(read[q.images])
             except BadRecord as error:
-                wrong[q.index] = str(error)
-        return Ready(tuple(asked), tuple(pictures), wrong)
+                errors[q.index] = str(error)
+        return ReadyBatch(tuple(queries), tuple(pictures), errors)
 
 
-def _check_room(one: Asked, a: Assistant) -> None:
-    if one.size >= a.context:
+def _check_room(query: Query, a: Assistant) -> None:
+    if query.size >= a.context:
         raise BadRecord(
-            f"the prompt has {one.size} tokens, {a.model.vision.patches * one.images} of them for {one.images} images, "
-            f"which leaves no room for an answer in the context of {a.context}"
+            f"the prompt has {query.size} tokens, {a.model.vision.patches * query.images} of them for {query.images} "
+            f"images, which leaves no room for an answer in the context of {a.context}"
         )
 
 
-def ahead(table: Table, a: Assistant, mine: Sequence[Sequence[Asked]], workers: int) -> Iterator[Ready]:
-    """Batches in order, up to twice as many as there are workers made ready before they are wanted.
+def ahead(table: Table, a: Assistant, batches: Iterable[Sequence[Query]], workers: int) -> Iterator[ReadyBatch]:
+    """The batches in order; threads prefetch the images of up to twice as many batches as there are workers.
 
-    The threads have ended when it ends: a thread that still runs at the end of Python can abort it.
+    The threads have ended when the iterator ends: a thread that still runs at the end of Python can abort it.
     """
-    prepare, waiting = Prepare(table, a), deque()
+    reader, futures = ImageReader(table, a), deque()
     with ThreadPoolExecutor(workers) as pool:
-        for batch in mine:
-            waiting.append(pool.submit(prepare, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for batch in batches:
+            futures.append(pool.submit(reader, batch))
+            if len(futures) > 2 * workers:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
 
-def answer(a: Assistant, ready: Iterable[Ready], d: Decoding) -> Iterator[list[Prediction]]:
-    """The predictions of each batch, of every question of it; features of the newest images are kept."""
-    known: dict[str, Tensor] = {}
-    began = time.monotonic()
-    for batch in ready:
-        known = assistant.features(a, [x for pictures in batch.pictures for x in pictures], known)
-        said = _said(a, batch, known, d) if batch.asked else []
-        now = time.monotonic()
-        share = (now - began) / (len(batch.asked) + len(batch.wrong))
-        failed = [Prediction(index, "", 0, 0.0, reason) for index, reason in batch.wrong.items()]
-        yield [replace(p, seconds=share) for p in (*said, *failed)]
-        began = now
+def answer(a: Assistant, batches: Iterable[ReadyBatch], d: Decoding) -> Iterator[list[Prediction]]:
+    """The answers to each batch, errors last, each with its share of the batch's time. Features of images are kept."""
+    features: dict[str, Tensor] = {}
+    start = time.monotonic()
+    for batch in batches:
+        features = assistant.features(a, [x for pictures in batch.pictures for x in pictures], features)
+        answers = _answers(a, batch, features, d) if batch.queries else []
+        end = time.monotonic()
+        share = (end - start) / (len(batch.queries) + len(batch.errors))
+        failed = [Prediction(index, "", 0, 0.0, reason) for index, reason in batch.errors.items()]
+        yield [replace(p, seconds=share) for p in (*answers, *failed)]
+        start = end
 
 
-def _said(a: Assistant, batch: Ready, known: Mapping[str, Tensor], d: Decoding) -> list[Prediction]:
-    left = min(d.tokens, a.context - max(one.size for one in batch.asked))
-    d, full = replace(d, tokens=left), left == d.tokens
-    both = zip(batch.asked, batch.pictures, strict=True)
-    rows = [assistant.laid_out(a, one.ids, pictures, known, d)[0] for one, pictures in both]
+def _answers(a: Assistant, batch: ReadyBatch, features: Mapping[str, Tensor], d: Decoding) -> list[Prediction]:
+    room = min(d.tokens, a.context - max(query.size for query in batch.queries))
+    d, full = replace(d, tokens=room), room == d.tokens
+    pairs = zip(batch.queries, batch.pictures, strict=True)
+    rows = [assistant.laid_out(a, query.ids, pictures, features, d)[0] for query, pictures in pairs]
     out = []
-    for one, (t, *_) in zip(batch.asked, assistant.answers_to(a, rows, d), strict=True):
-        cut = "" if t.ended or full else f"the answer has not ended in the {left} tokens that the context leaves for it"
-        out.append(Prediction(one.question.index, "" if cut else t.text.strip(), len(t.ids), 0.0, cut))
+    for query, (t, *_) in zip(batch.queries, assistant.answers_to(a, rows, d), strict=True):
+        error = ""
+        if not t.ended and not full:
+            error = f"the answer has not ended in the {room} tokens that the context leaves for it"
+        out.append(Prediction(query.question.index, "" if error else t.text.strip(), len(t.ids), 0.0, error))
     return out

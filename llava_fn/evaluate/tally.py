@@ -19,18 +19,18 @@ NONE = "none"  # how the peers call the only split of a file without that column
 
 
 @dataclass(frozen=True)
-class Row:
-    """A question with what was said to it, if anything yet. lenient: see `chartqa.lenient`; None for other kinds."""
+class Scored:
+    """A question, its prediction if there is one yet, and the score. lenient: see `chartqa.lenient`, else None."""
 
     question: Question
-    said: Prediction | None
+    prediction: Prediction | None
     score: Score
     lenient: bool | None = None
 
     @property
     def status(self) -> str:
         """ok, failed (there is an error in place of an answer) or missing (nothing was asked yet)."""
-        return "missing" if self.said is None else "failed" if self.said.error else "ok"
+        return "missing" if self.prediction is None else "failed" if self.prediction.error else "ok"
 
     @property
     def verdict(self) -> str:
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tally:
-    """Figures of some rows, of which those that are missing count for nothing. mean: 0 to 1, failed rows as 0.
+    """Figures of some rows; missing rows are left out. mean: 0 to 1, failed rows as 0.
 
     unparsed: answers in which nothing was found to compare. ungraded: rows whose cell answer no answer can match.
     """
@@ -63,7 +63,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run has come to. headline: of the split that is published, if that is known, else of all rows.
+    """The result of a run. headline: figures of the split that is published, if that is known, else of all rows.
 
     groups: column -> split -> figures by value of that column, sorted.
     """
@@ -73,7 +73,7 @@ class Summary:
     rules: str
     about: Mapping[str, str]
     partial: bool
-    rows: Sequence[Row] = field(repr=False)
+    rows: Sequence[Scored] = field(repr=False)
     headline: Tally
     overall: Tally
     splits: Sequence[Tally]
@@ -97,23 +97,23 @@ def odd_counts(t: Tally) -> list[tuple[int, str]]:
 
 
 def score_rows(
-    data: Dataset, questions: Sequence[Question], said: Mapping[str, Prediction], rules: str
-) -> list[Row]:  # fmt: skip
-    """Every question with its score, in the file's order. said: by index. ValueError if the rules do not exist."""
+    data: Dataset, questions: Sequence[Question], predictions: Mapping[str, Prediction], rules: str
+) -> list[Scored]:
+    """Every question with its score, in the file's order. predictions: by index. ValueError for unknown rules."""
     score.check_rules(data.kind, rules)
-    return [_row(data, q, said.get(q.index), rules) for q in questions]
+    return [_scored(data, q, predictions.get(q.index), rules) for q in questions]
 
 
-def _row(data: Dataset, q: Question, said: Prediction | None, rules: str) -> Row:
-    if said is None or said.error:
-        return Row(q, said, score.failed(said.error if said else "not asked yet"))
-    lenient = chartqa.lenient(said.text, golds(q.cells["answer"])) if data.kind == "chartqa" else None
-    return Row(q, said, score.score(data.kind, q, said.text, rules), lenient)
+def _scored(data: Dataset, q: Question, p: Prediction | None, rules: str) -> Scored:
+    if p is None or p.error:
+        return Scored(q, p, score.failed(p.error if p else "not asked yet"))
+    lenient = chartqa.lenient(p.text, golds(q.cells["answer"])) if data.kind == "chartqa" else None
+    return Scored(q, p, score.score(data.kind, q, p.text, rules), lenient)
 
 
-def tally(data: Dataset, name: str, rows: Sequence[Row]) -> Tally | None:
-    """Figures of rows; None if there is none that was asked."""
-    rows = [row for row in rows if row.said]
+def tally(data: Dataset, name: str, rows: Sequence[Scored]) -> Tally | None:
+    """Figures of rows; None if no row has a prediction."""
+    rows = [row for row in rows if row.prediction]
     if not rows:
         return None
     scores = np.array([row.score.score for row in rows])
@@ -127,7 +127,7 @@ def tally(data: Dataset, name: str, rows: Sequence[Row]) -> Tally | None:
 
 
 def summarise(
-    model: str, data: Dataset, rows: Sequence[Row], rules: str, about: Mapping[str, str], partial: bool
+    model: str, data: Dataset, rows: Sequence[Scored], rules: str, about: Mapping[str, str], partial: bool
 ) -> Summary:
     """All figures. ValueError if nothing was asked yet."""
     whole = tally(data, "Overall", rows)
@@ -145,13 +145,13 @@ def summarise(
     return Summary(model, data, rules, about, partial, rows, headline, whole, splits, groups)
 
 
-def by_group(data: Dataset, rows: Sequence[Row], column: str) -> list[Tally]:
+def by_group(data: Dataset, rows: Sequence[Scored], column: str) -> list[Tally]:
     """Figures by the values of a column, sorted."""
     names = sorted({row.group(column) for row in rows})
     return _tallies(data, {name: [row for row in rows if row.group(column) == name] for name in names})
 
 
-def _tallies(data: Dataset, parts: Mapping[str, Sequence[Row]]) -> list[Tally]:
+def _tallies(data: Dataset, parts: Mapping[str, Sequence[Scored]]) -> list[Tally]:
     return [t for name, rows in parts.items() if (t := tally(data, name, rows))]
 
 
@@ -187,7 +187,7 @@ def plain(s: Summary) -> dict:
     }
     return {
         "model": s.model, "dataset": s.dataset.name, "kind": s.dataset.kind, "rules": s.rules, "unit": "percent",
-        "partial": s.partial, "rows": len(s.rows), "missing": sum(row.said is None for row in s.rows),
+        "partial": s.partial, "rows": len(s.rows), "missing": sum(row.prediction is None for row in s.rows),
         "headline": {"of": s.headline.name} | _plain(s.headline), "overall": _plain(s.overall),
         "splits": {t.name: _plain(t) for t in s.splits}, "groups": groups, "about": dict(s.about),
     }  # fmt: skip

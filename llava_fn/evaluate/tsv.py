@@ -4,9 +4,9 @@ A file has a header and one row a question. A cell may stand in double quotes, a
 doubled, quotes. Only an empty cell is missing: "None", "NA", "007" and "=1+1" are what they are. The column image holds
 the base64 of an image file, a list of them ("['...', '...']"), or, up to 64 characters, the index of the row whose
 images it shares; where there is no such column, image_path names a file, or lists several, in the TSV's folder.
-Images are checked and forgotten: what is kept is where they stand, and `Table.images` reads them again.
+Images are checked but not kept: `Table` holds their places in the file, and `Table.images` reads them again.
 Source: vlmeval/dataset/image_base.py.
-Differs: rows without an image, of which VLMEvalKit leaves out, are errors, as is every other row that cannot be used.
+Differs: a row without an image, which VLMEvalKit leaves out, is an error, as is every other row that cannot be used.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def open_table(path: Path, kind: Kind | None = None) -> Table:
         raise ValueError(f"{path}: no such file, or an empty one; give a TSV with a header")
     with path.open("rb") as f, ThreadPoolExecutor(2) as pool:
         name = next((n for n in KNOWN if n.lower() == path.stem.lower()), path.stem)
-        digests = [pool.submit(_file_digest, path, how) for how in ("sha256", *(["md5"] if name in MD5 else []))]
+        algorithms = ("sha256", "md5") if name in MD5 else ("sha256",)
+        digests = [pool.submit(_file_digest, path, algorithm) for algorithm in algorithms]
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             columns, rows = _parse(path, data)
         sha256, *md5 = [d.result() for d in digests]
@@ -115,9 +116,9 @@ def open_table(path: Path, kind: Kind | None = None) -> Table:
     return Table(dataset, questions, sha256, tuple(notes), {row.cells["index"]: row.places for row in rows})
 
 
-def _file_digest(path: Path, how: str) -> str:
+def _file_digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as f:
-        return hashlib.file_digest(f, how).hexdigest()
+        return hashlib.file_digest(f, algorithm).hexdigest()
 
 
 def _kind(columns: Sequence[str], questions: Sequence[Question]) -> Kind:
@@ -141,7 +142,7 @@ class _Row:
 
     @property
     def label(self) -> str:
-        """How errors call it."""
+        """Its name in errors."""
         return f"row {self.number} (index {self.cells['index']!r})"
 
 
@@ -153,8 +154,8 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[list[str], list[_Row]]:
         rows = list(_rows(path, data, lines, columns, wrong))
         rows = rows if wrong else _resolve(rows, wrong)
         if not rows and not wrong:
-            raise _Wrong(0, "there is no row below the header; give a file with questions")
-    except _Wrong as error:
+            raise _BadCell(0, "there is no row below the header; give a file with questions")
+    except _BadCell as error:
         wrong.append((error.offset, error.reason))
     if wrong:
         shown = "".join(f"\n  line {_line(data, at)}: {reason}" for at, reason in wrong[:SHOWN])
@@ -163,7 +164,7 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[list[str], list[_Row]]:
     return columns, rows
 
 
-class _Wrong(ValueError):
+class _BadCell(ValueError):
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(reason)
         self.offset, self.reason = offset, reason
@@ -206,9 +207,9 @@ def _cell(data: mmap.mmap, at: int) -> Span:
     while stop and data[stop : stop + 1] == b'"':
         stop = data.find(b'"', stop + 1) + 1
     if not stop:
-        raise _Wrong(at, "a quote begins here and never ends")
+        raise _BadCell(at, "a quote begins here and never ends")
     if data[stop : stop + 1] not in (b"\t", b"\n", b"") and data[stop : stop + 2] != b"\r\n":
-        raise _Wrong(stop, "text goes on behind the quote that ends a cell; double the quotes inside a cell")
+        raise _BadCell(stop, "text goes on behind the quote that ends a cell; double the quotes inside a cell")
     return Span(at, stop)
 
 
@@ -223,7 +224,7 @@ def _text(data: mmap.mmap, cell: Span) -> str:
     try:
         text = data[inside.start : inside.stop].decode()
     except UnicodeDecodeError as error:
-        raise _Wrong(cell.start, f"not UTF-8 ({error}); write the file as UTF-8") from error
+        raise _BadCell(cell.start, f"not UTF-8 ({error}); write the file as UTF-8") from error
     return text if inside == cell else text.replace('""', '"')
 
 
@@ -235,35 +236,35 @@ def _columns(data: mmap.mmap, header: Sequence[Span]) -> list[str]:
         missing.append("image (or image_path)")
     if twice or missing:
         found = (("lacks", missing), ("has twice", twice))
-        said = " and ".join(f"{what} {', '.join(names)}" for what, names in found if names)
-        raise _Wrong(0, f"the header {said}; its columns, between tabs, are {columns[:40]}")
+        problems = " and ".join(f"{what} {', '.join(names)}" for what, names in found if names)
+        raise _BadCell(0, f"the header {problems}; its columns, between tabs, are {columns[:40]}")
     return columns
 
 
 def _rows(
     path: Path, data: mmap.mmap, lines: Iterator[list[Span]], columns: Sequence[str], wrong: list[tuple[int, str]]
 ) -> Iterator[_Row]:
-    known: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # of rows, by index
     for number, spans in enumerate(lines, 1):
         label = f"row {number}"
         try:
             row = _row(data, number, spans, columns)
             label = row.label
-            if row.cells["index"] in known:
-                raise _Wrong(row.offset, f"row {known[row.cells['index']]} has this index too")
-            known[row.cells["index"]] = number
+            if row.cells["index"] in numbers:
+                raise _BadCell(row.offset, f"row {numbers[row.cells['index']]} has this index too")
+            numbers[row.cells["index"]] = number
             yield _with_images(path, data, row, spans[columns.index("image")] if "image" in columns else None)
-        except _Wrong as error:
+        except _BadCell as error:
             wrong.append((spans[0].start, f"{label}: {error.reason}"))
 
 
 def _row(data: mmap.mmap, number: int, spans: Sequence[Span], columns: Sequence[str]) -> _Row:
     begin = spans[0].start
     if len(spans) != len(columns):
-        raise _Wrong(begin, f"{len(spans)} cells, but the header has {len(columns)}")
+        raise _BadCell(begin, f"{len(spans)} cells, but the header has {len(columns)}")
     cells = {name: _text(data, span) for name, span in zip(columns, spans, strict=True) if name != "image"}
     if not cells["index"]:
-        raise _Wrong(begin, "it has no index")
+        raise _BadCell(begin, "it has no index")
     return _Row(number, begin, cells)
 
 
@@ -273,11 +274,11 @@ def _with_images(path: Path, data: mmap.mmap, row: _Row, cell: Span | None) -> _
         return replace(row, places=places, images=_digest([_content(row, lambda p=p: _read(path, p)) for p in places]))
     inside = _inside(data, cell)
     if inside.start == inside.stop:
-        raise _Wrong(row.offset, "it has no image")
+        raise _BadCell(row.offset, "it has no image")
     if data[inside.start : inside.start + 1] == b"[" and data[inside.stop - 1 : inside.stop] == b"]":
         spans = tuple(_items(data[inside.start : inside.stop], inside.start))
         if any(span.start == span.stop for span in spans):
-            raise _Wrong(row.offset, "an image of its list is empty")
+            raise _BadCell(row.offset, "an image of its list is empty")
     elif inside.stop - inside.start <= REFERENCE:
         return replace(row, same=_text(data, cell))
     else:
@@ -293,9 +294,9 @@ def _content(row: _Row, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except OSError as error:
-        raise _Wrong(row.offset, f"{error.filename} cannot be read ({error.strerror}); put the file there") from error
+        raise _BadCell(row.offset, f"{error.filename} cannot be read ({error.strerror}); put the file there") from error
     except ValueError as error:
-        raise _Wrong(row.offset, f"its image is no base64 ({error}); encode the bytes of an image file") from error
+        raise _BadCell(row.offset, f"its image is no base64 ({error}); encode the bytes of an image file") from error
 
 
 def _items(cell: bytes, start: int) -> Iterator[Span]:
@@ -316,9 +317,9 @@ def _names(row: _Row) -> list[str]:
         try:
             names = ast.literal_eval(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise _Wrong(row.offset, f"its image_path is no list of names ({error})") from error
+            raise _BadCell(row.offset, f"its image_path is no list of names ({error})") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise _Wrong(row.offset, "its image_path names no image; give a name, or a list like ['a.png', 'b.png']")
+        raise _BadCell(row.offset, "its image_path names no image; give a name, or a list like ['a.png', 'b.png']")
     return names
 
 

@@ -17,14 +17,16 @@ import tyro
 from test_infer import ENV, ROOT, recipe
 
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.evaluate import folder, prompts, run, tsv
+from llava_fn.evaluate import folder, prompts, run, task, tsv
 from llava_fn.evaluate.folder import Settings
+from llava_fn.evaluate.options import Rules
 from llava_fn.evaluate.records import Prediction
 from llava_fn.generate import assistant, options
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 evaluate = recipe("evaluate")
+MODULES = ("llava_fn.evaluate.dry", "llava_fn.evaluate.finish")  # which the recipe imports when it runs
 FINAL = (".xlsx", "_acc.csv", "_summary.json")
 NAMES = {"choice": "AI2D_TEST", "chartqa": "ChartQA_TEST", "docvqa": "DocVQA_VAL", "mmmu": "MMMU_DEV_VAL"}
 
@@ -69,7 +71,7 @@ class Ranks:
     """Runs the recipe on several processes; see zygote.py."""
 
     def __init__(self):
-        command = [sys.executable, ROOT / "tests/zygote.py", ROOT / "recipes/evaluate.py"]
+        command = [sys.executable, ROOT / "tests/zygote.py", ROOT / "recipes/evaluate.py", *MODULES]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(list(map(str, command)), env=ENV, text=True, **streams)
         assert self.process.stdout.readline() == "ready\n"
@@ -212,7 +214,7 @@ def test_nothing_is_asked_twice_and_a_changed_row_is_asked_again(config, monkeyp
 def test_answers_with_other_settings_are_refused_and_named(change, said, config, weights):
     c = only(config, "docvqa")
     c.out.mkdir()
-    evaluate.begin(c, evaluate.read(c), settings(c))
+    task.begin(c, task.read_tables(c), settings(c))
     model = {k: v for k, v in change.items() if k in ("context", "dtype")}
     if "weights" in change:
         model = {"weights": (weights / change["weights"],)}
@@ -223,7 +225,7 @@ def test_answers_with_other_settings_are_refused_and_named(change, said, config,
 
 def settings(c):
     source = assistant.open_weights(c.model.weights)
-    return evaluate.settings(c, source, folder.fingerprint(c.model.weights))
+    return task.settings(c, source, folder.fingerprint(c.model.weights))
 
 
 def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
@@ -249,12 +251,12 @@ def test_fresh_moves_an_earlier_run_and_its_results_aside(config, capsys):
 
 
 def test_a_run_that_goes_on_tells_what_has_changed_and_keeps_what_began_it(whole, tmp_path):
-    first = folder.Manifest(settings(whole), {"sha256": "a"}, {"torch": "1"})
+    first = folder.Provenance(settings(whole), {"sha256": "a"}, {"torch": "1"})
     assert folder.begin(tmp_path / "run", first) == folder.begin(tmp_path / "run", first) == []
     now = replace(first, data={"sha256": "b"}, versions={"torch": "2"})
     data, versions = folder.begin(tmp_path / "run", now)
     assert "the TSV has changed since" in data and "other versions (torch: 1 -> 2)" in versions
-    assert folder.read_manifest(tmp_path / "run") == replace(now, versions={"torch": "1"})
+    assert folder.read_provenance(tmp_path / "run") == replace(now, versions={"torch": "1"})
 
 
 def test_a_folder_that_is_no_run_is_refused(config):
@@ -277,7 +279,7 @@ def test_an_error_lists_the_first_rows_that_fail_and_counts_the_others(config, t
 def test_the_exit_status_says_whether_all_rows_have_an_answer(config, tmp_path, capsys, monkeypatch):
     def status(c):
         try:
-            cli.run(evaluate.guarded, c)
+            cli.run(evaluate.interruptible, c)
         except SystemExit as end:
             return end.code
         return 0
@@ -334,7 +336,7 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
     c = replace(config, data=(tsvs.write(tmp_path / "MMMU_DEV_VAL.tsv", rows),), tokens=20)
     table = tsv.open_table(c.data[0])
     a = assistant.load(options.ChatOptions(c.model.weights, device="cpu"))
-    sizes = [x.size for x in run.ask(table, settings(c), run.parts(table, settings(c)), a.tokenizer, 4)]
+    sizes = [x.size for x in run.queries(table, settings(c), run.parts(table, settings(c)), a.tokenizer, 4)]
     assert sizes == sorted(sizes)[:1] + sizes[1:] and sizes[1] == sizes[0] + 6 * (4 + (sizes[2] - sizes[0] - 4))
     evaluate.main(replace(c, out=tmp_path / "roomy"))
     roomy = {x["i"]: x["p"] for x in lines(replace(c, out=tmp_path / "roomy"), "mmmu")}
@@ -361,7 +363,7 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
     table = tsv.open_table(whole.data[0])
     a = assistant.load(options.ChatOptions(whole.model.weights, device="cpu"))
     s = settings(whole)
-    asked = run.ask(table, s, run.parts(table, s), a.tokenizer, 4)
+    asked = run.queries(table, s, run.parts(table, s), a.tokenizer, 4)
     for world in (1, 2, 3, 4, 9):
         for batch in (1, 2, 3, 50):
             cut = run.batches(asked, s, batch, world)
@@ -396,11 +398,11 @@ def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
 def test_no_more_is_made_ready_than_is_soon_wanted(whole):
     table = tsv.open_table(whole.data[0])
     a = assistant.load(options.ChatOptions(whole.model.weights, device="cpu"))
-    asked = run.ask(table, settings(whole), run.parts(table, settings(whole)), a.tokenizer, 4)
+    asked = run.queries(table, settings(whole), run.parts(table, settings(whole)), a.tokenizer, 4)
     taken = []
     ready = run.ahead(table, a, (taken.append(x) or [x] for x in asked), 1)
-    assert next(ready).asked == (asked[0],) and taken == asked[:3]
-    assert [x.asked[0] for x in ready] == asked[1:] == taken[1:]
+    assert next(ready).queries == (asked[0],) and taken == asked[:3]
+    assert [x.queries[0] for x in ready] == asked[1:] == taken[1:]
 
 
 def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_them(config, whole, capsys):
@@ -458,7 +460,7 @@ def test_dry_run_shows_prompts_and_tokens_and_writes_nothing(config, capsys):
 def test_wrong_options_are_refused(change, said, config):
     with pytest.raises(ValueError, match=said):
         if "rules" in change:
-            change = {"rules": evaluate.Rules(**change["rules"])}
+            change = {"rules": Rules(**change["rules"])}
         replace(config, **change)
 
 

@@ -7,12 +7,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import tables
 import tsvs
 from PIL import Image
 from tables import Table, said, table
 
 from llava_fn.evaluate import compare as comparing
-from llava_fn.evaluate import page, results, score, tally
+from llava_fn.evaluate import page, results, score
 from llava_fn.evaluate.intervals import bootstrap, of_difference
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -28,8 +29,7 @@ HOSTILE = [
 
 def summary(t, texts, model="one", rules=None, partial=False, **about):
     rules = rules or score.RULES[t.dataset.kind][0]
-    rows = tally.score_rows(t.dataset, t.questions, said(*texts), rules)
-    return tally.summarise(model, t.dataset, rows, rules, about, partial)
+    return tables.summary(model, t, said(*texts), rules, about, partial)
 
 
 def embedded(html):
@@ -245,7 +245,7 @@ def open_report(browser, tmp_path):
 
 
 def write(out, t, texts, model="one"):
-    return results.write(out, model, t, said(*texts), score.RULES[t.dataset.kind][0], {"weights": "w"}, False)
+    return tables.write(out, model, t, said(*texts), score.RULES[t.dataset.kind][0], {"weights": "w"}, False)
 
 
 def cards(view):
@@ -319,7 +319,7 @@ def test_the_order_can_be_chosen(open_report, tmp_path):
     found = said("abcx", "zzzz", "abxx")
     found["0"] = replace(found["0"], tokens=9)
     found["2"] = replace(found["2"], seconds=9.0)
-    results.write(tmp_path, "one", t, found, "anls", {}, False)
+    tables.write(tmp_path, "one", t, found, "anls", {}, False)
     view = open_report(tmp_path / "one_FILE.html")
     view.click("[data-verdict=all]")
     for order, first in (("file", 0), ("low", 1), ("long", 0), ("slow", 2)):
@@ -336,7 +336,7 @@ def test_hostile_texts_stay_texts_everywhere(kind, open_report, tmp_path):
         for text in HOSTILE
     ]
     t = table(kind, cells)
-    s = results.write(tmp_path, "one", t, said(*HOSTILE), score.RULES[kind][0], {"<b>": HOSTILE[1]}, False)
+    s = tables.write(tmp_path, "one", t, said(*HOSTILE), score.RULES[kind][0], {"<b>": HOSTILE[1]}, False)
     results.compare(tmp_path, replace(s, model=HOSTILE[5].replace("/", "")), replace(s, model="<i>two"), t)
     for path in tmp_path.glob("*.html"):
         view = open_report(path)

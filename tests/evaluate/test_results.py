@@ -8,6 +8,7 @@ from pathlib import Path
 import openpyxl
 import pandas
 import pytest
+import tables
 import tsvs
 from tables import said, table
 
@@ -23,7 +24,7 @@ HOSTILE = [
 
 
 def write(out, t, texts, partial=False, model="m", rules=None, **about):
-    return results.write(out, model, t, said(*texts), rules or score.RULES[t.dataset.kind][0], about, partial)
+    return tables.write(out, model, t, said(*texts), rules or score.RULES[t.dataset.kind][0], about, partial)
 
 
 def sheet(path, name="predictions"):
@@ -185,7 +186,7 @@ def test_equal_answers_give_equal_bytes_however_long_they_took(tmp_path):
     texts = ["abxd" if j % 3 else "abcd" for j in range(80)]
     for name, seconds in (("a", 1.0), ("b", 2.0)):
         answers = {k: replace(p, seconds=seconds) for k, p in reversed(said(*texts).items())}
-        results.write(tmp_path / name, "m", t, answers, "anls", {}, False)
+        tables.write(tmp_path / name, "m", t, answers, "anls", {}, False)
     names = {"m_FILE.xlsx", "m_FILE_acc.csv", "m_FILE_summary.json"}
     told = openpyxl.load_workbook(tmp_path / "a" / "m_FILE.xlsx").properties
     assert {told.created, told.modified} == {results.CREATED}  # and not the time of writing
@@ -266,7 +267,7 @@ def test_answers_that_are_the_golds_of_a_real_file_score_full_marks(kind, tmp_pa
     found = {q.index: Prediction(q.index, score.golds(q.cells["answer"])[0], 1, 0.1) for q in t.questions}
     if kind == "mmmu":  # VLMEvalKit's list of golds is one text
         found = {q.index: Prediction(q.index, q.cells["answer"], 1, 0.1) for q in t.questions}
-    s = results.write(tmp_path, "model", t, found, score.RULES[kind][0], {}, False)
+    s = tables.write(tmp_path, "model", t, found, score.RULES[kind][0], {}, False)
     assert s.overall.mean == 1 and s.overall.unparsed == 0
     cells = sheet(tmp_path / f"model_{t.dataset.name}.xlsx")
     assert cells["question"].tolist() == tsvs.answers(t.dataset.path, "question")
