@@ -6,86 +6,60 @@ with exit code 1 if there is one. The embedded data set is checked without argum
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
-
-from llava_fn import config
-from llava_fn.data import emoji
-from llava_fn.data import records as data
+from llava_fn.config import LLAVA_EMOJI, Vision
 from llava_fn.data.options import Data, Source
-from llava_fn.data.tokenizer import read_tokenizer
-from llava_fn.errors import BadRecord
 from llava_fn.launch import cli
-from llava_fn.runs.progress import Progress
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data set that is checked."""
+
+    records: Path | None = None  # a JSON list, or JSON lines; train.json of the unpacked data set, unless given
+    images: Path | None = None  # the folder that "image" of the records is relative to; the unpacked one, unless given
 
 
 @dataclass(frozen=True)
 class Validate:
-    """What is checked, and against which model."""
+    """What is checked, and for which model."""
 
-    source: Source = Source(Path("runs/emoji-data/train.json"), Path("runs/emoji-data"))
-    tokenizer: Path = Path("runs/emoji-data/tokenizer.model")
+    source: Files = Files()
+    tokenizer: Path | None = None  # a sentencepiece model; that of the unpacked data set, unless given
     unpack: Path | None = Path("runs/emoji-data")  # where to put the data set that comes with the package, if anywhere
-    vision: config.Vision = config.LLAVA_EMOJI.vision
+    vision: Vision = LLAVA_EMOJI.vision
     data: Data = Data(workers=1)  # template, image mode, longest sample; its sources are not read
 
-
-@dataclass(frozen=True)
-class Check:
-    """Samples of a chunk of records -> (tokens, labelled tokens, "") of each, or (0, 0, what is wrong)."""
-
-    how: data.Preparation
-
-    def __call__(self, records: Sequence[data.Record]) -> list[tuple[int, int, str]]:
-        return [self.one(record) for record in records]
-
-    def one(self, record: data.Record) -> tuple[int, int, str]:
-        """The figures of one record."""
-        try:
-            sample = data.sample(record, self.how)
-        except BadRecord as error:
-            return 0, 0, str(error)
-        return len(sample.ids), sum(sample.label), ""
-
-
-def results(records: list[data.Record], c: Validate) -> Iterator[tuple[int, int, str]]:
-    """The figures of every record, in order, with progress on the way."""
-    how = data.preparation(read_tokenizer(c.tokenizer), c.vision.image, c.vision.patches, c.data)
-    chunks = IterableWrapper(iter([records[i : i + 64] for i in range(0, len(records), 64)]))
-    node = ParallelMapper(chunks, Check(how), c.data.workers, method="process", multiprocessing_context="forkserver")
-    done = 0
-    with Progress(0, len(records)) as progress:
-        for chunk in Loader(node):
-            yield from chunk
-            done += len(chunk)
-            progress.show(done, "records")
-
-
-def histogram(lengths: Sequence[int], bins: int = 12) -> str:
-    """Lines of a text histogram."""
-    width = max(1, -(-(max(lengths) - min(lengths) + 1) // bins))
-    counts = Counter((n - min(lengths)) // width for n in lengths)
-    most = max(counts.values())
-    rows = [(min(lengths) + j * width, counts[j]) for j in range(max(counts) + 1)]
-    return "\n".join(f"{low:>6}-{low + width - 1:<6} {n:>8} {'#' * round(50 * n / most)}" for low, n in rows)
+    def __post_init__(self) -> None:
+        if self.unpack is None and None in (self.source.records, self.source.images, self.tokenizer):
+            raise ValueError("give --source.records, --source.images and --tokenizer, or --unpack a folder")
 
 
 def main(c: Validate) -> None:
     """Print the report. ValueError if a record is bad."""
-    if c.unpack:
-        emoji.unpack(c.unpack)
-    rows = list(results(data.read(c.source), c))
-    good = [row for row in rows if not row[2]]
-    bad = [reason for *_, reason in rows if reason]
-    print(f"{c.source.records}: {len(good)} of {len(rows)} records are fine")
+    # imports stand where they are used: torch takes seconds, and --help does without
+    from llava_fn.data import emoji, records
+    from llava_fn.data.check import check, histogram
+    from llava_fn.data.tokenizer import read_tokenizer
+    from llava_fn.runs.progress import Progress
+
+    folder = emoji.unpack(c.unpack) if c.unpack else Path()
+    source = Source(c.source.records or folder / "train.json", c.source.images or folder)
+    tokenizer = read_tokenizer(c.tokenizer or folder / "tokenizer.model")
+    preparation = records.preparation(tokenizer, c.vision.image, c.vision.patches, c.data)
+    rows, figures = records.read(source), []
+    with Progress(0, len(rows)) as progress:
+        for chunk in check(rows, preparation, c.data.workers):
+            figures += chunk
+            progress.show(len(figures), "records")
+
+    good, bad = [x for x in figures if not x.error], [x.error for x in figures if x.error]
+    print(f"{source.records}: {len(good)} of {len(figures)} records are fine")
     if good:
-        lengths = [tokens for tokens, _, _ in good]
-        targets = sum(labelled for _, labelled, _ in good)
+        lengths = [x.tokens for x in good]
+        targets = sum(x.targets for x in good)
         print(f"tokens of a record, image positions included; {targets} of {sum(lengths)} are targets")
         print(histogram(lengths))
     if bad:
@@ -93,4 +67,4 @@ def main(c: Validate) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tyro.cli(Validate, description=__doc__))
+    cli.run(main, cli.command(Validate, __doc__))

@@ -19,6 +19,7 @@ def show(c: Evaluate, tables: Sequence[Table]) -> None:
     """Print some prompts and how long all are; of the weights only the config and the tokenizer are used."""
     weights = assistant.open_weights(c.model.weights)
     s, patches = task.settings(c, weights, ""), model.config(weights).vision.patches
+    assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)
     for table in tables:
         cut = run.parts(table, s)

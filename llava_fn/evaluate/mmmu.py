@@ -106,6 +106,6 @@ def open_answer(text: str, golds: Sequence[str]) -> Found:
     words = [gold for gold in accepted if isinstance(gold, str)]
     values = claims(text)
     for value in values:
-        if value in accepted if isinstance(value, float) else any(word in value for word in words):
+        if any(word in value for word in words) if isinstance(value, str) else value in accepted:
             return Found("A", f"it says {value}")
     return Found("B", f"it says {values[0]}, and none of {', '.join(map(str, accepted))}")

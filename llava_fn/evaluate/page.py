@@ -14,7 +14,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from importlib import resources
 
 import jinja2
@@ -53,7 +53,7 @@ def comparison(c: Comparison, table: Table) -> str:
     return _render(c.one, {"rows": rows, "pictures": _pictures(table, shown)}, c, shown)
 
 
-def _render(s: Summary, data: Mapping, c: Comparison | None, shown: Sequence[Question]) -> str:
+def _render(s: Summary, data: dict[str, Sized], c: Comparison | None, shown: Sequence[Question]) -> str:
     source = resources.files("llava_fn.evaluate").joinpath("page.html").read_text(encoding="utf-8")
     undefined = jinja2.StrictUndefined
     env = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
@@ -74,7 +74,7 @@ _METHODS = {
 }
 
 
-def _script(data: Mapping) -> Markup:
+def _script(data: Mapping[str, object]) -> Markup:
     """JSON that no text in it can end: nothing of HTML is left in it. Halves of surrogate pairs are written as such."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":

@@ -28,6 +28,8 @@ from datetime import datetime
 from pathlib import Path
 
 import xlsxwriter
+from xlsxwriter.exceptions import FileCreateError
+from xlsxwriter.worksheet import Worksheet
 
 from llava_fn.evaluate import compare as comparing
 from llava_fn.evaluate import page, tally
@@ -110,7 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with part.open("rb") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, xlsxwriter.exceptions.FileCreateError) as error:
+    except (OSError, FileCreateError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         if part.exists():
@@ -163,7 +165,7 @@ def _write_xlsx(path: Path, s: Summary, aside: str, whole: dict[str, dict[str, s
         _write_accuracy(book.add_worksheet("accuracy (partial)" if s.partial else "accuracy"), tally.accuracy(s), bold)
 
 
-def _write_accuracy(sheet: xlsxwriter.worksheet.Worksheet, rows: Sequence[Mapping[str, str]], bold) -> None:
+def _write_accuracy(sheet: Worksheet, rows: Sequence[Mapping[str, str]], bold) -> None:
     for column, name in enumerate(rows[0]):
         sheet.write_string(0, column, fitting(name, "")[0], bold)
         for j, row in enumerate(rows, 1):

@@ -147,7 +147,7 @@ class _Row:
 
 
 def _parse(path: Path, data: mmap.mmap) -> tuple[list[str], list[_Row]]:
-    lines = _lines(data)
+    lines, columns, rows = _lines(data), [], []
     wrong: list[tuple[int, str]] = []  # byte, what is wrong there
     try:
         columns = _columns(data, next(lines, []))

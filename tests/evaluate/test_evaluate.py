@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -52,6 +53,14 @@ def only(c, kind):
 def final(c):
     """The files of results that must be the same whatever happened on the way."""
     return {p.name: p.read_bytes() for p in sorted(c.out.iterdir()) if p.name.endswith(FINAL)}
+
+
+def timeless(c):
+    """The reports without what they say of the time that answers took."""
+    pages = {p.name: p.read_text() for p in sorted(c.out.glob("*.html"))}
+    histogram = r'<section class="card histogram"[^>]*>\s*<h2[^>]*>Time of answers.*?</section>'
+    times = re.compile(rf'"seconds":[^,}}]+|{histogram}', re.DOTALL)
+    return {name: times.sub("", text) for name, text in pages.items()}
 
 
 def lines(c, kind="choice"):
@@ -167,6 +176,7 @@ def test_a_killed_run_goes_on_with_other_processes_and_ends_with_the_same_files(
     ranks.start(long, 3, log)
     assert ranks.wait() == [0, 0, 0], log.read_text()
     assert final(long) == final(other) and len(final(long)) == 3
+    assert timeless(long) == timeless(other) and len(timeless(long)) == 1
     assert folder.count(at) == 13  # nothing was answered twice
     assert torn.read_bytes().endswith(b'{"i": "0", "h": "x')
 

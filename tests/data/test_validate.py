@@ -1,0 +1,35 @@
+"""recipes/validate.py: on the data set that it unpacks, on other files, and on bad records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def validate(folder, *arguments):
+    command = [sys.executable, ROOT / "recipes/validate.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_folder_that_is_named_is_unpacked_and_checked(tmp_path):
+    done = validate(tmp_path, "--unpack", "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert "elsewhere/train.json: 1980 of 1980 records are fine" in done.stdout and "####" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_bad_records_of_other_files_are_named_and_end_with_status_1(emojis, tmp_path):
+    rows = json.loads((emojis / "train.json").read_text())
+    rows[3]["image"] = "gone.png"
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    arguments = ("--source.records", "records.json", "--source.images", emojis)
+    done = validate(tmp_path, "--unpack", "None", *arguments, "--tokenizer", emojis / "tokenizer.model")
+    assert done.returncode == 1 and f"records.json: {len(rows) - 1} of {len(rows)} records are fine" in done.stdout
+    assert "1 bad records" in done.stderr and "gone.png: cannot be read" in done.stderr
+    done = validate(tmp_path, "--unpack", "None", *arguments)
+    assert done.returncode == 2 and "give --source.records" in done.stderr
+    assert not (tmp_path / "runs").exists()
