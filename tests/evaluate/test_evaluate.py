@@ -435,7 +435,7 @@ def test_limits_and_indices_make_partial_results_and_a_whole_run_goes_on_from_th
 def test_scores_alone_need_no_weights_and_every_answer(config, whole, monkeypatch):
     c = only(config, "choice")
     evaluate.main(replace(c, limit=3))
-    monkeypatch.setattr(assistant, "opened", None)
+    monkeypatch.setattr(assistant, "open_weights", None)
     alone = replace(c, score_only=True, model=options.ModelOptions((Path("gone/away"),), device="cpu"))
     with pytest.raises(ValueError, match=r"4 of 7 rows of the TSV have no answer yet \(index 101, 200, 201, 300\)"):
         evaluate.main(alone)
