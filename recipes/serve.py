@@ -18,17 +18,16 @@ from typing import Annotated
 
 import tyro
 
-from llava_fn.generate import assistant, options
+from llava_fn.generate.options import ChatOptions
 from llava_fn.launch import cli
 from llava_fn.serve.options import Limits
-from llava_fn.serve.worker import Worker
 
 
 @dataclass(frozen=True)
 class Serve:
     """Which model, where, and how much a request may ask for."""
 
-    model: Annotated[options.ChatOptions, tyro.conf.arg(name="")]
+    model: Annotated[ChatOptions, tyro.conf.arg(name="")]
     name: str | None = None  # of the model in requests; that of its folder, unless given
     host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
     port: int = 8000  # 0: one that is free
@@ -58,6 +57,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def main(c: Serve) -> None:
     """Load the model and answer until a signal comes. ValueError if the model fails meanwhile."""
+    # imports stand where they are used: torch takes seconds, and --help does without
+    from llava_fn.generate import assistant
+    from llava_fn.serve.worker import Worker
+
     try:
         import uvicorn
 
@@ -68,12 +71,14 @@ def main(c: Serve) -> None:
     a = assistant.load(c.model)
     if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
         print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
-    print(assistant.warning(a), end="\n" if assistant.warning(a) else "", file=sys.stderr)
+    if warning := assistant.warning(a):
+        print(warning, file=sys.stderr)
     name = c.name or c.model.weights[-1].resolve().name
     worker = Worker(a, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
     app = build(Service(a, name, worker, c.limits, c.api_key), c.host)
-    quiet = {"log_level": "warning", "ws": "none", "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=c.grace, **quiet))
+    config = uvicorn.Config(app, log_level="warning", ws="none", server_header=False)
+    config.timeout_graceful_shutdown = c.grace  # pyright: ignore[reportAttributeAccessIssue]  # it is for asyncio
+    server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again when it is done
     sock.listen()

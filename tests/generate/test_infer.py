@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_fn.generate import assistant, options
+from llava_fn.generate import assistant, options, session
 from llava_fn.generate import decode as generate
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
@@ -246,12 +246,12 @@ def test_the_command_line_reads_lines_from_stdin_and_its_exit_status_tells_of_a_
 def test_chat_talks_in_a_plain_terminal(weights, emojis, tmp_path, monkeypatch, capsys):
     image = sorted((emojis / "images").iterdir())[0]
     bad = ["not \udcff text", "/image none.png"]
-    lines = ["What?", *bad, f"/image {image}", "Is it?", f"/save {tmp_path / 'talk.json'}", "/exit", "no"]
+    lines = ["What?", "/help", *bad, f"/image {image}", "Is it?", f"/save {tmp_path / 'talk.json'}", "/exit", "no"]
     flags = ("--weights", weights / "vicuna_v1", "--tokens", 5, "--image", image)
     start(chat, chat.Talk, lines, monkeypatch, *flags)
     said = capsys.readouterr()
     assert "not valid Unicode" in said.err and "none.png: cannot be read" in said.err
-    assert "talk.json: 4 turns" in said.out
+    assert "talk.json: 4 turns" in said.out and "/undo  " in said.out
     for more in (["--beams", 2], ["--temperature", 1, "--samples", 2], ["--logprobs"]):
         with pytest.raises(SystemExit, match="one answer at a time, as text; leave beams, samples and logprobs out"):
             start(chat, chat.Talk, lines, monkeypatch, *flags, *more)
@@ -265,15 +265,15 @@ def talk(weights, emojis):
     """The assistant, and a function from lines to the session after them."""
     a = assistant.load(options.ChatOptions((weights / "vicuna_v1",), device="cpu"))
 
-    def say(*lines, s=chat.Session()):
+    def say(*lines, s=session.Session()):
         for line in lines:
-            s = chat.turn(a, s, line, D)
+            s = session.turn(a, s, line, D)
         return s
 
     return a, say, [str(p) for p in sorted((emojis / "images").iterdir())[:3]]
 
 
-def test_commands_of_a_conversation(talk, capsys):
+def test_commands_of_a_conversation(talk):
     a, say, images = talk
     s = say(f"/image {images[0]}", "What?", f"/image {images[1]}", f"/image {images[2]}", "Is <image> like <image>?")
     assert len(s.chat.turns) == 4 and len(s.chat.pictures) == 3 and s.waiting == () and list(s.names) == images
@@ -283,8 +283,6 @@ def test_commands_of_a_conversation(talk, capsys):
     clear = say(f"/image {images[0]}", "/clear", s=s)
     assert (clear.chat.turns, clear.waiting, clear.names) == ((), (), ()) and clear.chat.feats
     assert say("", "   ", s=s) == s
-    say("/help")
-    assert "/undo" in capsys.readouterr().out
 
 
 def test_a_bad_turn_changes_nothing(talk, tmp_path):
@@ -346,13 +344,13 @@ def interrupted(*_):
 def test_a_caption_model_says_so_and_takes_a_picture_at_a_time(weights, emojis):
     a = assistant.load(options.ChatOptions((weights / "plain",), device="cpu"))
     images = [str(p) for p in sorted((emojis / "images").iterdir())[:2]]
-    s = chat.turn(a, chat.Session(), f"/image {images[0]}", D)
-    s = chat.turn(a, s, "", D)
-    s = chat.turn(a, s, f"/image {images[1]}", D)
-    s = chat.turn(a, s, "what is it?", D)
+    s = session.turn(a, session.Session(), f"/image {images[0]}", D)
+    s = session.turn(a, s, "", D)
+    s = session.turn(a, s, f"/image {images[1]}", D)
+    s = session.turn(a, s, "what is it?", D)
     assert len(s.chat.turns) == 2 and s.names == (images[1],)
     with pytest.raises(ValueError, match="writes a caption for an image; /image PATH gives it one"):
-        chat.turn(a, s, "and now?", D)
+        session.turn(a, s, "and now?", D)
 
 
 def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
@@ -369,3 +367,18 @@ def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130 and "keeps what is done" in process.stderr.read()
     assert config.out.read_text().endswith("\n")
+
+
+@pytest.mark.parametrize("name, flag", [("infer", "json"), ("chat", "image"), ("look", "heads"), ("serve", "host")])
+def test_help_does_not_wait_for_torch(name, flag):
+    """`import torch` takes seconds."""
+    program = """import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print([name for name in ("torch", "tensordict", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+    command = [sys.executable, "-c", program, str(ROOT / f"recipes/{name}.py")]
+    shown = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert shown.returncode == 0 and f"--{flag} " in shown.stdout and shown.stderr == "[]\n"

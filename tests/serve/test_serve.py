@@ -564,7 +564,7 @@ def test_options_of_the_readme_exist(recipe):
 
 
 def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
-    model = recipe.options.ChatOptions((weights / "vicuna_v1",), device="cpu")
+    model = ChatOptions((weights / "vicuna_v1",), device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="cannot listen on 127.0.0.1:.* give another --port"):
             recipe.main(recipe.Serve(model, port=taken.getsockname()[1]))
@@ -579,7 +579,7 @@ def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
 
 
 def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(recipe, weights, monkeypatch, capsys):
-    model = recipe.options.ChatOptions((weights / "plain",), device="cpu")
+    model = ChatOptions((weights / "plain",), device="cpu")
     monkeypatch.setattr(Worker, "start", lambda w: setattr(w, "error", ValueError("lost")) or threading.Timer(
         0.5, w._crashed).start())  # fmt: skip
     monkeypatch.setattr(Worker, "stop", lambda w: None)
