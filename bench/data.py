@@ -54,18 +54,18 @@ def main(c: Bench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write(folder, c)
-        how = Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
+        options = Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
         vision = config.LLAVA_7B.vision
         tokenizer = read_tokenizer(emoji.unpack(folder / "emoji") / "tokenizer.model")
-        prepare = data.preparation(tokenizer, vision.image, vision.patches, how)
+        preparation = data.preparation(tokenizer, vision.image, vision.patches, options)
         records = data.read(source)
-        began = time.process_time()
+        start = time.process_time()
         for record in records:
-            data.sample(record, prepare)
-        rate = c.records / (time.process_time() - began)
+            data.sample(record, preparation)
+        rate = c.records / (time.process_time() - start)
         print(f"one core: {rate:.0f} samples a CPU second; {c.goal / rate:.1f} cores feed {c.goal:.0f} samples/s")
-        plan, steps = data.plan([records], how, prepare), []
-        for step in data.steps([records], plan, prepare, 0, plan.steps()):
+        schedule, steps = data.schedule([records], options, preparation), []
+        for step in data.steps([records], schedule, preparation, 0, schedule.steps()):
             steps.append((time.perf_counter(), len(step.batches[0].records)))
         seconds, count = steps[-1][0] - steps[0][0], sum(n for _, n in steps[1:])
         print(f"{c.workers} workers: {count / seconds:.0f} samples/s over {seconds:.1f} s, batches of 32 laid out")

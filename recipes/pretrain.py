@@ -110,14 +110,14 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources = [records.read(source) for source in c.data.sources]
-    plan = records.plan(sources, c.data, preparation)
+    schedule = records.schedule(sources, c.data, preparation)
     heldout = [records.sample(record, preparation) for record in records.read(c.heldout)] if c.heldout else []
 
     spec = llava.spec(origin.model)
     zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead)
     params, frozen = origin.parameters(c.train, c.seed, zero, world.device)
     execution = llava.execution(c.recompute, c.compile, zero, STAGES[c.train])
-    task = Task(frozen, origin.model, c.optim, plan.steps(), zero, c.loss, execution)
+    task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution)
 
     manifest = Manifest(
         origin.model, STAGES[c.train], c.data.image_mode, c.data.template, c.data.compat,
@@ -130,7 +130,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     print(run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint), file=sys.stderr)
 
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
-    steps = records.steps(sources, plan, preparation, state.step, task.steps, share)
+    steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)
     with run.training(state.step, task.steps, c.parallel.check_interval) as loop:
         for update in loop.updates(steps):
             state, metrics = train_step(state, update.batches, task)

@@ -1,7 +1,7 @@
 """The data set that comes with the package: 2,261 pictures of people, 32 px, with human-written captions.
 
-It is held in emoji.zip (made by recipes/pack_emoji.py, which states the split; sources and licences in NOTICE) and
-unpacked as an ordinary data set in LLaVA's format, so that everything that reads it reads other data too.
+It is packed in emoji.zip (made by recipes/pack_emoji.py, which states the split; sources and licences in NOTICE) and
+unpacked as an ordinary data set in LLaVA's format, so that the code that reads it reads other data too.
 """
 
 import errno
@@ -23,7 +23,7 @@ def unpack(folder: str | Path) -> Path:
     """Write the data set into `folder` if it is not there, and return the folder.
 
     train.json, heldout.json: lists of {"id", "image", "conversations"}; images/<hexcode>.png: 32 x 32 pixels, RGB;
-    tokenizer.model: sentencepiece, trained on the train captions; NOTICE; manifest.json: the SHA-256 of all of them.
+    tokenizer.model: sentencepiece, trained on the train captions; NOTICE; manifest.json: the SHA-256 of all of these.
     The folder appears complete or not at all, also when several processes unpack at once. Other files may be added.
     Raises ValueError if `folder` holds something else, another version, or a changed or incomplete copy.
     """
@@ -38,14 +38,14 @@ def unpack(folder: str | Path) -> Path:
             try:
                 os.rename(written, folder)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # those: another process was first
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # these two: another process was first
                     raise
     check(folder, version)
     return folder
 
 
 def files(content: bytes) -> dict[str, bytes]:
-    """Name -> content of every file of the data set but the manifest, from the bytes of emoji.zip."""
+    """Name -> content of each file of the data set, without the manifest. content: the bytes of emoji.zip."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         packed = {name: archive.read(name) for name in archive.namelist()}
     records = json.loads(packed["records.json"])

@@ -7,8 +7,8 @@ to_pixels     RGB PIL image              -> uint8[3, size, size]      on the CPU
 i images; size in pixels (336 for CLIP ViT-L/14-336). Resizing is Pillow's bicubic filter on 8-bit values: torch's
 interpolate gives other numbers, and LLaVA's weights were trained with these.
 
-Whatever cannot be decoded to the pixels that its author meant raises BadRecord, with the name of the file: nothing is
-replaced, truncated or clipped.
+An image that cannot be decoded to the pixels that its author meant raises BadRecord, with the name of the file. No
+image is replaced, truncated or clipped.
 """
 
 import base64
@@ -29,15 +29,15 @@ FILL = (int(255 * _RED), int(255 * _GREEN), int(255 * _BLUE))
 """The mean colour, (122, 116, 104): what LLaVA pads with (mm_utils.py expand2square)."""
 
 MAX_CANVAS = 16_384**2
-"""Largest padded or resized image in between, in pixels; 1.1 GB, because Pillow keeps four bytes for an RGB pixel."""
+"""Largest padded or resized intermediate image, in pixels: 1.1 GB, because Pillow keeps four bytes for an RGB pixel."""
 
-# Named, not "all that Pillow knows": its other plugins guess at formats without a signature or run programs (EPS).
-# MPO, a JPEG with more pictures behind the first, comes under JPEG.
+# A list, because Pillow's other plugins guess at formats without a signature, or run programs (EPS). JPEG includes MPO,
+# a JPEG file with more pictures behind the first.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 # The modes of 8 bits a value that these formats decode to and for which Pillow's conversion to RGB has one meaning.
 MODES_8BIT = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 MODES_16BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-# The errors of opening a file that lie in its path. Others, like too many open files, say nothing about the record.
+# Errors that a wrong path causes. Others, like too many open files, do not make the record a bad one.
 BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -88,7 +88,7 @@ def to_rgb(img: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) 
 
 
 def _read(source: str | Path | bytes, name: str) -> bytes:
-    """The content of the file. All of it is read before decoding, so that a disk error is not taken for a bad image."""
+    """The content of the file. It is read before decoding, so that a disk error is not taken for a bad image."""
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:

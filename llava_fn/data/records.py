@@ -1,9 +1,9 @@
-"""LLaVA's data sets: records to batches, in worker processes, in an order that is a function of seed and step.
+"""LLaVA's data sets: from records to batches, in worker processes, in an order that follows from the seed.
 
     sources -> order(seed, epoch) -> the records of a step -> prepared by workers -> Step
 
-Nothing about the position in the data needs to be saved: the records of step t follow from the seed and t, whatever
-the number of workers. A record that cannot be used is never replaced: it stops the run, or is skipped and listed.
+A checkpoint need not save the position in the data: the records of step t follow from the seed and t, whatever the
+number of workers. A record that cannot be used is never replaced: it stops the run, or is skipped and listed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llava_fn.errors import BadRecord
 
 
 def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
-    """ValueError if an update of so many samples leaves a micro-batch of `world` processes without one."""
+    """ValueError if an update has fewer samples than micro-batches. world: number of processes."""
     parts = world // tp * accumulate
     if parts > 1 and samples < parts:
         most = samples // (world // tp)
@@ -46,16 +46,16 @@ def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """One record and where it came from."""
+    """One record, and the file that it comes from."""
 
-    name: str  # file, position and id, as errors call it
+    name: str  # in errors: file, position and id
     images: Path
     value: dict
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that turns a record into a sample; picklable, since workers hold it."""
+    """What turns a record into a sample. It pickles, because worker processes hold it."""
 
     tokenizer: Tokenizer
     template: str
@@ -67,22 +67,22 @@ class Preparation:
 
 
 def preparation(tokenizer: Tokenizer, image: int, patches: int, data: Data) -> Preparation:
-    """How `data` wants its records prepared for a tower that sees `image` pixels per side as `patches` tokens."""
+    """The preparation that `data` asks for, for a tower that sees `image` pixels per side as `patches` tokens."""
     return Preparation(tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every update a process prepares: number `rank` of `size`, on the data axis."""
+    """The share of every update that a process prepares: number `rank` of `size`, on the data axis."""
 
     rank: int = 0
     size: int = 1
-    multiple: int = 1  # of tokens in a batch, so that the tensor axis can share them
+    multiple: int = 1  # a batch is padded to a multiple of so many tokens, so that the tensor axis can shard them
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process's batches of one update, and (name, reason) of each of its records that could not be used."""
+    """One process's batches of one update. bad: (name, reason) of each of its records that could not be used."""
 
     step: int
     batches: tuple[Batch, ...]
@@ -122,48 +122,49 @@ def _name(path: Path, i: int, value: object) -> str:
 
 
 def fingerprint(sources: Sequence[Source]) -> list[dict]:
-    """What a resumed run must find again: each file's SHA-256 and weight."""
+    """Each file's SHA-256 and weight, which must be the same when a run is resumed."""
     return [
         {"records": s.records.name, "sha256": hashlib.sha256(s.records.read_bytes()).hexdigest(), "weight": s.weight}
         for s in sources
     ]
 
 
-def encode(record: Record, how: Preparation) -> text.Encoded:
-    """Tokens and targets with each image's positions in place. BadRecord, with the record's name, if it is unusable."""
+def encode(record: Record, preparation: Preparation) -> text.Encoded:
+    """Tokens and targets, with every position of an image. BadRecord, with the record's name, if it is unusable."""
     try:
-        turns = text.turns_of(record.value)
-        once = text.encode(turns, template_of(how.template), how.tokenizer, how.compat)
+        turns, template = text.turns_of(record.value), template_of(preparation.template)
+        short = text.encode(turns, template, preparation.tokenizer, preparation.compat)  # one IMAGE an image
         ids, supervised = [], []
-        for token, target in zip(once.ids, once.supervised, strict=True):
-            times = how.patches if token == IMAGE else 1
+        for token, target in zip(short.ids, short.supervised, strict=True):
+            times = preparation.patches if token == IMAGE else 1
             ids += [token] * times
             supervised += [target] * times
-        if len(ids) > how.max_tokens:
-            raise BadRecord(f"{len(ids)} tokens, more than max_tokens={how.max_tokens}; shorten it or raise the limit")
+        limit = preparation.max_tokens
+        if len(ids) > limit:
+            raise BadRecord(f"{len(ids)} tokens, more than max_tokens={limit}; shorten it or raise the limit")
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
     return text.Encoded(ids, supervised)
 
 
-def sample(record: Record, how: Preparation, encoded: text.Encoded | None = None) -> Sample:
-    """The record with its images decoded. BadRecord, with the record's name, if text or image is unusable.
+def sample(record: Record, preparation: Preparation, encoded: text.Encoded | None = None) -> Sample:
+    """The record in tokens, with its images decoded. BadRecord, with the record's name, if text or image is unusable.
 
-    encoded: what `encode` made of it, if that is known.
+    encoded: the result of `encode`, if the caller has it.
     """
-    encoded = encoded or encode(record, how)
+    encoded, side = encoded or encode(record, preparation), preparation.image
     try:
         paths = [record.images / name for name in text.images_of(record.value)]
-        pixels = [image.to_pixels(image.open_image(p), how.image, how.image_mode, str(p)) for p in paths]
+        pixels = [image.to_pixels(image.open_image(p), side, preparation.image_mode, str(p)) for p in paths]
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
-    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, how.image, how.image, dtype=torch.uint8)
+    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)
     return Sample(record.name, tuple(encoded.ids), tuple(encoded.supervised), stacked)
 
 
 @lru_cache(maxsize=2)
 def order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
-    """The records of one epoch, int64[n], numbered through all sources: a function of its arguments alone.
+    """The records of one epoch, int64[n], numbered through all sources. It depends on the arguments alone.
 
     A weight of 2.5 shows each record of a source twice and half of them, drawn for this epoch, a third time.
     """
@@ -177,7 +178,7 @@ def order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: 
 
 
 def cuts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Where to cut a row of samples so that each piece holds as many as fit: [0, ..., n]. lengths: tokens of each."""
+    """Boundaries [0, ..., n] of updates that hold as many samples as fit the token budget. lengths: tokens of each."""
     ends, used = [0], 0
     for i, length in enumerate(lengths.tolist()):
         if used + length > budget:
@@ -188,15 +189,15 @@ def cuts(lengths: np.ndarray, budget: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which records make up which update."""
+class Schedule:
+    """The records of each update."""
 
     sizes: tuple[int, ...]
     data: Data
     lengths: np.ndarray | None  # tokens of every record, if updates are cut by tokens
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The updates of one epoch, each the numbers of its records. The last may be smaller (HF: drop_last=False)."""
+        """The updates of one epoch: the numbers of their records. The last may be smaller (HF: drop_last=False)."""
         rows = order(self.sizes, tuple(s.weight for s in self.data.sources), self.data.seed, epoch)
         ends = list(range(0, len(rows), self.data.samples)) + [len(rows)]
         if self.lengths is not None:
@@ -210,7 +211,7 @@ class Plan:
         return full + (int(np.ceil(part * len(self.epoch(int(whole))))) if part else 0)
 
     def updates(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(step, its records) from update number start + 1 on, without end."""
+        """(step, numbers of its records) from update number start + 1 on, without end."""
         done = 0
         for epoch in count():
             for rows in self.epoch(epoch):
@@ -219,8 +220,8 @@ class Plan:
                     yield done, rows
 
 
-def plan(records: Sequence[Sequence[Record]], data: Data, how: Preparation) -> Plan:
-    """The plan of a run. Cutting by tokens measures every record first. ValueError if no record is ever shown.
+def schedule(records: Sequence[Sequence[Record]], data: Data, preparation: Preparation) -> Schedule:
+    """The schedule of a run. A token budget measures every record first. ValueError if no record is ever shown.
 
     ValueError names a record longer than the token budget. A bad record stops here only under on_bad_record="error".
     """
@@ -230,19 +231,19 @@ def plan(records: Sequence[Sequence[Record]], data: Data, how: Preparation) -> P
     lengths = None
     if data.tokens:
         flat = [r for rs in records for r in rs]
-        lengths = np.array([_length(r, how, data.on_bad_record) for r in flat])
+        lengths = np.array([_length(r, preparation, data.on_bad_record) for r in flat])
         worst = int(lengths.argmax())
         if lengths[worst] > data.tokens:
             raise ValueError(
                 f"{flat[worst].name} has {lengths[worst]} tokens, more than the budget of tokens={data.tokens} an "
                 "update; raise the budget"
             )
-    return Plan(sizes, data, lengths)
+    return Schedule(sizes, data, lengths)
 
 
-def _length(record: Record, how: Preparation, on_bad_record: str) -> int:
+def _length(record: Record, preparation: Preparation, on_bad_record: str) -> int:
     try:
-        return len(encode(record, how).ids)
+        return len(encode(record, preparation).ids)
     except BadRecord:
         if on_bad_record == "error":
             raise
@@ -251,16 +252,16 @@ def _length(record: Record, how: Preparation, on_bad_record: str) -> int:
 
 @lru_cache(maxsize=1)
 def _end_with_parent() -> None:
-    """In a worker process: end when the training process is gone. Nothing tells a worker that it was killed."""
+    """In a worker process: end with the training process. A worker is not told when that process is killed."""
     if parent := multiprocessing.parent_process():
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def balanced(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Which items go into which bin, so that the dearest bin is cheap: the dearest item left goes to the cheapest bin.
+    """Bins of about equal cost: the numbers of each bin's items, in order.
 
-    The items of a bin keep their order. A function of its arguments alone. Source: Graham 1969 (LPT), whose dearest bin
-    is at most 4/3 of the best possible.
+    The dearest item left goes to the cheapest bin. It depends on the arguments alone. Source: Graham 1969 (LPT), whose
+    dearest bin costs at most 4/3 of the best possible.
     """
     loads, out = [(0.0, j) for j in range(bins)], [[] for _ in range(bins)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -271,8 +272,8 @@ def balanced(costs: Sequence[float], bins: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Prepare:
-    how: Preparation
+class _Worker:
+    preparation: Preparation
     accumulate: int
     share: Share
 
@@ -291,19 +292,19 @@ class _Prepare:
                 except BadRecord as error:
                     bad.append((records[i].name, str(error)))
             if good or self.share.size > 1:  # all processes have the same number of batches
-                batches.append(collate(good, self.share.multiple, self.how.image))
+                batches.append(collate(good, self.share.multiple, self.preparation.image))
         return Step(step, tuple(batches), tuple(bad))
 
     def encoded(self, record: Record) -> text.Encoded | BadRecord:
         try:
-            return encode(record, self.how)
+            return encode(record, self.preparation)
         except BadRecord as error:
             return error
 
     def sample(self, record: Record, encoded: text.Encoded | BadRecord) -> Sample:
         if isinstance(encoded, BadRecord):
             raise encoded
-        return sample(record, self.how, encoded)
+        return sample(record, self.preparation, encoded)
 
 
 def _tokens(encoded: text.Encoded | BadRecord) -> int:
@@ -311,18 +312,19 @@ def _tokens(encoded: text.Encoded | BadRecord) -> int:
 
 
 def steps(
-    records: Sequence[Sequence[Record]], plan: Plan, how: Preparation, start: int, stop: int, share: Share = Share()
-) -> Iterable[Step]:
-    """Updates start + 1 to stop, prepared ahead by `data.workers` processes, in order.
+    records: Sequence[Sequence[Record]], schedule: Schedule, preparation: Preparation, start: int, stop: int,
+    share: Share = Share(),
+) -> Iterable[Step]:  # fmt: skip
+    """Updates start + 1 to stop, in order, which `data.workers` processes prefetch.
 
-    The samples of an update are shared out so that each process and micro-batch has about as many tokens, which follows
-    from the records alone. BadRecord if a record is unusable and the policy is "error", or if a lone process has no
-    usable record for an update.
+    The samples of an update are balanced: each process and micro-batch has about as many tokens. The balance follows
+    from the records alone. BadRecord if a record is unusable and the policy is "error", or if a run of one process has
+    no usable record for an update.
     """
-    flat, data = [r for rs in records for r in rs], plan.data
-    wanted = ((step, [flat[i] for i in rows]) for step, rows in islice(plan.updates(start), stop - start))
+    flat, data = [r for rs in records for r in rs], schedule.data
+    wanted = ((step, [flat[i] for i in rows]) for step, rows in islice(schedule.updates(start), stop - start))
     source = IterableWrapper(wanted)
-    work = _Prepare(how, data.accumulate, share)
+    work = _Worker(preparation, data.accumulate, share)
     if data.workers:
         node = ParallelMapper(source, work, data.workers, method="process", multiprocessing_context="forkserver")
     else:

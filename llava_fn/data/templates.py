@@ -15,13 +15,13 @@ SPECIAL = re.compile("(<image>|</?s>)")
 
 @dataclass(frozen=True)
 class Template:
-    """The fixed text around the turns: `first` q `reply` `lead` a `end`, then `next` q `reply` `lead` a `end`, ...
+    """The text around questions q and answers a: `first` q `reply` `lead` a `end` `next` q `reply` `lead` a `end` ...
 
     "<s>" and "</s>" in these fields are control tokens. `lead` and `end` belong to the answer and are targets with it.
-    reserved: strings at which LLaVA cuts a conversation again to find the answers, so no answer may hold them.
-    image: how one image of a question is written.
-    caption: alignment pairs; the question is replaced by the image alone.
-    around: what stands around a system prompt in `first`, if there is a place for one.
+    reserved: strings at which LLaVA splits a conversation to find the answers, so no answer may hold them.
+    image: the text for an image of a question.
+    caption: an image and its caption; the question is replaced by the image alone.
+    around: the text before and behind a system prompt in `first`; None if there is no place for one.
     """
 
     first: str

@@ -56,7 +56,7 @@ class Encoded:
 class _Part:
     text: str
     supervised: bool
-    ours: bool  # written by the template, not by a person
+    fixed: bool  # text of the template, not of a turn
 
 
 def _parts(turns: Turns, template: Template) -> Iterator[_Part]:
@@ -75,7 +75,7 @@ def _parts(turns: Turns, template: Template) -> Iterator[_Part]:
 
 
 def render(turns: Turns, template: Template) -> str:
-    """The prompt as text, for people and logs: `Conversation.get_prompt` of LLaVA, with the last turn open or not.
+    """The conversation as text, for people and logs. The last turn may be a question. Source: LLaVA get_prompt.
 
     Raises BadRecord if the turns do not alternate or one of them is empty.
     """
@@ -89,7 +89,7 @@ def encode(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str |
     turns: ("human", text), ("gpt", text), ... ending with an answer; "<image>" in a question is an image.
     Targets of a chat template are the answers and the "</s>" (or other end) after each; of "plain", the caption and
     its newline, without EOS.
-    Raises BadRecord for what LLaVA drops, zeroes or garbles silently: empty turns, a template's separators inside an
+    Raises BadRecord for what LLaVA silently drops, zeroes or garbles: empty turns, a template's separators inside an
     answer, images in an answer, and with `compat` also separators or "<unk>" in any text and several images in a turn.
     Source: LLaVA train.py preprocess_plain, preprocess_v1, preprocess_llama_2, preprocess_mpt.
     Differs: separators in a question are ordinary text unless `compat` is given; a turn of spaces counts as empty.
@@ -102,7 +102,7 @@ def encode(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str |
 
 
 def prompt(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str | None = None) -> list[int]:
-    """The tokens up to where the answer to the last question begins, for inference ("... ASSISTANT:", no space).
+    """The tokens of a conversation up to the answer of its last question, for inference ("... ASSISTANT:", no space).
 
     turns: as for `encode`, but ending with a question. Raises BadRecord if they do not alternate or one is empty.
     """
@@ -113,9 +113,9 @@ def prompt(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str |
 
 
 def pieces(parts: Sequence[str | None], tokenizer: Tokenizer, compat: str | None = None) -> list[int]:
-    """The tokens of a prompt that is cut at its images already; None stands for an image.
+    """The tokens of a prompt that is already cut at its images; None stands for an image.
 
-    A text is spelled as it is, "<image>" and "</s>" in it too; an empty one counts for nothing.
+    A text becomes ordinary tokens, "<image>" and "</s>" in it too; an empty text is left out.
     Source: LLaVA mm_utils.py tokenizer_image_token, which cuts at every "<image>".
     """
     ids, after = [tokenizer.bos], "start"
@@ -169,13 +169,13 @@ def _check_images(turns: Turns) -> None:
 
 
 def _atoms(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) -> Iterator[tuple[str | int, bool]]:
-    """Each part cut into text and single tokens, with its mark; nothing is empty."""
+    """(text or control token or IMAGE, whether it is a target) of each part; no text is empty."""
     control = {"<s>": tokenizer.bos, "</s>": tokenizer.eos}
     for part in parts:
         for text in filter(None, SPECIAL.split(part.text)):
             if text == MARK and not part.supervised:
                 yield IMAGE, False
-            elif text in control and (part.ours or compat is not None):
+            elif text in control and (part.fixed or compat is not None):
                 yield control[text], part.supervised
             else:
                 yield text, part.supervised
@@ -197,7 +197,7 @@ def _tokenize(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) 
 
 
 def _encode_after(after: str, text: str, tokenizer: Tokenizer, compat: str | None) -> list[int]:
-    """The ids of one span, by what stands before it: nothing, an image, a control token, or more text."""
+    """The ids of a span of text. after: what stands before it: "start", "image", "control" or "text"."""
     if after == "start" or (after == "image" and compat != "hf") or (after == "control" and compat == "legacy"):
         return tokenizer.encode(" " + text)
     if after == "control" and compat == "llava_431":

@@ -42,8 +42,8 @@ def run(source, how, start=0, stop=None, **fields):
     sources = source if isinstance(source, tuple) else (source,)
     config = Data(sources, **{"workers": 0, "samples": 4, **fields})
     records = [data.read(s) for s in sources]
-    plan = data.plan(records, config, how)
-    return list(data.steps(records, plan, how, start, plan.steps() if stop is None else stop))
+    schedule = data.schedule(records, config, how)
+    return list(data.steps(records, schedule, how, start, schedule.steps() if stop is None else stop))
 
 
 def names(steps):
@@ -167,7 +167,7 @@ def test_every_record_is_shown_once_an_epoch_and_the_rest_makes_a_smaller_update
 @pytest.mark.parametrize("epochs, updates", [(0.5, 2), (1.0, 3), (1.1, 4), (2.4, 8)])
 def test_steps_counts_the_updates_of_whole_and_part_epochs(emojis, how, epochs, updates):
     config = Data((whole(emojis),), samples=5, epochs=epochs)
-    assert data.plan([data.read(whole(emojis))], config, how).steps() == updates
+    assert data.schedule([data.read(whole(emojis))], config, how).steps() == updates
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -213,14 +213,14 @@ def test_cuts_keep_the_budget_and_the_order_and_fill_each_piece(lengths, budget)
 def test_updates_by_tokens_keep_the_budget_are_full_and_are_counted(emojis, how):
     config = Data((whole(emojis),), tokens=45, epochs=2.0, workers=0)
     records = [data.read(whole(emojis))]
-    plan = data.plan(records, config, how)
-    steps = list(data.steps(records, plan, how, 0, plan.steps()))
+    schedule = data.schedule(records, config, how)
+    steps = list(data.steps(records, schedule, how, 0, schedule.steps()))
     sizes = [sum(len(b.ids) for b in s.batches) for s in steps]
-    assert max(sizes) <= 45 and len(steps) == plan.steps() == 2 * len(plan.epoch(0))
-    order = data.order(plan.sizes, (1.0,), config.seed, 0)
+    assert max(sizes) <= 45 and len(steps) == schedule.steps() == 2 * len(schedule.epoch(0))
+    order = data.order(schedule.sizes, (1.0,), config.seed, 0)
     assert [records[0][i].name for i in order[:3]][0] in steps[0].batches[0].records
-    for update, size in zip(plan.epoch(0)[1:], sizes, strict=False):
-        assert size + plan.lengths[update[0]] > 45  # the next would not have fitted
+    for update, size in zip(schedule.epoch(0)[1:], sizes, strict=False):
+        assert size + schedule.lengths[update[0]] > 45  # the next would not have fitted
     assert Counter(sum(names(steps), ())) == Counter({r.name: 2 for r in records[0]})
 
 
@@ -342,7 +342,7 @@ def test_skipped_records_are_all_listed_and_the_others_all_used(source, how, tok
 def test_cutting_by_tokens_meets_bad_text_before_the_first_update(source, how):
     config = Data((source(MIXED),), tokens=500)
     with pytest.raises(BadRecord, match=pattern(REASONS["some.json[2] id mute"])):
-        data.plan([data.read(source(MIXED))], config, how)
+        data.schedule([data.read(source(MIXED))], config, how)
 
 
 def test_an_update_without_a_usable_record_stops_the_run_even_where_records_are_skipped(source, how):
