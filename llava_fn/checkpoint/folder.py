@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
@@ -34,7 +34,7 @@ from llava_fn import llava, tree
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint.boxes import digest
-from llava_fn.config import Llava, differences, plain, structure
+from llava_fn.config import Llava, plain, structure
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".part-"  # prefix of a folder that was never finished, or is being removed
@@ -242,20 +242,6 @@ def newest(path: Path) -> Path:
     return at(path / "checkpoints", found[-1])
 
 
-def _read(path: Path, spec: specs.Spec, prefix: str, device: torch.device) -> TensorDict:
-    with safe_open(path, "pt", device=str(device)) as f:
-        want = {prefix + "/".join(k): p for k, p in specs.leaves(spec)}
-        have = {k for k in f.keys() if k.startswith(prefix)}
-        missing, extra = sorted(want.keys() - have), sorted(have - want.keys())
-        if missing or extra:
-            raise ValueError(f"{path} does not fit the config: missing {missing}, unexpected {extra}")
-        shapes = {k: tuple(f.get_slice(k).get_shape()) for k in want}
-        wrong = [f"{k} is {shapes[k]}, not {p.shape}" for k, p in want.items() if shapes[k] != p.shape]
-        if wrong:
-            raise ValueError(f"{path} does not fit the config: {'; '.join(wrong)}")
-        return specs.build(spec, lambda k, _: f.get_tensor(prefix + "/".join(k)))
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, unverified. ValueError names a field that this version does not have."""
     try:
@@ -278,14 +264,16 @@ def open_checkpoint(folder: Path, verified: bool = False) -> Checkpoint:
     sums = _listed(folder)
     _check(folder, sums, [name for name in sums if verified or not name.endswith(".safetensors")])
     manifest, sharded = read_manifest(folder), boxes.INDEX in sums
-    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(manifest))}
     index = boxes.read_index(folder / boxes.INDEX) if sharded else boxes.index_of_whole(folder)
-    lines = []
+    want = {"/".join(path): p.shape for path, p in specs.leaves(spec_of(manifest))}
     for kind in sorted({"params", *index}):
         have = {name: entry.tiling.shape for name, entry in index.get(kind, {}).items()}
-        lines += [f"{kind} of {line}" for line in differences(want, have)]
-    if lines:
-        raise ValueError(f"{folder} does not fit its manifest (want -> have): {'; '.join(lines)}")
+        missing, extra = sorted(want.keys() - have), sorted(have.keys() - want)
+        if missing or extra:
+            raise ValueError(f"{folder} does not fit its manifest: {kind}: missing {missing}, unexpected {extra}")
+        wrong = [f"{name} is {have[name]}, not {want[name]}" for name in want if have[name] != want[name]]
+        if wrong:
+            raise ValueError(f"{folder} does not fit its manifest: {kind}: {'; '.join(wrong)}")
     reader = boxes.Reader(folder, index, {} if sharded or verified else sums)
     words = (folder / "tokenizer.model").read_bytes()
     return Checkpoint(folder, manifest, words, fingerprint(folder), reader, verified)
@@ -305,22 +293,17 @@ def _listed(folder: Path) -> dict[str, str]:
 
 def load(folder: Path, moments: bool = False, device: torch.device = torch.device("cpu")) -> Snapshot:
     """Read and verify a checkpoint; `moments`: with AdamW's moments. ValueError if it is damaged or lacks them."""
-    verify(folder)
-    manifest, sharded = read_manifest(folder), (folder / boxes.INDEX).is_file()
-    spec, optim = spec_of(manifest), folder / boxes.file_of("first", None)
-    if moments and not ("first" in open_checkpoint(folder).tensors.index if sharded else optim.exists()):
+    opened = open_checkpoint(folder, verified=True)
+    if moments and "first" not in opened.tensors.index:
         raise ValueError(f"{folder} was saved without optimizer state; resume it with --saving.no-load-optim")
 
     def take(kind: str) -> TensorDict:
-        if sharded:
-            # a reader for each kind: many ranks wrote more files than a process may have open
-            reader = open_checkpoint(folder).tensors
-            return specs.build(spec, lambda path, _: reader.read(kind, path).to(device))
-        prefix = "" if kind == "params" else f"{kind}/"
-        return _read(folder / boxes.file_of(kind, None), spec, prefix, device)
+        # a reader for each kind: many ranks wrote more files than a process may have open
+        reader = dataclasses.replace(opened.tensors, opened={})
+        return specs.build(spec_of(opened.manifest), lambda path, _: reader.read(kind, path).to(device))
 
     pair = (take("first"), take("second")) if moments else None
-    return Snapshot(manifest, take("params"), pair, (folder / "tokenizer.model").read_bytes())
+    return Snapshot(opened.manifest, take("params"), pair, opened.tokenizer)
 
 
 def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snapshot:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,21 +23,23 @@ from pathlib import Path
 from tensordict import TensorDict
 
 from llava_fn import optim, spec, tree
+from llava_fn.batch import Batch
 from llava_fn.checkpoint import boxes, shares
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.boxes import Piece
 from llava_fn.checkpoint.folder import Manifest
 from llava_fn.config import Parallel, differences, plain
+from llava_fn.data.records import Step
 from llava_fn.launch import agreement
 from llava_fn.launch.device import environment
 from llava_fn.launch.processes import World
 from llava_fn.launch.watchdog import Watch
+from llava_fn.parallel.collectives import texts
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs import report
-from llava_fn.runs.loop import Loop
 from llava_fn.runs.options import Saving
 from llava_fn.runs.progress import Progress
-from llava_fn.train import TrainState
+from llava_fn.train import Metrics, TrainState
 
 SHARE_SECONDS = 600.0  # that the first process waits for the others' shares of a checkpoint
 
@@ -176,6 +179,62 @@ class Run:
             shares.commit(folder, world.size, manifest, self.tokenizer, SHARE_SECONDS, self.world.attempt)
         for old in checkpoint.steps(self.checkpoints)[: -self.saving.keep or None] if self.saving.keep else []:
             checkpoint.remove(self.at(old))
+
+
+@dataclass(frozen=True)
+class Update:
+    """This process's batches of one update, on its device, and its records that could not be used.
+
+    start: time.monotonic() when the data were asked for. wait: seconds until they came.
+    """
+
+    batches: list[Batch]
+    bad: tuple[tuple[str, str], ...]
+    start: float
+    wait: float
+
+
+@dataclass
+class Loop:
+    """The services of a run's loop. skipped: records left out so far."""
+
+    run: Run
+    progress: Progress
+    check_interval: int
+    skipped: int
+
+    def updates(self, steps: Iterable[Step]) -> Iterator[Update]:
+        """The data of each update."""
+        start = time.monotonic()
+        for step in steps:
+            wait = time.monotonic() - start
+            self.run.watch.begin(f"update {step.step}")
+            yield Update([batch.to(self.run.world.device) for batch in step.batches], step.bad, start, wait)
+            self.run.watch.begin(f"data {step.step + 1}")
+            start = time.monotonic()
+
+    def record(self, state: TrainState, metrics: Metrics, update: Update) -> None:
+        """After an update: log and show its figures; compare the ranks' copies and save a checkpoint where one is due.
+
+        ValueError if copies have drifted apart, OSError if the disk is full.
+        """
+        run, device, seconds = self.run, self.run.world.device, time.monotonic() - update.start
+        everywhere = texts(json.dumps(update.bad) if update.bad else "", run.world.mesh.dp, device)
+        bad = [tuple(pair) for text in everywhere if text for pair in json.loads(text)]
+        self.skipped += len(bad)
+        memory = report.memory(device)
+        if run.world.first:
+            row = dataclasses.asdict(metrics) | {"seconds": seconds, "wait": update.wait, "memory_gib": memory}
+            run.log(state.step, row, bad)
+        rates = f"{metrics.tokens / seconds:.0f} tokens/s {metrics.samples / seconds:.1f} samples/s"
+        skipped = f" skipped {self.skipped}" if self.skipped else ""
+        figures = f"loss {metrics.loss:.3f} {rates} wait {update.wait / seconds:.0%} {memory:.1f} GiB{skipped}"
+        self.progress.show(state.step, figures)
+        if run.zero.level == 0 and state.step % self.check_interval == 0:
+            agreement.check_params("the parameters", state.params, run.zero, device)
+        if state.step % run.saving.save_interval == 0 or state.step == self.progress.steps:
+            run.watch.begin(f"checkpoint {state.step}")
+            run.save(state)
 
 
 def _tree(pieces: Sequence[Piece]) -> TensorDict:
