@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("untimed", hypothesis.settings.default, dea
 hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # two workers run the tests, on the two cores of a small machine
 CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
-LONGEST = ("test_readme.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
+LONGEST = ("test_docs.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
 
 
 def pytest_collection_modifyitems(items):

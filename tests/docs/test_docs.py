@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, in an empty folder, as it stands there."""
+"""Every command and snippet of the README and of docs/ runs, in an empty folder, as it stands there."""
 
 import json
 import os
@@ -16,18 +16,36 @@ import tsvs
 from layouts import HFLlava
 from PIL import Image
 from test_convert import mindspeed_json
+from warm import Warm
 
 from llava_fn import config, llava, spec
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.data import emoji
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
-SETUP = [line for line in COMMANDS if "-m venv" in line]
-SERVE = [line for line in COMMANDS if "serve.py" in line]
-CLIENTS = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
-SNIPPETS = [block for kind, block in BLOCKS if kind == "python" and block not in CLIENTS]
+ROOT = Path(__file__).parents[2]
+# in the order in which a reader may need them: README's and weights.md's commands make what the others start from
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (
+    "weights", "answers", "evaluate", "training", "cluster", "serve", "npu", "architecture", "extend",
+))]  # fmt: skip
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return [block for found, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S) if found == kind]
+
+
+def lines(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+def commands(page: str) -> list[str]:
+    """Those that no earlier page has and that a test can run: not the set-up, and not the server, which never ends."""
+    earlier = {line for other in PAGES[: PAGES.index(page)] for line in lines(other)}
+    return [x for x in lines(page) if x not in earlier and "-m venv" not in x and "serve.py" not in x]
+
+
+SETUP = [line for line in lines("README.md") if "-m venv" in line]
+SNIPPETS = [(page, block) for page in PAGES for block in blocks(page, "python") if "openai" not in block]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +72,8 @@ def clone(tmp_path_factory):
     params = spec.init(llava.spec(config.LLAVA_EMOJI), 0)
     checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
     emoji.unpack(folder / "runs/emoji-data")
+    earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
+    (folder / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     Image.new("RGB", (60, 40), (200, 120, 30)).save(folder / "cat.jpg")
     for make in tsvs.ALL.values():
         make(folder, 3)
@@ -66,11 +86,21 @@ ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}
 ENV |= {"NODES": "1", "CARDS": "2", "HEAD": "127.0.0.1"}
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess:
-    streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=ENV, text=True, **streams)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+@pytest.fixture(scope="module")
+def run(clone):
+    """A command in the clone. Plain Python starts from a warm process, torchrun and pipes from the shell."""
+    with Warm() as warm:
+
+        def call(command: str) -> subprocess.CompletedProcess:
+            if command.startswith("python "):
+                done = warm.run(command, clone, ENV)
+            else:
+                streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
+                done = subprocess.run(["bash", "-ec", command], cwd=clone, env=ENV, text=True, **streams)
+            assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+            return done
+
+        yield call
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -78,13 +108,15 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_every_other_command_runs_in_the_order_of_the_readme(clone):
-    earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
-    (clone / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
-    shown = [line for line in COMMANDS if line not in SETUP + SERVE]
-    assert len(shown) == 26
-    for command in shown:
-        done = run(command, clone)
+def test_every_page_of_docs_is_tested():
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages == {page for page in PAGES if page.startswith("docs/")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
+    for command in commands(page):
+        done = run(command)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
         if "infer" in command and "llava" not in command:
@@ -95,21 +127,38 @@ def test_every_other_command_runs_in_the_order_of_the_readme(clone):
             assert "fits: " in done.stdout and "the same on all roles" in done.stdout
         if "kernels.check" in command:
             assert "| rotary | bfloat16 |" in done.stdout
-    assert len((clone / "answers.jsonl").read_text().splitlines()) == 5
-    manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
-    assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
-    assert (clone / "runs/emoji-short/samples.html").exists()
+    MADE.get(page, lambda clone: None)(clone)
+
+
+def made_weights(clone):
     assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
     assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
+    assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
+
+
+def made_answers(clone):
+    assert len((clone / "answers.jsonl").read_text().splitlines()) == 5 and (clone / "look.npz").exists()
+
+
+def made_scores(clone):
     for end in (".html", "_acc.csv", "_summary.json", ".xlsx"):
         assert (clone / f"results/llava-1.5-7b-hf_AI2D_TEST{end}").exists()
     assert (clone / "results/llava-prompt_AI2D_TEST_vs_llava-1.5-7b-hf.html").exists()
-    assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
+
+
+def made_runs(clone):
+    manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
+    assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
+    assert (clone / "runs/emoji-short/samples.html").exists()
+
+
+MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/evaluate.md": made_scores,
+        "docs/training.md": made_runs}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
-    (script,) = [block for kind, block in BLOCKS if kind == "sh"]
+    (script,) = blocks("docs/cluster.md", "sh")
     for name, does in (("srun", '"$@"'), ("scontrol", "echo 127.0.0.1")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
@@ -120,31 +169,32 @@ def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
     assert "2 processes (dp=2, tp=1, zero=1)" in done.stderr and (clone / "runs/emoji-slurm/samples.html").exists()
 
 
-def test_server_of_the_readme_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
-    (command,), (client,) = SERVE, CLIENTS
+def test_server_of_the_docs_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
+    (command,), (client,) = lines("docs/serve.md"), blocks("docs/serve.md", "python")
     with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
         try:
             url = server.stdout.readline().decode().split()[1]
             assert json.load(urllib.request.urlopen(f"{url}/health"))["status"] == "ok"
             monkeypatch.chdir(clone)
-            exec(compile(client.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+            exec(compile(client.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), {})
             assert len(capsys.readouterr().out) > 10
         finally:
             server.send_signal(signal.SIGINT)
     assert server.returncode == 0
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet_runs(snippet, capsys):
-    exec(compile(snippet, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
+def test_snippet_runs(page, snippet, capsys):
+    exec(compile(snippet, page, "exec"), {})
     said = re.findall(r"print\(.*\) +# (.+)", snippet)
     assert capsys.readouterr().out.split() == said
 
 
-def test_options_of_the_readme_exist(clone):
-    tables = re.findall(r"\| option .*?\n\n", (ROOT / "README.md").read_text(), re.S)
-    for table, recipe in zip(tables, ("infer", "pretrain", "pretrain"), strict=True):
-        shown = run(f"python recipes/{recipe}.py --help", clone).stdout
+@pytest.mark.parametrize("page", PAGES)
+def test_options_of_the_tables_exist(page, run):
+    text = (ROOT / page).read_text() + "\n\n"
+    for recipe, table in re.findall(r"\| option of `(recipes/\w+\.py)` .*?\n(.*?)\n\n", text, re.S):
+        shown = run(f"python {recipe} --help").stdout
         names = re.findall(r"--[a-z][a-z_.-]+", table)
         assert len(names) > 3
         for name in names:
