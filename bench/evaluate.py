@@ -2,10 +2,10 @@
 
     python bench/evaluate.py
 
-The TSV is of pages of random bytes in base64, as large as asked for, in a temporary folder; it is read in a process of
-its own, whose peak memory is told, and which takes the MD5 and the SHA-256 of it meanwhile, as of the real one. The
-device of the last figure answers with random weights of the size of `prop` in step.py, and the pages are noise, drawn
-as large as scans. The figure is what an evaluation's loop waited, of its time from its second batch on.
+The TSV, in a temporary folder, holds pages of random bytes in base64. A process of its own reads it, shows its peak
+memory, and computes the MD5 and the SHA-256 meanwhile, as of the real file. For the last figure a model with random
+weights of the size of `prop` in step.py answers, and the pages are noise in the size of scans. The figure is the share
+of its time that the loop of an evaluation waits for images, from its second batch on.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ READ = """
 import sys, time
 from pathlib import Path
 from llava_fn.evaluate import tsv
-began = time.perf_counter()
+start = time.perf_counter()
 rows = len(tsv.open_table(Path(sys.argv[1])).questions)
-seconds = time.perf_counter() - began
+seconds = time.perf_counter() - start
 peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
 print(rows, seconds, peak)
 """
@@ -79,7 +79,7 @@ def write(path: Path, images: Iterable[bytes]) -> Path:
         for j, content in enumerate(images):
             out.writerow([j, f'What is "{j}"?', "['x', 'y']", "val", base64.b64encode(content).decode()])
         f.flush()
-        os.fsync(f.fileno())  # or it would be written while it is read
+        os.fsync(f.fileno())  # or the disk would still write while it is read
     return path
 
 
@@ -108,14 +108,14 @@ def scoring(c: Bench) -> str:
         cells = {"index": str(j), "question": "q", "answer": str(golds), "split": "val"}
         questions.append(Question(j, str(j), cells, str(j // 4)))
         predictions[str(j)] = Prediction(str(j), "".join(draw.choices("abcdefghij ", k=20)), 9, 0.1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     rows = tally.score_rows(data, questions, predictions, "anls")
     scored = time.perf_counter()
     tally.summarise("m", data, rows, "anls", {}, False)
     ended = time.perf_counter()
     target = f" (target: under 2 s for {ROWS})" if c.rows == ROWS else ""
     more = f"figures and intervals in {ended - scored:.2f} s more"
-    return f"score: {c.rows} rows in {scored - began:.2f} s{target}, {more}"
+    return f"score: {c.rows} rows in {scored - start:.2f} s{target}, {more}"
 
 
 def pages(c: Bench) -> Iterator[bytes]:
@@ -147,9 +147,9 @@ def waiting(folder: Path, c: Bench) -> str:
     def timed(batches: Iterable[run.ReadyBatch]) -> Iterator[run.ReadyBatch]:
         source = iter(batches)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(source, None)
-            waits.append(time.perf_counter() - began)
+            waits.append(time.perf_counter() - start)
             if batch is None:
                 return
             yield batch

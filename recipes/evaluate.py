@@ -66,14 +66,14 @@ def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Task]:
 def main(c: Evaluate) -> None:
     """Answer, score, write. ValueError at the end if rows have no answer."""
     # imports stand where they are used: torch takes seconds, and --help does without
-    from llava_fn.evaluate import dry, folder
+    from llava_fn.evaluate import folder
     from llava_fn.evaluate.finish import check_failed, finish
-    from llava_fn.evaluate.task import open_task, read_tables
+    from llava_fn.evaluate.task import dry_run, open_task, read_tables
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import replicas
 
     if c.dry_run:
-        dry.show(c, read_tables(c))
+        dry_run(c, read_tables(c))
         return
     with replicas(pick_device(c.model.device)) as axis:
         tables = read_tables(c)

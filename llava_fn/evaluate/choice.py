@@ -1,19 +1,19 @@
 """Multiple choice without a judge: which letter an answer means.
 
 Source: VLMEvalKit utils/matching_util.py (can_infer) and dataset/utils/multiple_choice.py; MindSpeed-MM
-tasks/evaluation/utils/string_utils.py. They have had three generations of rules, which agree on "B", "B." and "(B)",
-all that LLaVA-1.5 is trained to say:
+tasks/evaluation/utils/string_utils.py. There are three generations of these rules, which agree on "B", "B." and "(B)",
+the answers that LLaVA-1.5 is trained to give:
 
 - "vlmevalkit-2024", until August 2025, behind the published numbers of LLaVA-1.5: the one option letter among the
-  words; else the one option whose text stands in the answer. It has no notion of words there: of the options "cat" and
-  "dog", "concatenated" means "cat". MindSpeed-MM has the same rules ("mindspeed").
+  words; else the one option whose text stands in the answer, even inside a word: of the options "cat" and "dog",
+  "concatenated" means "cat". MindSpeed-MM has the same rules ("mindspeed").
 - "vlmevalkit-2025": the letter must first stand among the last four words, and an answer over twice as long as all
   options together is not searched for their texts. "B is the one that I would choose here" no longer means B.
 - "vlmevalkit-2026", since June 2026: after the words, "answer is" and a letter of A to D in either case. No word has to
   end there: "The answer is blue." means B, whatever B is, and "answer is a green thing" means A.
 
-Differs: VLMEvalKit leaves "A" undecided in long answers when the environment variable VERBOSE is set. Nothing of the
-environment changes a score here; nor does a judge, or chance.
+Differs: VLMEvalKit leaves "A" undecided in long answers when the environment variable VERBOSE is set. Here neither the
+environment, a judge nor chance changes a score.
 """
 
 import re
@@ -66,16 +66,16 @@ def find(text: str, options: Mapping[str, str], rules: str) -> Found:
 
 
 def _letter(text: str, options: Mapping[str, str], g: Generation) -> Found | None:
-    """By a letter that stands alone; None leaves it to the options' texts."""
+    """By a letter that stands alone; None: the options' texts decide."""
     if FAILED in text:
         return None
     if refusal := next((refusal for refusal in REFUSALS if refusal in text), None):
         return Found(UNDECIDED, f"a refusal: {refusal!r}")
     words = text.translate(_BLANKS).split()
-    there = [letter for letter in options if letter in words]
-    if len(there) == 1 and not (g.late and words.index(there[0]) < len(words) - 4):
-        return Found(there[0], f"the only option letter is {there[0]}")
-    if not there and UNDECIDED in words:
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and not (g.late and words.index(letters[0]) < len(words) - 4):
+        return Found(letters[0], f"the only option letter is {letters[0]}")
+    if not letters and UNDECIDED in words:
         return Found(UNDECIDED, "it says Z")
     phrase = _ANSWER_IS.search(text) if g.phrase else None
     if phrase and phrase[1].upper() in options:
@@ -88,9 +88,9 @@ def _text(text: str, options: Mapping[str, str], g: Generation) -> Found:
     lowered = text.lower()
     if g.late and len(lowered) > 2 * sum(map(len, options.values())):
         return Found(UNDECIDED, "no single option letter, and too long to search for the options' texts")
-    there = [letter for letter, option in options.items() if option.lower() in lowered]
-    if len(there) == 1:
-        return Found(there[0], f"the only option whose text it holds is {there[0]}")
-    if there:
-        return Found(UNDECIDED, f"no single option letter, and it holds the texts of {', '.join(there)}")
+    letters = [letter for letter, option in options.items() if option.lower() in lowered]
+    if len(letters) == 1:
+        return Found(letters[0], f"the only option whose text it holds is {letters[0]}")
+    if letters:
+        return Found(UNDECIDED, f"no single option letter, and it holds the texts of {', '.join(letters)}")
     return Found(UNDECIDED, "no single option letter, and no option's text")

@@ -81,7 +81,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def key(s: Settings, prompt: str, images: str) -> str:
-    """The digest under which an answer is known. images: `Question.images`."""
+    """The key of an answer: a digest of all that it depends on. images: `Question.images`."""
     return hashlib.sha256(json.dumps([plain(s), prompt, images]).encode()).hexdigest()
 
 
@@ -125,7 +125,7 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def move_aside(folder: Path, results: Iterable[Path]) -> Path | None:
-    """Rename a run's folder to the first free folder.1, folder.2, ... and put its results there; None without one."""
+    """Rename a run's folder to the first free of folder.1, folder.2, ..., and move its results there. None: no run."""
     found = [path for path in results if path.exists()]
     if not folder.exists() and not found:
         return None

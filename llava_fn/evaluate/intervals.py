@@ -1,12 +1,12 @@
-"""How sure a mean score is: intervals that hold the true mean in 95 of 100 samples of questions.
+"""95 % confidence intervals of mean scores.
 
-Questions about one picture are right or wrong together, so pictures and not questions are what was sampled:
+Questions about one picture are right or wrong together, so the units of the sample are pictures and not questions:
 
 - Scores of 0 and 1, each question with its own picture: Wilson's interval.
 - Else, from 30 pictures up: percentiles of means over pictures drawn again with replacement (a bootstrap clustered by
   picture), with a fixed seed.
 - Else, and where all drawn means are the same: Wilson's interval with as many trials as there are pictures. Scores in
-  [0, 1] vary most when they are 0 or 1, and when those of a picture agree, so it is never too narrow.
+  [0, 1] vary most when they are 0 or 1 and the scores of a picture agree, so the interval is never too narrow.
 
 Of the difference of two runs: the bootstrap in the same cases, and else an interval for paired samples of any size.
 """
@@ -71,7 +71,7 @@ def bootstrap(values: np.ndarray, pictures: np.ndarray, seed: int = 0) -> Interv
 def of_difference(one: np.ndarray, other: np.ndarray, pictures: np.ndarray, seed: int = 0) -> Interval:
     """Of the mean of one run's scores less the other's on the same questions, question by question.
 
-    A question that both answer alike says nothing, however hard it is: paired, the interval is far narrower than those
+    How hard a question is does not matter to a paired difference, so this interval is far narrower than the intervals
     of the two means. one, other: f64[n] in [0, 1], n at least 1; pictures: [n].
     """
     drawn = bootstrap(one - other, pictures, seed) if len(np.unique(pictures)) >= FEW else None
@@ -79,7 +79,7 @@ def of_difference(one: np.ndarray, other: np.ndarray, pictures: np.ndarray, seed
 
 
 def adjusted(values: np.ndarray, pictures: np.ndarray) -> Interval:
-    """Of the mean of differences in [-1, 1], few as they may be: Wald's, with a picture of 1 and one of -1 added.
+    """Of the mean of few differences in [-1, 1]: Wald's interval, with a picture of 1 and one of -1 added.
 
     Source: Bonett and Price 2012, J. Educ. Behav. Stat. 37, p. 479, whose 0 and 1 are scores of any size here, and
     whose persons are pictures.

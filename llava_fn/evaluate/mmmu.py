@@ -40,23 +40,23 @@ def reformulate(options: Mapping[str, str], answer: str) -> tuple[dict[str, str]
 
 
 def letter(text: str, options: Mapping[str, str]) -> Found:
-    """The letter that an answer means by the official parser; of several the one that stands last.
+    """The letter that an answer means by the official parser; of several letters the last one.
 
-    Options' texts count in answers of more than five words. Source: parse_multi_choice_response, as it is: of letters
-    before blanks or points the last one between blanks, and the first of all if none is.
+    Options' texts count in answers of more than five words. Source: parse_multi_choice_response, with its quirk: of
+    letters before blanks or points it takes the last one between blanks, and the first of all if none is.
     """
     for char in _ENDS:
         text = text.strip(char)
     text = f" {text} "
     for name, form, place in _FORMS:
-        there = [x for x in options if form.format(x) in text]
-        if there:
-            last = max((text.rfind(place.format(x)), -ord(x), x) for x in there)[2]
+        letters = [x for x in options if form.format(x) in text]
+        if letters:
+            last = max((text.rfind(place.format(x)), -ord(x), x) for x in letters)[2]
             return Found(last, f"the last option letter {name} is {last}")
     lowered = text.lower()
-    there = [x for x in options if options[x].lower() in lowered] if len(text.split()) > 5 else []
-    if there:
-        last = max(there, key=lambda x: lowered.rfind(options[x].lower()))
+    letters = [x for x in options if options[x].lower() in lowered] if len(text.split()) > 5 else []
+    if letters:
+        last = max(letters, key=lambda x: lowered.rfind(options[x].lower()))
         return Found(last, f"the last option whose text it holds is {last}")
     return Found(UNDECIDED, "no option letter, and no option's text in more than five words")
 

@@ -1,11 +1,11 @@
-"""What a model is asked: a row of a TSV as the text of VLMEvalKit, in the prompt of VLMEvalKit, LLaVA or the weights.
+"""Prompts: a row of a TSV as the text of VLMEvalKit, in the prompt of VLMEvalKit, LLaVA or the weights.
 
     vlmevalkit   "... USER: " + " <image> " for each image + text + " ASSISTANT: "
     llava        "... USER: " + "<image>\\n" for each image + text + " ASSISTANT:"
     own          the template that the weights were trained with, with images as in llava
 
 A prompt is a list of texts with None where an image stands, so "<image>" in a question is never taken for an image: it
-is spelled in ordinary tokens, like any text.
+becomes ordinary tokens, like any text.
 Source: vlmeval/vlm/llava/llava.py, class LLaVA, of which MindSpeed-MM's build_prompt_llava.py is a copy; LLaVA
 conversation.py, vicuna_v1.
 Differs: there "<image>" in a question becomes one more place for an image.
@@ -79,5 +79,5 @@ def parts(s: Style, question: str, images: int) -> Parts:
 
 
 def shown(p: Sequence[str | None]) -> str:
-    """The prompt as the peers write it."""
+    """The prompt as one text, with "<image>" for images, as VLMEvalKit and LLaVA write it."""
     return "".join(MARK if part is None else part for part in p)

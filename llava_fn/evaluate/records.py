@@ -1,4 +1,4 @@
-"""What the parts of an evaluation hand to each other: a file, its questions, and what a model said to them."""
+"""Values of an evaluation: a file, its questions, and the answers of a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said. text: stripped. error: why there is no text, or ""."""
+    """A model's answer. text: stripped. error: why there is no text, or ""."""
 
     index: str
     text: str
@@ -39,7 +39,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a file besides its rows."""
+    """A file without its rows."""
 
     name: str  # "AI2D_TEST": the canonical spelling for the four known ones, else the file's stem
     kind: Kind

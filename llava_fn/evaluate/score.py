@@ -1,9 +1,9 @@
 """Scores: one answer of a model against one question of a file, by named rules.
 
 The first of a kind's RULES are the default: for multiple choice those behind the published numbers of LLaVA-1.5, for
-ChartQA and DocVQA those of the papers. "vlmevalkit-2024", "-2025" and "-2026" are what VLMEvalKit did to every kind
-until August 2025, from then to June 2026, and since, and "mindspeed" is what MindSpeed-MM does, errors included: the
-modules `choice`, `chartqa`, `anls` and `mmmu` have each with its source, and with an example of every error.
+ChartQA and DocVQA those of the papers. "vlmevalkit-2024", "-2025" and "-2026" are VLMEvalKit's rules for every kind
+until August 2025, from then to June 2026, and since. "mindspeed" are MindSpeed-MM's rules, errors included. The modules
+`choice`, `chartqa`, `anls` and `mmmu` give the source of each, and an example of every error.
 A score depends on nothing but its arguments.
 """
 
@@ -28,10 +28,10 @@ RULES: Mapping[Kind, tuple[str, ...]] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Score:
-    """What an answer is worth.
+    """The score of an answer, 0 to 1.
 
-    extracted: what was compared: a letter, or the text. score: 0 to 1. hit: whether the score is above 0. why: the rule
-    that decided. parsed: whether there was anything to compare; an answer without it has score 0.
+    extracted: the letter or the text that was compared. hit: whether the score is above 0. why: the rule that decided.
+    parsed: whether the answer holds anything to compare; if not, the score is 0.
     """
 
     extracted: str

@@ -1,13 +1,15 @@
-"""What there is to do for each file: its questions, where their answers stand, and which have none yet."""
+"""The work on each file: its questions, the folder of their answers, and the questions that have no answer yet."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.evaluate import folder, prompts, results, run, tsv
 from llava_fn.evaluate.folder import Provenance, Settings
 from llava_fn.evaluate.options import Evaluate
@@ -19,8 +21,10 @@ from llava_fn.generate.assistant import Assistant, Placement
 from llava_fn.generate.options import Decoding, Form
 from llava_fn.launch.device import environment, pick_device
 from llava_fn.runs.progress import Progress
+from llava_fn.weights import model
 from llava_fn.weights.source import Weights
 
+DRY_ROWS = 3  # whose prompts a dry run shows
 POLL = 0.5  # seconds between two looks at what the other processes have written
 
 
@@ -60,6 +64,25 @@ def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
             _print_notes([f"the earlier run is now {aside}"])
         data = {"name": dataset, "sha256": table.sha256, "rows": len(table.pictures)}
         _print_notes(folder.begin(at, Provenance(s, data, versions)))
+
+
+def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
+    """Print some prompts, and how long all are. Of the weights only the config and the tokenizer are read."""
+    weights = assistant.open_weights(c.model.weights)
+    s, patches = settings(c, weights, ""), model.config(weights).vision.patches
+    assert weights.tokenizer is not None  # open_weights has checked it
+    tokenizer = open_tokenizer(weights.tokenizer)
+    for table in tables:
+        cut = run.parts(table, s)
+        queries = run.queries(table, s, cut, tokenizer, patches)
+        print(f"{table.dataset.name}: {len(queries)} rows of kind {table.dataset.kind}")
+        for x in queries[:DRY_ROWS]:
+            print(f"--- index {x.question.index}, {x.size} tokens, {x.images} images of {patches}")
+            print(prompts.shown(cut[x.question.index]) + "|")
+        sizes = [x.size for x in queries]
+        over = [x.question.index for x in queries if x.size >= s.context]
+        print(f"--- tokens from {min(sizes)} to {max(sizes)}, median {statistics.median(sizes):g}")
+        print(f"--- over the context of {s.context}: {', '.join(over) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +139,7 @@ class Backlog:
 
 
 def backlog(task: Task, a: Assistant) -> Backlog:
-    """What is left of a task; questions whose answer is an error are tried again."""
+    """The questions of a task that have no answer yet. A question whose answer is an error is tried again."""
     lines, answers = folder.count(task.folder), folder.read(task.folder, task.keys)
     queries = run.queries(task.table, task.settings, task.prompts, a.tokenizer, a.model.vision.patches)
     answered = {index for index, prediction in answers.items() if not prediction.error}

@@ -36,7 +36,7 @@ MD5 = MappingProxyType({
 REFERENCE = 64  # characters up to which an image cell is the index of another row
 SHOWN = 10  # problems that an error lists
 LONGEST_LIST = 100_000  # characters of a list of paths
-WINDOW = 2**25  # bytes after which the pages of a mapped file are given back
+WINDOW = 2**25  # bytes of the mapped file that are read before its pages are released
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Table:
-    """A TSV that has been read. sha256: of its bytes. notes: what a person should know of it.
+    """A TSV that has been read. sha256: of its bytes. notes: for the user.
 
-    pictures: index -> where its images are, in order.
+    pictures: index -> the places of its images, in order.
     """
 
     dataset: Dataset
@@ -61,22 +61,22 @@ class Table:
     pictures: Mapping[str, tuple[Span | Path, ...]] = field(default_factory=dict, repr=False)
 
     def images(self, question: Question) -> list[bytes]:
-        """The bytes of its image files. ValueError if they are no longer those that were there at first."""
+        """The bytes of its image files. ValueError if they have changed since the TSV was read."""
         content = [_read(self.dataset.path, place) for place in self.pictures[question.index]]
         if _digest(content) != question.images:
             raise ValueError(f"{self.dataset.path}: the images of index {question.index} have changed meanwhile")
         return content
 
     def part(self, indices: Sequence[str] = (), limit: int | None = None) -> Table:
-        """With these questions only, in the file's order, and only the first `limit` of them.
+        """The table with these questions only (none: all), in the file's order, and only the first `limit` of them.
 
-        ValueError names an index that is not there.
+        ValueError names an index that the file lacks.
         """
-        have = {q.index for q in self.questions}
-        unknown = [index for index in indices if index not in have]
+        present = {q.index for q in self.questions}
+        unknown = [index for index in indices if index not in present]
         if unknown:
             raise ValueError(f"{self.dataset.path} has no index {', '.join(unknown)}")
-        wanted = set(indices) or have
+        wanted = set(indices) or present
         return replace(self, questions=[q for q in self.questions if q.index in wanted][:limit])
 
 
@@ -89,16 +89,16 @@ def _read(path: Path, place: Span | Path) -> bytes:
 
 
 def _digest(images: Sequence[bytes]) -> str:
-    """Of each alone and then of all, so that no two lists of images share it."""
+    """A digest of the digests of all images, so that no two lists of images share it."""
     return hashlib.sha256(b"".join(hashlib.sha256(x).digest() for x in images)).hexdigest()
 
 
 def open_table(path: Path, kind: Kind | None = None) -> Table:
-    """Read a TSV. kind: instead of what its name or its columns say.
+    """Read a TSV. kind: of its questions; found from its name or its columns, unless given.
 
     ValueError names the file and, with row, line and index, each row that cannot be used: a wrong number of cells, no
-    index or one that is there twice, no image, no base64, a reference to nowhere or in a circle, a file that is
-    missing; and bytes that are not UTF-8 and quotes that never end.
+    index or the index of another row, no image, no base64, a reference to no row or in a circle, a missing file, bytes
+    that are not UTF-8, or a quote that never ends.
     """
     if not path.is_file() or not path.stat().st_size:
         raise ValueError(f"{path}: no such file, or an empty one; give a TSV with a header")
@@ -122,7 +122,7 @@ def _file_digest(path: Path, algorithm: str) -> str:
 
 
 def _kind(columns: Sequence[str], questions: Sequence[Question]) -> Kind:
-    """By subjects, by options, and else by whether every answer is a list of texts, as DocVQA's are."""
+    """MMMU has subjects, "choice" has options, and in DocVQA every answer is a list of texts."""
     if "l2-category" in columns:
         return "mmmu"
     if {"A", "B"} <= set(columns):
@@ -176,7 +176,7 @@ def _line(data: mmap.mmap, offset: int) -> int:
 
 
 def _lines(data: mmap.mmap) -> Iterator[list[Span]]:
-    """The cells of each row, quotes included; empty lines are left out."""
+    """The cells of each row, with their quotes; empty lines are left out."""
     at, row, size, window = 3 if data[:3] == b"\xef\xbb\xbf" else 0, [], len(data), 0
     while at < size or row:
         cell = _cell(data, at)
@@ -214,7 +214,7 @@ def _cell(data: mmap.mmap, at: int) -> Span:
 
 
 def _inside(data: mmap.mmap, cell: Span) -> Span:
-    """Without its quotes."""
+    """The cell without its quotes."""
     quoted = data[cell.start : cell.start + 1] == b'"'
     return Span(cell.start + 1, cell.stop - 1) if quoted else cell
 
@@ -324,7 +324,7 @@ def _names(row: _Row) -> list[str]:
 
 
 def _resolve(rows: Sequence[_Row], wrong: list[tuple[int, str]]) -> list[_Row]:
-    """Each row with the images of the row that it refers to, if it does."""
+    """The rows; those that refer to another row get its images."""
     by_index = {row.cells["index"]: row for row in rows}
     out = []
     for row in rows:

@@ -27,7 +27,7 @@ from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 evaluate = recipe("evaluate")
-MODULES = ("llava_fn.evaluate.dry", "llava_fn.evaluate.finish")  # which the recipe imports when it runs
+MODULES = ("llava_fn.evaluate.finish",)  # which the recipe imports when it runs
 FINAL = (".xlsx", "_acc.csv", "_summary.json")
 NAMES = {"choice": "AI2D_TEST", "chartqa": "ChartQA_TEST", "docvqa": "DocVQA_VAL", "mmmu": "MMMU_DEV_VAL"}
 
