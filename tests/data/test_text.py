@@ -549,3 +549,27 @@ def test_decode_refuses_ids_outside_the_vocabulary(bad, reason):
     with pytest.raises(ValueError, match=f"id {bad} at position 1 .*{reason}"):
         STAND_IN.decode([1, bad])
     assert STAND_IN.decode([31999]) and STAND_IN.decode([]) == ""
+
+
+class Letters:
+    """A tokenizer of another kind, as the protocol wants it: a token is a byte."""
+
+    model, vocab_size, bos, eos = b"letters", 258, 256, 257
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode().removeprefix(" ")
+
+    def encode_stripped(self, text):
+        return self.encode(text)
+
+
+def test_a_tokenizer_of_another_kind_needs_the_protocol_and_nothing_else():
+    tokenizer: Tokenizer = Letters()
+    coded = encode(GOLDEN, V1, tokenizer)
+    assert coded.ids.count(IMAGE) == 1 and coded.ids.count(257) == 2 and coded.ids[0] == 256
+    targets = [i for i, target in zip(coded.ids, coded.supervised, strict=True) if target]
+    assert tokenizer.decode(targets) == "A dog. Because."
+    assert prompt(GOLDEN[:1], V1, tokenizer) == coded.ids[: coded.supervised.index(True)]

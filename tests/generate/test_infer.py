@@ -369,7 +369,10 @@ def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
     assert config.out.read_text().endswith("\n")
 
 
-@pytest.mark.parametrize("name, flag", [("infer", "json"), ("chat", "image"), ("look", "heads"), ("serve", "host")])
+@pytest.mark.parametrize("name, flag", [
+    ("infer", "json"), ("chat", "image"), ("look", "heads"), ("serve", "host"), ("evaluate", "rules.choice"),
+    ("validate", "unpack"),
+])  # fmt: skip
 def test_help_does_not_wait_for_torch(name, flag):
     """`import torch` takes seconds."""
     program = """import runpy, sys
