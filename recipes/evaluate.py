@@ -42,7 +42,8 @@ def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Task]:
     tasks = [open_task(c.folder(table.dataset.name), table) for table in tables]
     placement = assistant.Placement.of(c.model)
     model = assistant.place(weights, tasks[0].settings.style.form, placement, c.model.context)
-    print(assistant.warning(model), end="\n" if assistant.warning(model) else "", file=sys.stderr)
+    if warning := assistant.warning(model):
+        print(warning, file=sys.stderr)
     backlogs = [backlog(task, model) for task in tasks]
     processes.meet(axis)  # nobody writes before everybody has read
 

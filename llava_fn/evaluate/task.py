@@ -46,7 +46,7 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 
 def settings(c: Evaluate, weights: Weights, fingerprint: str) -> Settings:
-    """What the answers of this command depend on. fingerprint: of the weights."""
+    """The settings that the answers of this command depend on. fingerprint: of the weights."""
     own = assistant.form_of(weights) if c.template == "own" else Form("", "")
     style = prompts.style(c.template, own)
     dtype = Placement.of(c.model).precision
@@ -54,7 +54,7 @@ def settings(c: Evaluate, weights: Weights, fingerprint: str) -> Settings:
 
 
 def begin(c: Evaluate, tables: Sequence[Table], s: Settings) -> None:
-    """Make the folders of the runs, or find them as they should be. On one process only. ValueError as of `folder`."""
+    """Make the folders of the runs, or check the settings of those that are there. On rank 0 only."""
     place = environment(pick_device(c.model.device))
     versions = {"python": place["python"]} | {k: v for k, v in place["packages"].items() if v}
     for table in tables:
@@ -122,7 +122,7 @@ class Backlog:
         return Progress(count - len(self.queries), count)
 
     def show(self, progress: Progress, start: float) -> int:
-        """Show how many answers all processes have written since then, and return it. start: of the clock, seconds."""
+        """Show and return how many answers all processes have written since. start: time.monotonic() at the start."""
         new = folder.count(self.task.folder) - self.lines
         rate = new / max(time.monotonic() - start, 1e-9)
         progress.show(progress.start + new, f"{self.task.table.dataset.name} {rate:.1f} answers/s")
