@@ -31,10 +31,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava_fn import config, tree, vit
 from llava_fn.batch import IMAGE, Sample
-from llava_fn.cache import Cache
-from llava_fn.generate import decode as generate
+from llava_fn.generate import decode
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Decoder, Words
+from llava_fn.generate.types import Model, Vocabulary
 from llava_fn.kernels import check
 from llava_fn.weights.model import from_state_dict
 
@@ -86,20 +85,19 @@ def clock_of(c: Bench) -> Clock:
     return wait
 
 
-def ours(p: TensorDict, samples: list[Sample], c: config.Llava, n: int, clock: Clock, run: Decoder) -> Answer:
-    """Greedy answers that nothing ends, as `generate.generate` makes them."""
-    words, d = Words(c.llama.vocab, (-1,), lambda _: ""), Decoding(tokens=n)
+def ours(m: Model, samples: list[Sample], n: int, clock: Clock) -> Answer:
+    """Greedy answers of n tokens, as `decode.generate` makes them."""
+    vocabulary, d = Vocabulary(m.config.llama.vocab, (-1,), lambda _: ""), Decoding(tokens=n)
 
     def answer() -> tuple[list[list[int]], list[float]]:
         marks = [clock()]
-        asked = generate.prompts(p, samples, c)
-        cache = Cache.empty(c.llama, len(asked), generate.room(asked, d), p["llama"]["embed"])
-        state = generate.prefill(p, asked, cache, words, c, run=run)
-        steps = generate.steps(p, state, d, [0] * len(asked), c, run)
-        said = [next(steps).tolist()]
+        prompts = decode.prompts(m, samples)
+        state = decode.prefill(m, prompts, m.cache(len(prompts), decode.room(prompts, d)), vocabulary)
+        steps = decode.steps(m, state, d, [0] * len(prompts))
+        tokens = [next(steps).tolist()]
         marks.append(clock())
-        said += generate.on_host(steps)
-        return [[token for (token,) in new] for new in said], [*marks, clock()]
+        tokens += decode.on_host(steps)
+        return [[token for (token,) in row] for row in tokens], [*marks, clock()]
 
     return answer
 
@@ -175,7 +173,7 @@ def main(c: Bench) -> list[dict]:
     peer.generation_config.disable_compile = not c.compile
     p, samples, clock = from_state_dict(peer.state_dict(), model), prompts(model, c.rows, c.device), clock_of(c)
     pair = {
-        "ours": ours(p, samples, model, c.new, clock, Decoder(step=generate.compiled_step(c.compile))),
+        "ours": ours(Model(p, model, step=decode.compiled_step(c.compile)), samples, c.new, clock),
         "transformers": theirs(peer, samples, c.new, clock),
     }
     (mine, _), (other, _) = (answer() for answer in pair.values())

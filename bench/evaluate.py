@@ -141,7 +141,7 @@ def waiting(folder: Path, c: Bench) -> str:
     """The share of its time that the loop of an evaluation waits for images."""
     a, table = assistant(folder, c), tsv.open_table(write(folder / "pages.tsv", pages(c)), "docvqa")
     s = Settings("", prompts.style("vlmevalkit", a.form), Decoding(c.tokens), a.context, c.dtype, None)
-    queries = run.queries(table, s, run.parts(table, s), a.tokenizer, a.model.vision.patches)
+    queries = run.queries(table, s, run.parts(table, s), a.tokenizer, a.config.vision.patches)
     waits: list[float] = []
 
     def timed(batches: Iterable[run.ReadyBatch]) -> Iterator[run.ReadyBatch]:

@@ -81,15 +81,15 @@ def main(c: Infer) -> None:
 
 def answer_prompt(a: Assistant, c: Infer) -> None:
     """Answer one question, as it is written where there is a single answer."""
-    from llava_fn.generate import assistant
+    from llava_fn.generate import conversation
 
-    chat = assistant.ask(assistant.Chat(), c.prompt, [assistant.picture(path, a) for path in c.image])
+    chat = conversation.ask(conversation.Chat(), c.prompt, [conversation.picture(path, a) for path in c.image])
     if c.decoding.samples == c.decoding.beams == 1:
-        for part in assistant.reply(a, chat, c.decoding):
+        for part in conversation.reply(a, chat, c.decoding):
             print(part.new, end="", flush=True)
         print()
     else:
-        for answer in assistant.answers(a, [chat], c.decoding)[0]:
+        for answer in conversation.answers(a, [chat], c.decoding)[0]:
             print(answer.text)
 
 
@@ -104,7 +104,7 @@ def answer_lines(a: Assistant, c: Infer, path: Path) -> None:
     step = len(done)
     with Progress(step, len(questions)) as progress:
         for batch in lines.batches(a, left, c.decoding, c.images, c.batch):
-            if a.run.tp.axis.rank == 0:
+            if a.model.tp.axis.rank == 0:
                 write(c.out, lines.dump(batch.answers))
             for line, reason in batch.bad.items():
                 print(f"{path}, line {line.number}: {reason}", file=sys.stderr)

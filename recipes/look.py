@@ -43,20 +43,20 @@ def main(c: Draw) -> None:
     # imports stand where they are used: torch takes seconds, and --help does without
     import numpy as np
 
-    from llava_fn.generate import assistant
+    from llava_fn.generate import assistant, conversation
     from llava_fn.generate.drawing import WORDS, Selection, draw
     from llava_fn.generate.look import answer_ids, look
 
     if c.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise ValueError(f"--out {c.out}: name a .png, .jpg, .pdf or .svg file")
     a, selection = assistant.load(c.model), Selection(c.words, c.layers, c.heads)
-    selection.check(a.model.llama)
-    chat = assistant.ask(assistant.Chat(), c.prompt, [assistant.picture(path, a) for path in c.image])
+    selection.check(a.config.llama)
+    chat = conversation.ask(conversation.Chat(), c.prompt, [conversation.picture(path, a) for path in c.image])
     if c.answer:
         ids, answer = answer_ids(a, chat, c.answer), c.answer
     else:
-        chat = replace(chat, feats=assistant.features(a, chat.pictures, {}))
-        ((best,),) = assistant.answers(a, [chat], Decoding(tokens=c.tokens))
+        chat = replace(chat, feats=conversation.features(a, chat.pictures, {}))
+        ((best,),) = conversation.answers(a, [chat], Decoding(tokens=c.tokens))
         ids, answer = best.ids, best.text
     seen = look(a, chat, ids)
     print(answer)

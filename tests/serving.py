@@ -9,7 +9,7 @@ import time
 import openai
 import uvicorn
 
-from llava_fn.generate import assistant
+from llava_fn.generate import conversation
 from llava_fn.serve.app import Service, build
 from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Worker
@@ -54,5 +54,5 @@ def serving(a, key=None, host="127.0.0.1", **limits):
 
 def alone(a, chat, d):
     """The text of one answer, by the functions that answer one batch at a time."""
-    chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
-    return assistant.answers(a, [chat], d)[0][0].text
+    chat = dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
+    return conversation.answers(a, [chat], d)[0][0].text

@@ -24,8 +24,9 @@ from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.prompts import Parts
 from llava_fn.evaluate.records import Prediction, Question
 from llava_fn.evaluate.tsv import Table
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Assistant, Picture
+from llava_fn.generate import conversation
+from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.conversation import Picture
 from llava_fn.generate.options import Decoding
 
 
@@ -107,7 +108,7 @@ class ImageReader:
                 _check_room(query, self.a)
                 if q.images not in read:
                     content = enumerate(self.table.images(q), 1)
-                    read[q.images] = tuple(assistant.picture(x, self.a, f"image {j}") for j, x in content)
+                    read[q.images] = tuple(conversation.picture(x, self.a, f"image {j}") for j, x in content)
                 queries.append(query)
                 pictures.append(read[q.images])
             except BadRecord as error:
@@ -118,7 +119,7 @@ class ImageReader:
 def _check_room(query: Query, a: Assistant) -> None:
     if query.size >= a.context:
         raise BadRecord(
-            f"the prompt has {query.size} tokens, {a.model.vision.patches * query.images} of them for {query.images} "
+            f"the prompt has {query.size} tokens, {a.config.vision.patches * query.images} of them for {query.images} "
             f"images, which leaves no room for an answer in the context of {a.context}"
         )
 
@@ -143,7 +144,7 @@ def answer(a: Assistant, batches: Iterable[ReadyBatch], d: Decoding) -> Iterator
     features: dict[str, Tensor] = {}
     start = time.monotonic()
     for batch in batches:
-        features = assistant.features(a, [x for pictures in batch.pictures for x in pictures], features)
+        features = conversation.features(a, [x for pictures in batch.pictures for x in pictures], features)
         answers = _answers(a, batch, features, d) if batch.queries else []
         end = time.monotonic()
         share = (end - start) / (len(batch.queries) + len(batch.errors))
@@ -156,9 +157,9 @@ def _answers(a: Assistant, batch: ReadyBatch, features: Mapping[str, Tensor], d:
     room = min(d.tokens, a.context - max(query.size for query in batch.queries))
     d, full = replace(d, tokens=room), room == d.tokens
     pairs = zip(batch.queries, batch.pictures, strict=True)
-    rows = [assistant.laid_out(a, query.ids, pictures, features, d)[0] for query, pictures in pairs]
+    rows = [conversation.prompt_of(a, query.ids, pictures, features, d)[0] for query, pictures in pairs]
     out = []
-    for query, (t, *_) in zip(batch.queries, assistant.answers_to(a, rows, d), strict=True):
+    for query, (t, *_) in zip(batch.queries, conversation.answers_to(a, rows, d), strict=True):
         error = ""
         if not t.ended and not full:
             error = f"the answer has not ended in the {room} tokens that the context leaves for it"

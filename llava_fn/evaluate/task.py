@@ -141,6 +141,6 @@ class Backlog:
 def backlog(task: Task, a: Assistant) -> Backlog:
     """The questions of a task that have no answer yet. A question whose answer is an error is tried again."""
     lines, answers = folder.count(task.folder), folder.read(task.folder, task.keys)
-    queries = run.queries(task.table, task.settings, task.prompts, a.tokenizer, a.model.vision.patches)
+    queries = run.queries(task.table, task.settings, task.prompts, a.tokenizer, a.config.vision.patches)
     answered = {index for index, prediction in answers.items() if not prediction.error}
     return Backlog(task, [x for x in queries if x.question.index not in answered], lines)

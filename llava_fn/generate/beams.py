@@ -1,4 +1,4 @@
-"""Beam search over rows that share a prompt: k hypotheses of each of b prompts run, and the k best that ended are kept.
+"""Beam search: k open hypotheses for each of b prompts, and the k best finished ones.
 
 Source: transformers generation/utils.py, _beam_search with early_stopping=False, which it equals token for token.
 """
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import penalise
-from llava_fn.generate.types import DecodeState, Words
+from llava_fn.generate.types import DecodeState, Vocabulary
 
-Step = Callable[[DecodeState, Tensor], DecodeState]  # each row one token further
-Found = tuple[tuple[int, ...], bool, float]  # ids, whether it ended by itself, score
+Step = Callable[[DecodeState, Tensor], DecodeState]  # appends a token to each row
+Hypothesis = tuple[tuple[int, ...], bool, float]  # ids, whether it ended by itself, score
 
 
 @dataclass(frozen=True)
 class Beams:
-    """Scores are log-probabilities; of those that ended, over length ** penalty, and -inf where there is none."""
+    """k open and k finished hypotheses of each prompt, best first."""
 
-    ids: Tensor  # int64[b, k, t]
-    scores: Tensor  # f32[b, k]
-    ended: Tensor  # int64[b, k, t]
-    ended_scores: Tensor  # f32[b, k]
-    open: Tensor  # bool[b, 1]: what runs may still become better than what ended
+    ids: Tensor  # int64[b, k, t], of the open ones
+    scores: Tensor  # f32[b, k], their log-probabilities
+    ended: Tensor  # int64[b, k, t], the finished ones
+    ended_scores: Tensor  # f32[b, k], log-probabilities over length ** penalty; -inf where there is none yet
+    open: Tensor  # bool[b, 1]: whether an open hypothesis may still beat the worst finished one
 
 
 def _empty(b: int, d: Decoding, fill: int, device: torch.device) -> Beams:
-    """All of a prompt's hypotheses are equal at first, so all but one are out."""
+    """Before the first token. All hypotheses of a prompt are equal then, so all but one score -inf."""
     ids = torch.full((b, d.beams, d.tokens), fill, device=device)
     none = torch.full((b, d.beams), -torch.inf, device=device)
     return Beams(ids, none.index_fill(1, torch.tensor([0], device=device), 0.0), ids, none,
@@ -46,11 +46,14 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 def extend(
     s: Beams, logprobs: Tensor, t: int, ends: Tensor, penalty: float, stops: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Beams, Tensor, Tensor]:
-    """Token t of every hypothesis. logprobs: f32[b, k, v]; ends: int64[e] -> beams, and parent and token, int64[b, k].
+    """Token t of every hypothesis.
 
-    stops: int64[b, n, t + 1] -> bool[b, n], which hypotheses end for another reason than their last token.
-    Of the (1 + e) k best continuations those that end cannot all be ends: k others go on. Only an end among the k best
-    counts; at the last token everything ends.
+    logprobs: f32[b, k, v], of token t. ends: int64[e], the tokens that end a hypothesis. stops: int64[b, n, t + 1]
+    -> bool[b, n], which hypotheses end by a stop text. Returns the beams, and each open hypothesis's parent and token,
+    int64[b, k].
+
+    Takes the (1 + e) k best continuations, so that at least k unfinished ones remain. A finished one counts only if it
+    is among the k best; at the last token all finish.
     """
     b, k, v = logprobs.shape
     best, flat = (s.scores[..., None] + logprobs).flatten(1).topk(min((1 + len(ends)) * k, k * v))
@@ -70,31 +73,33 @@ def extend(
 
 @torch.no_grad()
 def search(
-    logits: Callable[[DecodeState], Tensor], step: Step, state: DecodeState, d: Decoding, words: Words
-) -> list[list[Found]]:
-    """The `d.beams` best of each row, best first."""
+    logits: Callable[[DecodeState], Tensor], step: Step, state: DecodeState, d: Decoding, vocabulary: Vocabulary
+) -> list[list[Hypothesis]]:
+    """The `d.beams` best answers to each row of the state, best first."""
     b, k = len(state.hidden), d.beams
     start = int(state.cache.lengths.min())
     first, state = torch.arange(b, device=state.hidden.device)[:, None] * k, state.repeat(k)
-    ends = torch.tensor(words.ends, device=first.device)
-    s = _empty(b, d, words.ends[0], first.device)
+    ends = torch.tensor(vocabulary.ends, device=first.device)
+    s = _empty(b, d, vocabulary.ends[0], first.device)
 
-    def spell(ids: Tensor) -> Tensor:
-        return torch.tensor([[words.spell(row, d.stop) for row in rows] for rows in ids.tolist()], device=ids.device)
+    def stopped(ids: Tensor) -> Tensor:
+        rows = [[vocabulary.stopped(row, d.stop) for row in rows] for rows in ids.tolist()]
+        return torch.tensor(rows, device=ids.device)
 
+    stops = stopped if d.stop else None
     for t in range(d.tokens):
         scores = penalise(logits(state).log_softmax(-1), state.seen, d.repetition_penalty)
-        s, parent, token = extend(s, scores.unflatten(0, (b, k)), t, ends, d.length_penalty, spell if d.stop else None)
+        s, parent, token = extend(s, scores.unflatten(0, (b, k)), t, ends, d.length_penalty, stops)
         if t + 1 == d.tokens or not s.open.any():
             break
         rows = (first + parent).flatten()
         state = replace(state, cache=state.cache.reorder(rows, start), seen=state.seen[rows])
         state = step(state, token.flatten())
-    found = zip(s.ended.tolist(), s.ended_scores.tolist(), strict=True)
-    return [[_found(ids, score, d, words) for ids, score in zip(*row, strict=True)] for row in found]
+    rows = zip(s.ended.tolist(), s.ended_scores.tolist(), strict=True)
+    return [[_hypothesis(ids, score, d, vocabulary) for ids, score in zip(*row, strict=True)] for row in rows]
 
 
-def _found(ids: list[int], score: float, d: Decoding, words: Words) -> Found:
-    """Without what follows the end: the empty rest of a hypothesis is the first token of `words.ends`."""
-    n = next((j for j, token in enumerate(ids) if token in words.ends), len(ids))
-    return tuple(ids[:n]), n < len(ids) or words.spell(ids[:n], d.stop), score
+def _hypothesis(ids: list[int], score: float, d: Decoding, vocabulary: Vocabulary) -> Hypothesis:
+    """Cut at its end: what follows is padding, the first token of `vocabulary.ends`."""
+    n = next((j for j, token in enumerate(ids) if token in vocabulary.ends), len(ids))
+    return tuple(ids[:n]), n < len(ids) or vocabulary.stopped(ids[:n], d.stop), score

@@ -1,9 +1,10 @@
-"""From prompts to answers: prefill, then one token a row and step, with a cache. Pure but for the cache's tensors.
+"""From prompts to answers: prefill, then one token a row and step. Pure, but that the cache's tensors are written.
 
     features of images -> Prompt -> prefill -> DecodeState -> step -> DecodeState -> step -> ...
 
-No shape depends on a length and no step waits for the device: the ids are copied to the host on the side, and the check
-whether every row has ended runs `BEHIND` steps behind on an accelerator. Rows that have ended go on unread.
+The shapes of a step do not depend on lengths, and a step never waits for the device: ids are copied to the host
+asynchronously, and on an accelerator the check whether every row has ended lags `BEHIND` steps. Rows that have ended
+are still computed, and not read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tensordict import TensorDict
@@ -19,22 +21,22 @@ from torch import Tensor
 from llava_fn import llama, llava
 from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
-from llava_fn.config import Llava
 from llava_fn.generate import beams
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import sample, uniforms
-from llava_fn.generate.types import Answer, Decoder, DecodeState, PartialAnswer, Prompt, Words
+from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, Vocabulary
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import agree, join
 
-BEHIND = 4
-ROOM = 64  # a cache has room for a multiple of this many tokens, so that few sizes are ever compiled
+BEHIND = 4  # steps
+ROOM = 64  # a cache's size is a multiple of this many tokens, so that few sizes are ever compiled
 
 
 def compiled_step(backend: str | Callable) -> Callable:
-    """`llama.decode_step`, compiled if `backend` names one. It is given a tensor for each block of the cache.
+    """`llama.decode_step`, compiled if `backend` is given. ValueError if there is no such backend.
 
-    A write into a slice of an argument would be compiled into a copy of that slice, a write into the argument is not.
+    The compiled function gets one tensor for each block of the cache: torch.compile turns a write into a slice of an
+    argument into a copy of the slice, a write into the argument not.
     """
     if not backend:
         return llama.decode_step
@@ -48,140 +50,139 @@ def compiled_step(backend: str | Callable) -> Callable:
 
 
 @torch.no_grad()
-def prompts(p: TensorDict, samples: Sequence[Sample], c: Llava) -> list[Prompt]:
+def prompts(m: Model, samples: Sequence[Sample]) -> list[Prompt]:
     """Prompts from samples, of which only ids and pixels are read."""
-    feats = features(p, torch.cat([s.pixels for s in samples]), c)
-    parts = feats.split([len(s.pixels) * c.vision.patches for s in samples])
+    feats = features(m, torch.cat([s.pixels for s in samples]))
+    parts = feats.split([len(s.pixels) * m.config.vision.patches for s in samples])
     return [Prompt(s.ids, f) for s, f in zip(samples, parts, strict=True)]
 
 
 @torch.no_grad()
-def features(p: TensorDict, pixels: Tensor, c: Llava) -> Tensor:
-    """`llava.features` without a gradient, and of no image at all too. pixels: uint8[i, 3, h, w] -> f[(i p), d]."""
-    return llava.features(p, pixels, c) if len(pixels) else p["llama"]["embed"][:0]
+def features(m: Model, pixels: Tensor) -> Tensor:
+    """`llava.features` without a gradient; i may be 0. pixels: uint8[i, 3, h, w] -> f[(i p), d]."""
+    return llava.features(m.params, pixels, m.config) if len(pixels) else m.embed[:0]
 
 
 @torch.no_grad()
 def prefill(
-    p: TensorDict, prompts: Sequence[Prompt], cache: Cache, words: Words, c: Llava, held: Sequence[int] | None = None,
-    run: Decoder = Decoder(),
-) -> DecodeState:  # fmt: skip
-    """All tokens of the prompts in one pass; row j of the cache is prompt j. The cache's tensors are written.
+    m: Model, prompts: Sequence[Prompt], cache: Cache, vocabulary: Vocabulary, cached: Sequence[int] | None = None
+) -> DecodeState:
+    """All tokens of the prompts in one pass; prompt j goes to row j of the cache, whose tensors are written.
 
-    held: how many of each prompt's first tokens the cache holds already, fewer than the prompt has; None for none.
+    cached: length of each prompt's prefix that the cache holds already, less than the prompt's; None for none.
     """
-    held = held if held is not None else [0] * len(prompts)
-    new = [_after(s, n) for s, n in zip(prompts, held, strict=True)]
-    x = embed(p, new, run)
-    stream = Stream.of([len(s.ids) for s in new], [1] * len(new), held).to(x.device)
-    hidden, cache = llama.prefill(p["llama"], x, stream, cache, c.llama, run.tp)
-    seen = torch.zeros(len(prompts), words.size, dtype=torch.bool)
+    cached = cached if cached is not None else [0] * len(prompts)
+    new = [_without_prefix(s, n) for s, n in zip(prompts, cached, strict=True)]
+    x = embed(m, new)
+    stream = Stream.of([len(s.ids) for s in new], [1] * len(new), cached).to(x.device)
+    hidden, cache = llama.prefill(m.params["llama"], x, stream, cache, m.config.llama, m.tp)
+    seen = torch.zeros(len(prompts), vocabulary.size, dtype=torch.bool)
     for row, s in zip(seen, prompts, strict=True):
-        row[[i for i in s.ids if 0 <= i < words.size]] = True
+        row[[i for i in s.ids if 0 <= i < vocabulary.size]] = True
     return DecodeState(hidden, cache, seen.to(x.device))
 
 
-def _after(s: Prompt, held: int) -> Prompt:
-    return Prompt(s.ids[held:], s.feats[s.ids[:held].count(IMAGE) :])
+def _without_prefix(s: Prompt, n: int) -> Prompt:
+    return Prompt(s.ids[n:], s.feats[s.ids[:n].count(IMAGE) :])
 
 
-def embed(p: TensorDict, prompts: Sequence[Prompt], run: Decoder = Decoder()) -> Tensor:
-    """The decoder's input of all prompts, one after another, f[t, d]. ValueError if ids and features do not match."""
+def embed(m: Model, prompts: Sequence[Prompt]) -> Tensor:
+    """The decoder's input, f[t, d]: all prompts, packed. ValueError if ids and features do not match."""
     feats = torch.cat([s.feats for s in prompts])
     ids = torch.tensor([i for s in prompts for i in s.ids])
     rows = (ids == IMAGE).nonzero()[:, 0]
     if len(rows) != len(feats):
         raise ValueError(f"{len(rows)} image tokens do not match {len(feats)} features of images")
-    x = vocab.embed(p["llama"]["embed"], ids.clamp(min=0).to(feats.device), run.tp.axis)
+    x = vocab.embed(m.embed, ids.clamp(min=0).to(feats.device), m.tp.axis)
     return llava.splice(x, feats, rows.to(feats.device))
 
 
-def logits(p: TensorDict, state: DecodeState, c: Llava, run: Decoder = Decoder()) -> Tensor:
-    """f32[b, v] of each row's next token."""
-    rows = join(llama.logits(p["llama"], state.hidden, c.llama), run.tp.axis, 1)
+def logits(m: Model, state: DecodeState) -> Tensor:
+    """f32[b, v], of each row's next token."""
+    rows = join(llama.logits(m.params["llama"], state.hidden, m.config.llama), m.tp.axis, 1)
     return rows[:, : state.seen.shape[1]].float()
 
 
 @torch.no_grad()
-def step(p: TensorDict, state: DecodeState, ids: Tensor, c: Llava, run: Decoder = Decoder()) -> DecodeState:
-    """Each row one token further. ids: int64[b]."""
-    hidden, cache = run.step(p["llama"], ids, state.cache, c.llama, run.tp)
+def step(m: Model, state: DecodeState, ids: Tensor) -> DecodeState:
+    """Appends a token to each row; the cache's tensors are written. ids: int64[b]."""
+    hidden, cache = m.step(m.params["llama"], ids, state.cache, m.config.llama, m.tp)
     return DecodeState(hidden, cache, state.seen.scatter(1, ids[:, None], True))
 
 
 @torch.no_grad()
-def steps(
-    p: TensorDict, state: DecodeState, d: Decoding, seeds: Sequence[int], c: Llava, run: Decoder = Decoder()
-) -> Iterator[Tensor]:
-    """Up to `d.tokens` times the next token of each row, and its log-probability: f64[b, 2], or int64[b, 1] without."""
+def steps(m: Model, state: DecodeState, d: Decoding, seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Yields the next token of each row up to `d.tokens` times: int64[b, 1], or f64[b, 2] with its log-probability.
+
+    seeds: of each row.
+    """
     uniform = uniforms(seeds, d.tokens).to(state.hidden.device)
     for t in range(d.tokens):
-        scores = logits(p, state, c, run)
-        ids = agree(sample(scores, state.seen, uniform[:, t], d), run.tp.axis)
+        scores = logits(m, state)
+        ids = agree(sample(scores, state.seen, uniform[:, t], d), m.tp.axis)
         if d.logprobs:
             logprob = scores.log_softmax(-1).gather(1, ids[:, None])
             yield torch.cat([ids[:, None].double(), logprob.double()], 1)
         else:
             yield ids[:, None]
         if t + 1 < d.tokens:
-            state = step(p, state, ids, c, run)
+            state = step(m, state, ids)
 
 
 def on_host(items: Iterable[Tensor]) -> Iterator[list]:
-    """Each tensor as a list. On an accelerator `BEHIND` items late, so that the device never waits for the host."""
-    waiting: deque[Callable[[], list]] = deque()
+    """Each tensor as a list; on an accelerator `BEHIND` items late, so that the device never waits for the host."""
+    copies: deque[Callable[[], list]] = deque()
     for x in items:
-        waiting.append(_fetch(x))
-        if len(waiting) > (0 if x.device.type == "cpu" else BEHIND):
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
+        copies.append(_fetch(x))
+        if len(copies) > (0 if x.device.type == "cpu" else BEHIND):
+            yield copies.popleft()()
+    while copies:
+        yield copies.popleft()()
 
 
 def _fetch(x: Tensor) -> Callable[[], list]:
+    """Starts a copy to the host. The returned function waits for the copy and gives the list."""
     if x.device.type == "cpu":
         return x.tolist
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
-    there = torch.Event(x.device)
-    there.record()
+    copied = torch.Event(x.device)
+    copied.record()
 
     def read() -> list:
-        there.synchronize()
+        copied.synchronize()
         return host.tolist()
 
     return read
 
 
 def room(prompts: Sequence[Prompt], d: Decoding) -> int:
-    """Tokens that a row of the cache needs room for."""
+    """The size of a cache for these prompts and their answers, in tokens."""
     return -(-(max(len(s.ids) for s in prompts) + d.tokens) // ROOM) * ROOM
 
 
 def generate(
-    p: TensorDict, prompts: Sequence[Prompt], d: Decoding, words: Words, c: Llava, seeds: Sequence[int] | None = None,
-    run: Decoder = Decoder(),
-) -> list[list[Answer]]:  # fmt: skip
-    """`d.samples` answers to each prompt. Each is what the prompt alone would be answered.
+    m: Model, prompts: Sequence[Prompt], d: Decoding, vocabulary: Vocabulary, seeds: Sequence[int] | None = None
+) -> list[list[Answer]]:
+    """`d.samples` answers to each prompt. An answer does not depend on the other prompts of the batch.
 
-    seeds: of each prompt's first sample, d.seed unless given.
+    seeds: of each prompt's first sample; d.seed unless given.
     """
-    cache = Cache.empty(c.llama, len(prompts), room(prompts, d), p["llama"]["embed"], run.tp.axis.size)
-    state = prefill(p, prompts, cache, words, c, run=run)
+    state = prefill(m, prompts, m.cache(len(prompts), room(prompts, d)), vocabulary)
     if d.beams > 1:
-        found = beams.search(lambda s: logits(p, s, c, run), lambda s, ids: step(p, s, ids, c, run), state, d, words)
-        return [[Answer(ids, ended, score=score) for ids, ended, score in rows[: d.samples]] for rows in found]
+        best = beams.search(partial(logits, m), partial(step, m), state, d, vocabulary)
+        return [[Answer(ids, ended, score=score) for ids, ended, score in rows[: d.samples]] for rows in best]
     seeds = [seed + j for seed in (seeds or [d.seed] * len(prompts)) for j in range(d.samples)]
     rows = [PartialAnswer()] * len(seeds)
-    for new in on_host(steps(p, state.repeat(d.samples), d, seeds, c, run)):
-        rows = [r.grow(int(token), logprobs, d, words) for r, (token, *logprobs) in zip(rows, new, strict=True)]
+    for new in on_host(steps(m, state.repeat(d.samples), d, seeds)):
+        rows = [r.grow(int(token), logprobs, d, vocabulary) for r, (token, *logprobs) in zip(rows, new, strict=True)]
         if all(r.ended for r in rows):
             break
     answers = [Answer(r.ids, r.ended, r.logprobs) for r in rows]
     return [answers[j : j + d.samples] for j in range(0, len(answers), d.samples)]
 
 
-def greedy(p: TensorDict, samples: Sequence[Sample], stop: int, limit: int, c: Llava) -> list[list[int]]:
-    """The most likely continuation of each sample up to the token `stop` (not returned) or `limit` tokens."""
-    words = Words(c.llama.vocab, (stop,), lambda _: "")
-    return [list(row[0].ids) for row in generate(p, prompts(p, samples, c), Decoding(tokens=limit), words, c)]
+def greedy(m: Model, samples: Sequence[Sample], stop: int, limit: int) -> list[list[int]]:
+    """The greedy continuation of each sample, up to the token `stop` (not returned) or `limit` tokens."""
+    vocabulary = Vocabulary(m.config.llama.vocab, (stop,), lambda _: "")
+    return [list(row[0].ids) for row in generate(m, prompts(m, samples), Decoding(tokens=limit), vocabulary)]

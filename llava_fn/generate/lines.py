@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llava_fn.config import differences
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Assistant, Chat, Text
+from llava_fn.generate import conversation
+from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.conversation import Chat, Text
 from llava_fn.generate.options import Decoding
 from llava_fn.parallel.collectives import agree
 
@@ -34,7 +35,7 @@ class Line:
 
     @property
     def digest(self) -> str:
-        """Of the text: an answer names the question that it belongs to."""
+        """A digest of the text, by which an answer names its question."""
         return hashlib.sha256(self.text).hexdigest()[:12]
 
     def record(self) -> dict:
@@ -79,15 +80,15 @@ def batches(a: Assistant, lines: Sequence[Line], d: Decoding, folder: Path, size
     for i in range(0, len(lines), size):
         batch = lines[i : i + size]
         chats, bad = _chats(a, batch, folder)
-        known = assistant.features(a, [s for chat in chats.values() for s in chat.pictures], known)
+        known = conversation.features(a, [s for chat in chats.values() for s in chat.pictures], known)
         for line, chat in list(chats.items()):
             chats[line] = replace(chat, feats=known)
             try:
-                assistant.prompt(a, chats[line], d)
+                conversation.prompt(a, chats[line], d)
             except BadRecord as error:
                 bad[line] = str(error)
                 del chats[line]
-        texts = assistant.answers(a, list(chats.values()), d) if chats else []
+        texts = conversation.answers(a, list(chats.values()), d) if chats else []
         yield Batch(batch, [_row(line, many, d) for line, many in zip(chats, texts, strict=True)], bad)
 
 
@@ -103,9 +104,9 @@ def _chats(a: Assistant, lines: Sequence[Line], folder: Path) -> tuple[dict[Line
 
 
 def _chat(a: Assistant, values: dict, folder: Path) -> Chat:
-    pictures = [assistant.picture(s if s.startswith("data:") else folder / s, a) for s in values["image"]]
+    pictures = [conversation.picture(s if s.startswith("data:") else folder / s, a) for s in values["image"]]
     if "prompt" in values:
-        return assistant.ask(Chat(), values["prompt"], pictures)
+        return conversation.ask(Chat(), values["prompt"], pictures)
     return Chat(tuple((turn.get("from"), turn["value"]) for turn in values["conversations"]), tuple(pictures))
 
 
@@ -131,12 +132,12 @@ def resume(a: Assistant, path: Path, lines: Sequence[Line], options: dict) -> se
     short is removed, and the options are written beside the file. ValueError if the file holds anything else than
     answers to these lines with these options.
     """
-    flags, axis = torch.zeros(len(lines), dtype=torch.long), a.run.tp.axis
+    flags, axis = torch.zeros(len(lines), dtype=torch.long), a.model.tp.axis
     if axis.rank == 0:
         numbers = _mended(path, lines)
         _check_options(path, options)
         flags = torch.tensor([line.number in numbers for line in lines]).long()
-    flags = agree(flags.to(a.params["projector"]["w1"].device), axis).tolist()
+    flags = agree(flags.to(a.model.embed.device), axis).tolist()
     return {line.number for line, flag in zip(lines, flags, strict=True) if flag}
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from llava_fn.data.templates import template_of
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Assistant, Chat, Picture
+from llava_fn.generate import conversation
+from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.conversation import Chat, Picture
 from llava_fn.generate.options import Decoding
 
 COMMANDS = "/image, /undo, /clear, /save, /help and /exit"
@@ -47,7 +48,7 @@ def turn(a: Assistant, s: Session, line: str, d: Decoding) -> Session:
 
 def add_image(a: Assistant, s: Session, path: str) -> Session:
     """One more picture waits. A model that writes captions takes one, so there it begins a new conversation."""
-    new = assistant.picture(Path(path), a)
+    new = conversation.picture(Path(path), a)
     if template_of(a.form.template).caption:
         return Session(replace(s.chat, turns=(), pictures=()), (new,), (path,))
     return replace(s, waiting=(*s.waiting, new), names=(*s.names, path))
@@ -57,15 +58,15 @@ def answer(a: Assistant, s: Session, question: str, d: Decoding) -> Session:
     """Ask, print the answer as it comes, and keep what is printed, after Ctrl-C too."""
     if template_of(a.form.template).caption and not s.waiting:
         raise BadRecord("this model writes a caption for an image; /image PATH gives it one")
-    chat = assistant.ask(s.chat, question, s.waiting)
+    chat = conversation.ask(s.chat, question, s.waiting)
     try:
-        for part in assistant.reply(a, chat, d):
+        for part in conversation.reply(a, chat, d):
             print(part.new, end="", flush=True)
             chat = part.chat
     except KeyboardInterrupt:
         print(" [stopped]", end="")
         if chat.turns[-1][0] == "human":  # the cache holds half this question and half what it held before
-            chat = replace(chat, cache=None, held=())
+            chat = replace(chat, cache=None, cached=())
     print()
     if not chat.turns[-1][1].strip() or chat.turns[-1][0] == "human":
         print("(no answer; the question is taken back)", file=sys.stderr)
@@ -75,7 +76,7 @@ def answer(a: Assistant, s: Session, question: str, d: Decoding) -> Session:
 
 def undo(s: Session) -> Session:
     """Without the last question and its answer; pictures that wait go too."""
-    chat = assistant.undo(s.chat)
+    chat = conversation.undo(s.chat)
     return Session(chat, (), s.names[: len(chat.pictures)])
 
 

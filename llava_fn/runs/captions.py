@@ -12,7 +12,8 @@ from llava_fn import llava
 from llava_fn.batch import Sample, collate
 from llava_fn.config import Llava
 from llava_fn.data.tokenizer import Tokenizer
-from llava_fn.generate import decode as generate
+from llava_fn.generate import decode
+from llava_fn.generate.types import Model
 
 CHUNK = 64  # samples at a time
 
@@ -61,7 +62,7 @@ def caption(p: TensorDict, samples: Sequence[Sample], c: Llava, tokenizer: Token
         for i in range(0, len(samples), CHUNK):
             prompts = [prompt(s) for s in samples[i : i + CHUNK]]
             prompts = [replace(s, pixels=s.pixels.to(p["projector"]["w1"].device)) for s in prompts]
-            answers += generate.greedy(p, prompts, samples[0].ids[-1], limit, c)
+            answers += decode.greedy(Model(p, c), prompts, samples[0].ids[-1], limit)
         nll, shuffled = mean_nll(p, samples, c), mean_nll(p, swapped, c)
     truth = tuple(tokenizer.decode(target(s)) for s in samples)
     return Captions(truth, tuple(map(tokenizer.decode, answers)), nll, shuffled)

@@ -1,6 +1,6 @@
-"""A request's JSON, in OpenAI's form, to the answers that are to be written, or why not.
+"""From a request's JSON, in OpenAI's form, to the answers that it asks for, or to the reason why it is refused.
 
-Every field is understood, or refused by its name: nothing is left unread. `null` is a field that is not there. Images
+Every field is understood, or refused by its name: none is ignored. A field that is `null` counts as left out. Images
 come inside the request, as data URLs; no path is opened and no address is called.
 Source: OpenAI's API reference, "Create chat completion".
 """
@@ -12,14 +12,16 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from llava_fn.data import image
 from llava_fn.data.templates import MARK, template_of
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Assistant, Chat, Picture
+from llava_fn.generate import conversation
+from llava_fn.generate.assistant import Assistant, with_stop
+from llava_fn.generate.conversation import Chat, Picture
 from llava_fn.generate.options import Decoding
-from llava_fn.serve.engine import Job
+from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.options import Limits
 
 
@@ -37,13 +39,36 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a request asks for. usage: a last chunk of a stream that counts tokens."""
+class ChatRequest:
+    """What a request asks for. usage: whether a stream ends with a chunk that counts tokens."""
 
-    jobs: tuple[Job, ...]
+    answers: tuple[AnswerRequest, ...]
     stream: bool
     usage: bool
     logprobs: bool
+
+    @property
+    def name(self) -> str:
+        """Of the request, in each of its answers."""
+        return self.answers[0].name[0]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a request's JSON, and what one that is left out means."""
+
+    model: str
+    messages: list[object]
+    stream: bool = False
+    stream_options: bool | None = None  # include_usage
+    n: int = 1
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None  # a random one
+    logprobs: bool = False
 
 
 def _is(kind: type | tuple[type, ...], what: str) -> Callable[[object], object]:
@@ -57,7 +82,8 @@ def _is(kind: type | tuple[type, ...], what: str) -> Callable[[object], object]:
 
 def _within(kind: type | tuple[type, ...], low: float, high: float, what: str) -> Callable[[object], object]:
     def check(value: object) -> object:
-        if not low <= _is(kind, what)(value) <= high:
+        _is(kind, what)(value)
+        if not isinstance(value, int | float) or not low <= value <= high:
             raise BadRecord(f"must be {what}, not {_short(value)}")
         return value
 
@@ -74,7 +100,7 @@ def _stop(value: object) -> tuple[str, ...]:
 def _stream_options(value: object) -> bool:
     if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
         raise BadRecord(f"must be an object with include_usage and nothing else, not {_short(value)}")
-    return _is(bool, "true or false")(value.get("include_usage", False))
+    return bool(_is(bool, "true or false")(value.get("include_usage", False)))
 
 
 _COUNT = _within(int, 1, 2**62, "a whole number of at least 1")
@@ -99,15 +125,15 @@ OFF: Mapping[str, object] = MappingProxyType({
 })  # fmt: skip
 
 
-def fields(body: bytes) -> dict[str, object]:
-    """The fields of a request, each checked for itself. Raises Refused."""
+def fields(body: bytes) -> Fields:
+    """The fields of a request, each checked by itself. Raises Refused."""
     try:
         values = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON ({error})") from error
     if not isinstance(values, dict):
         raise Refused(400, f"the body is an object with 'model' and 'messages', not {_short(values)}")
-    checked = {}
+    checked: dict[str, Any] = {}  # of JSON; each has passed the check of its field
     for name, value in values.items():
         if value is None or (name in OFF and value == OFF[name]):
             continue
@@ -119,7 +145,7 @@ def fields(body: bytes) -> dict[str, object]:
     for name in ("model", "messages"):
         if name not in checked:
             raise Refused(400, f"{name} is missing", name)
-    return checked
+    return Fields(**checked)
 
 
 def _named(name: str, check: Callable[[object], object], value: object) -> object:
@@ -141,27 +167,24 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def question(body: bytes, a: Assistant, served: str, limits: Limits, name: str) -> Question:
-    """What the body of a request asks for. Raises Refused, which says what is wrong with it."""
+def chat_request(body: bytes, a: Assistant, served: str, limits: Limits, name: str) -> ChatRequest:
+    """What the body of a request asks for. served: the model's name; name: the request's. Raises Refused."""
     values = fields(body)
-    if values["model"] != served:
-        raise Refused(404, f"no model {values['model']!r}; this server has {served!r}", "model", "model_not_found")
-    if "stream_options" in values and not values.get("stream"):
+    if values.model != served:
+        raise Refused(404, f"no model {values.model!r}; this server has {served!r}", "model", "model_not_found")
+    if values.stream_options is not None and not values.stream:
         raise Refused(400, "stream_options goes with stream; leave it out", "stream_options")
     try:
-        chat = conversation(values["messages"], a, limits)
-        jobs = _jobs(a, chat, values, limits, name)
+        answers = _answers(a, chat_of(values.messages, a, limits), values, limits, name)
     except BadRecord as error:
         raise Refused(400, str(error), "messages") from error
-    return Question(
-        jobs, values.get("stream", False), values.get("stream_options", False), values.get("logprobs", False)
-    )
+    return ChatRequest(answers, values.stream, bool(values.stream_options), values.logprobs)
 
 
-def conversation(messages: Sequence[object], a: Assistant, limits: Limits) -> Chat:
-    """A conversation from messages of the roles system (or developer), user and assistant. Raises BadRecord."""
+def chat_of(messages: Sequence[object], a: Assistant, limits: Limits) -> Chat:
+    """The conversation in messages of the roles system (or developer), user and assistant. Raises BadRecord."""
     chat = Chat()
-    room = limits.prompt // a.model.vision.patches
+    room = limits.prompt // a.config.vision.patches
     for i, message in enumerate(messages):
         role, content = _message(message, f"messages[{i}]")
         texts = [value for kind, value in content if kind == "text"]
@@ -170,7 +193,7 @@ def conversation(messages: Sequence[object], a: Assistant, limits: Limits) -> Ch
             if len(chat.pictures) + len(urls) > room:
                 raise BadRecord(f"messages[{i}]: more than the {room} images that a prompt has room for; send fewer")
             pictures = [_picture(url, a, limits, f"messages[{i}], image {j}") for j, url in enumerate(urls)]
-            chat = assistant.ask(chat, _marked(content, f"messages[{i}]"), pictures)
+            chat = conversation.ask(chat, _marked(content, f"messages[{i}]"), pictures)
         elif role == "assistant":
             chat = replace(chat, turns=(*chat.turns, ("gpt", "".join(texts))))
         elif i:
@@ -203,11 +226,12 @@ def _message(message: object, where: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _part(part: object, where: str) -> tuple[str, str]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
-        return "text", part["text"]
-    if kind == "image_url" and part.keys() == {"type", "image_url"} and isinstance(part["image_url"], dict):
-        return "image_url", _url(part["image_url"], where)
+    if isinstance(part, dict):
+        kind, keys = part.get("type"), part.keys()
+        if kind == "text" and keys == {"type", "text"} and isinstance(part["text"], str):
+            return "text", part["text"]
+        if kind == "image_url" and keys == {"type", "image_url"} and isinstance(part["image_url"], dict):
+            return "image_url", _url(part["image_url"], where)
     raise BadRecord(
         f'{where}: a part is {{"type": "text", "text": ...}} or {{"type": "image_url", "image_url": {{"url": ...}}}}, '
         f"not {_short(part)}"
@@ -227,11 +251,11 @@ def _url(image_url: Mapping[str, object], where: str) -> str:
 
 
 def _picture(url: str, a: Assistant, limits: Limits, where: str) -> Picture:
-    return assistant.picture(image.from_base64(url, where, limits.pixels), a, where)
+    return conversation.picture(image.from_base64(url, where, limits.pixels), a, where)
 
 
 def _marked(content: Sequence[tuple[str, str]], where: str) -> str:
-    """The question, with marks where several images stand; a single one goes to its front, as LLaVA was trained."""
+    """The text of a question, with marks for several images; `ask` puts a single image in front, as in training."""
     if any(kind == "text" and MARK in value for kind, value in content):
         raise BadRecord(f"{where}: the text holds {MARK!r}; send the image as a part, and leave the mark out")
     several = sum(kind == "image_url" for kind, _ in content) > 1
@@ -239,41 +263,39 @@ def _marked(content: Sequence[tuple[str, str]], where: str) -> str:
     return "\n".join(parts)
 
 
-def _jobs(a: Assistant, chat: Chat, values: Mapping[str, object], limits: Limits, name: str) -> tuple[Job, ...]:
-    """One job for each answer asked for."""
-    nothing = a.params["llama"]["embed"][:0]
-    unseen = replace(chat, feats={p.key: nothing for p in chat.pictures})  # the engine computes them
-    given, n = _length(values, limits), values.get("n", 1)
+def _answers(a: Assistant, chat: Chat, values: Fields, limits: Limits, name: str) -> tuple[AnswerRequest, ...]:
+    empty = a.model.embed[:0]
+    chat = replace(chat, feats={p.key: empty for p in chat.pictures})  # the engine computes the features
+    tokens, n = _length(values, limits), values.n
     if n > limits.samples:
         raise Refused(400, f"n={n}: this server gives at most {limits.samples} answers to a request", "n")
-    prompt, keys = assistant.prompt(a, unseen, Decoding(tokens=given or 1))
+    prompt, keys = conversation.prompt(a, chat, Decoding(tokens=tokens or 1))
     if len(keys) > limits.prompt:
         raise BadRecord(f"the prompt has {len(keys)} tokens, over this server's limit of {limits.prompt}; shorten it")
-    d = _decoding(values, given or min(limits.tokens, a.context - len(keys)), n)
-    d = assistant.stops(a, replace(d, samples=1))
-    return tuple(Job((name, j), prompt.ids, keys, chat.pictures, replace(d, seed=d.seed + j)) for j in range(n))
+    d = _decoding(values, tokens or min(limits.tokens, a.context - len(keys)))
+    d = with_stop(a, replace(d, samples=1))
+    return tuple(
+        AnswerRequest((name, j), prompt.ids, keys, chat.pictures, replace(d, seed=d.seed + j)) for j in range(n)
+    )
 
 
-def _length(values: Mapping[str, object], limits: Limits) -> int | None:
-    names = [name for name in ("max_tokens", "max_completion_tokens") if name in values]
-    if len(names) > 1:
-        raise Refused(400, "max_tokens and max_completion_tokens are one and the same; give one", names[0])
-    if names and values[names[0]] > limits.tokens:
-        raise Refused(400, f"{names[0]}={values[names[0]]}: this server writes at most {limits.tokens}", names[0])
-    return values[names[0]] if names else None
+def _length(values: Fields, limits: Limits) -> int | None:
+    """The limit of tokens that the request sets, if any."""
+    if values.max_tokens and values.max_completion_tokens:
+        raise Refused(400, "max_tokens and max_completion_tokens are one and the same; give one", "max_tokens")
+    name = "max_tokens" if values.max_tokens else "max_completion_tokens"
+    tokens = values.max_tokens or values.max_completion_tokens
+    if tokens and tokens > limits.tokens:
+        raise Refused(400, f"{name}={tokens}: this server writes at most {limits.tokens}", name)
+    return tokens
 
 
-def _decoding(values: Mapping[str, object], tokens: int, n: int) -> Decoding:
-    """Temperature 1 and a seed of chance unless given, as OpenAI's API has it."""
+def _decoding(values: Fields, tokens: int) -> Decoding:
+    seed = values.seed if values.seed is not None else secrets.randbelow(2**62)
     try:
         return Decoding(
-            tokens=tokens,
-            temperature=values.get("temperature", 1.0),
-            top_p=values.get("top_p", 1.0),
-            samples=n,
-            seed=values.get("seed", secrets.randbelow(2**62)),
-            stop=values.get("stop", ()),
-            logprobs=values.get("logprobs", False),
-        )
+            tokens=tokens, temperature=values.temperature, top_p=values.top_p, samples=values.n, seed=seed,
+            stop=values.stop, logprobs=values.logprobs,
+        )  # fmt: skip
     except ValueError as error:
         raise Refused(400, str(error)) from error

@@ -1,10 +1,11 @@
-"""Continuous batching: requests come and go in the slots of one cache, and a step gives each a token.
+"""Continuous batching: requests come and go in the slots of one cache, and a step decodes a token for each.
 
-    Desk -> admit -> Desk -> step -> Desk, pieces -> release -> Desk
+    Desk -> admit -> Desk -> step -> Desk, deltas -> release -> Desk
 
-A Desk is a value but for the tensors of its state, which are written: only the newest may be continued. What a slot
-holds stays when its answer is done, and a prompt that begins like it computes only the rest: the next turn of a
-conversation, another sample of the same question, the same system prompt. Each answer is what its prompt alone gives.
+A Desk is a value but for the tensors of its state, which are written: only the newest Desk may be continued. A slot
+keeps its keys and values when its answer is done, so that a later prompt with the same prefix computes only the rest:
+the next turn of a conversation, another sample of the same question, the same system prompt. An answer does not depend
+on the other slots.
 """
 
 from __future__ import annotations
@@ -16,63 +17,62 @@ import torch
 from torch import Tensor
 
 from llava_fn.cache import Cache
-from llava_fn.generate import assistant
-from llava_fn.generate import decode as generate
-from llava_fn.generate.assistant import Assistant, Picture
+from llava_fn.generate import conversation, decode
+from llava_fn.generate.assistant import Assistant, vocabulary
+from llava_fn.generate.conversation import Key, Picture, common_prefix, visible
 from llava_fn.generate.decode import ROOM
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import sample, uniforms
-from llava_fn.generate.types import DecodeState, PartialAnswer, Prompt, Words
+from llava_fn.generate.types import DecodeState, PartialAnswer, Prompt, Vocabulary
 
-Name = tuple[str, int]  # of an answer: its request's, and which of its samples
-Key = int | str  # a token, or the picture's key at one of its positions
+AnswerName = tuple[str, int]  # of the HTTP request, and the number of the sample
 
 
 @dataclass(frozen=True)
-class Job:
-    """One answer to write. keys: the token, or the picture's key, at each position of the prompt, ids beside it."""
+class AnswerRequest:
+    """One answer to write. ids and keys: the token id, and the conversation's key, of each position of the prompt."""
 
-    name: Name
+    name: AnswerName
     ids: tuple[int, ...]
     keys: tuple[Key, ...]
     pictures: tuple[Picture, ...]
-    decoding: Decoding  # its stop texts are those of the template too; one sample, no beams
+    decoding: Decoding  # the template's stop text included; one sample, no beams
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What a step added to an answer. ids and logprobs: of the new token, if it is shown; finish: stop or length."""
+class Delta:
+    """What a step added to an answer. finish: "stop" or "length" at the end of the answer."""
 
-    name: Name
+    name: AnswerName
     new: str
-    ids: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()  # the new token, unless it is one that ends answers
     logprobs: tuple[float, ...] = ()
     finish: str | None = None
 
 
 @dataclass(frozen=True)
 class Seat:
-    """A job in its slot, as far as it has come. uniform: f32[tokens], its random numbers."""
+    """A request in its slot. uniform: f32[tokens], a random number for each token. text: of all its deltas so far."""
 
-    job: Job
+    request: AnswerRequest
     uniform: Tensor
     row: PartialAnswer = PartialAnswer()
     steps: int = 0
-    shown: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Desk:
-    """b slots. state: of all of them. held: the keys that each row of the cache holds."""
+    """b slots. state: of all slots. cached: the keys of the positions that each row of the cache holds."""
 
     state: DecodeState
     seats: tuple[Seat | None, ...]
-    held: tuple[tuple[Key, ...], ...]
+    cached: tuple[tuple[Key, ...], ...]
     feats: Mapping[str, Tensor]  # of the newest pictures, key -> f[p, d]
 
     @property
     def free(self) -> int:
-        """Slots without a job."""
+        """The number of slots without a request."""
         return self.seats.count(None)
 
 
@@ -80,36 +80,37 @@ def empty(a: Assistant, slots: int) -> Desk:
     """A desk whose every slot has room for the assistant's whole context. ValueError without a slot."""
     if slots < 1:
         raise ValueError(f"slots={slots}: must be at least 1")
-    like = a.params["llama"]["embed"]
-    cache = Cache.empty(a.model.llama, slots, a.context, like)
-    seen = torch.zeros(slots, assistant.words(a).size, dtype=torch.bool, device=like.device)
-    state = DecodeState(like.new_zeros(slots, a.model.llama.width), cache, seen)
+    like = a.model.embed
+    seen = torch.zeros(slots, vocabulary(a).size, dtype=torch.bool, device=like.device)
+    state = DecodeState(like.new_zeros(slots, a.config.llama.width), a.model.cache(slots, a.context), seen)
     return Desk(state, (None,) * slots, ((),) * slots, {})
 
 
-def admit(a: Assistant, desk: Desk, job: Job) -> Desk:
-    """With the job in a free slot, its prompt computed. The desk has one, and the context has room for the answer."""
-    feats = assistant.features(a, job.pictures, desk.feats)
-    common = [assistant.common(job.keys[:-1], held) for held in desk.held]
+def admit(a: Assistant, desk: Desk, request: AnswerRequest) -> Desk:
+    """Takes a request into a free slot and prefills its prompt.
+
+    The caller makes sure that a slot is free and that the context has room for the answer.
+    """
+    feats = conversation.features(a, request.pictures, desk.feats)
+    common = [common_prefix(request.keys[:-1], cached) for cached in desk.cached]
     best = max(range(len(common)), key=lambda j: (common[j], desk.seats[j] is None))
     slot = _slot(desk, best, common)
     if slot != best and common[best]:
         _copy(desk.state.cache, best, slot, common[best])
-    none = a.params["llama"]["embed"][:0]
-    prompt = Prompt(job.ids, torch.cat([none, *(feats[p.key] for p in job.pictures)]))
+    prompt = Prompt(request.ids, torch.cat([a.model.embed[:0], *(feats[p.key] for p in request.pictures)]))
     part = _rows(desk.state, slot, slot + 1)
-    new = generate.prefill(a.params, [prompt], part.cache, assistant.words(a), a.model, [common[best]], a.run)
+    new = decode.prefill(a.model, [prompt], part.cache, vocabulary(a), [common[best]])
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
-    seat = Seat(job, uniforms([job.decoding.seed], job.decoding.tokens)[0])
-    return Desk(desk.state, _put(desk.seats, slot, seat), _put(desk.held, slot, job.keys), feats)
+    seat = Seat(request, uniforms([request.decoding.seed], request.decoding.tokens)[0])
+    return Desk(desk.state, _put(desk.seats, slot, seat), _put(desk.cached, slot, request.keys), feats)
 
 
 def _slot(desk: Desk, best: int, common: Sequence[int]) -> int:
-    """The slot that holds the most of the prompt if it is free; else the free one whose loss costs least."""
-    if desk.seats[best] is None and common[best] >= len(desk.held[best]) // 2:
+    """The slot `best` if it is free and keeps half of its positions; else the free slot with the fewest positions."""
+    if desk.seats[best] is None and common[best] >= len(desk.cached[best]) // 2:
         return best
-    return min((j for j, seat in enumerate(desk.seats) if seat is None), key=lambda j: (len(desk.held[j]), j))
+    return min((j for j, seat in enumerate(desk.seats) if seat is None), key=lambda j: (len(desk.cached[j]), j))
 
 
 def _copy(cache: Cache, source: int, target: int, n: int) -> None:
@@ -118,79 +119,81 @@ def _copy(cache: Cache, source: int, target: int, n: int) -> None:
 
 
 def release(desk: Desk, request: str) -> Desk:
-    """Without the answers of a request, which nobody waits for any more."""
-    return replace(desk, seats=tuple(s if s and s.job.name[0] != request else None for s in desk.seats))
+    """Frees the slots of an HTTP request. request: its name."""
+    return replace(desk, seats=tuple(s if s and s.request.name[0] != request else None for s in desk.seats))
 
 
 @torch.no_grad()
-def step(a: Assistant, desk: Desk) -> tuple[Desk, list[Piece]]:
-    """The next token of every answer. An answer that has ended leaves its slot."""
+def step(a: Assistant, desk: Desk) -> tuple[Desk, list[Delta]]:
+    """Decodes the next token of every answer. An answer that has ended leaves its slot."""
     busy = [j for j, seat in enumerate(desk.seats) if seat]
     if not busy:
         return desk, []
-    words, n = assistant.words(a), busy[-1] + 1
+    known, n = vocabulary(a), busy[-1] + 1
     state = _rows(desk.state, 0, n)
-    tokens, logprobs = _choose(generate.logits(a.params, state, a.model, a.run), state.seen, desk.seats[:n])
-    seats, pieces = list(desk.seats), []
-    for j in busy:
-        seats[j], piece = _grow(a, desk.seats[j], tokens[j], logprobs[j], words)
-        pieces.append(piece)
+    tokens, logprobs = _choose(decode.logits(a.model, state), state.seen, desk.seats[:n])
+    seats, deltas = list(desk.seats), []
+    for j, seat in enumerate(desk.seats):
+        if seat:
+            seats[j], delta = _grow(a, seat, tokens[j], logprobs[j], known)
+            deltas.append(delta)
     desk = replace(desk, seats=tuple(seats))
-    return (_feed(a, desk, tokens) if desk.free < len(seats) else desk), pieces
+    return (_feed(a, desk, tokens) if desk.free < len(seats) else desk), deltas
 
 
 def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> tuple[list[int], list[tuple[float, ...]]]:
-    """A token for each slot and its log-probability, if asked for. Slots of equal options are sampled together."""
-    groups: dict[Decoding, list[int]] = {}
+    """A token for each slot and, where requested, its log-probability. Slots of equal options are sampled together."""
+    groups: dict[Decoding, dict[int, Tensor]] = {}
     for j, seat in enumerate(seats):
         if seat:
-            alike = replace(seat.job.decoding, tokens=1, seed=0, stop=(), logprobs=False)
-            groups.setdefault(alike, []).append(j)
+            options = replace(seat.request.decoding, tokens=1, seed=0, stop=(), logprobs=False)
+            groups.setdefault(options, {})[j] = seat.uniform[seat.steps]
     ids = torch.zeros(len(seats), dtype=torch.long, device=logits.device)
-    for d, rows in groups.items():
-        uniform = torch.stack([seats[j].uniform[seats[j].steps] for j in rows]).to(logits.device)
+    for d, numbers in groups.items():
+        rows, uniform = list(numbers), torch.stack(list(numbers.values())).to(logits.device)
         ids[rows] = sample(logits[rows], seen[rows], uniform, d)
-    asked = [j for j, seat in enumerate(seats) if seat and seat.job.decoding.logprobs]
-    values = logits[asked].log_softmax(-1).gather(1, ids[asked][:, None])[:, 0].tolist() if asked else []
-    given = dict(zip(asked, values, strict=True))
-    return ids.tolist(), [(given[j],) if j in given else () for j in range(len(seats))]
+    rows = [j for j, seat in enumerate(seats) if seat and seat.request.decoding.logprobs]
+    values = logits[rows].log_softmax(-1).gather(1, ids[rows][:, None])[:, 0].tolist() if rows else []
+    logprobs = dict(zip(rows, values, strict=True))
+    return ids.tolist(), [(logprobs[j],) if j in logprobs else () for j in range(len(seats))]
 
 
 def _grow(
-    a: Assistant, seat: Seat, token: int, logprobs: tuple[float, ...], words: Words
-) -> tuple[Seat | None, Piece]:
-    d = seat.job.decoding
-    row = seat.row.grow(token, logprobs, d, words)
+    a: Assistant, seat: Seat, token: int, logprobs: tuple[float, ...], known: Vocabulary
+) -> tuple[Seat | None, Delta]:
+    """The seat after one more token, None if its answer has ended, and what the token adds to the answer."""
+    d = seat.request.decoding
+    row = seat.row.grow(token, logprobs, d, known)
     ended = row.ended or seat.steps + 1 == d.tokens
-    shown = assistant.shown(a.tokenizer.decode(row.ids), d.stop, ended)
+    text = visible(a.tokenizer.decode(row.ids), d.stop, ended)
     finish = ("stop" if row.ended else "length") if ended else None
     before = len(seat.row.ids)
-    piece = Piece(seat.job.name, shown[len(seat.shown) :], row.ids[before:], row.logprobs[before:], finish)
-    return None if ended else replace(seat, row=row, steps=seat.steps + 1, shown=shown), piece
+    delta = Delta(seat.request.name, text[len(seat.text) :], row.ids[before:], row.logprobs[before:], finish)
+    return None if ended else replace(seat, row=row, steps=seat.steps + 1, text=text), delta
 
 
 def _feed(a: Assistant, desk: Desk, tokens: Sequence[int]) -> Desk:
-    """The chosen tokens enter the cache, up to the last busy slot.
+    """A decoding step with the chosen tokens, for all rows up to the last busy slot.
 
-    A free row computes too. What it writes stands behind what it holds, and is never read.
+    Free rows among them compute too. They write behind the positions that they keep, and nobody reads what they write.
     """
     n = max(j for j, seat in enumerate(desk.seats) if seat) + 1
-    size = _reach(desk.state.cache, max(map(len, desk.held[:n])) + 1)
+    size = _reach(desk.state.cache, max(map(len, desk.cached[:n])) + 1)
     part = _rows(desk.state, 0, n)
-    lengths = torch.tensor([min(len(held), size - 1) for held in desk.held[:n]])
+    lengths = torch.tensor([min(len(keys), size - 1) for keys in desk.cached[:n]])
     c = part.cache
     part = replace(part, cache=Cache(c.k[:, :, :size], c.v[:, :, :size], lengths.to(c.lengths.device)))
-    new = generate.step(a.params, part, torch.tensor(tokens[:n], device=part.hidden.device), a.model, a.run)
+    new = decode.step(a.model, part, torch.tensor(tokens[:n], device=part.hidden.device))
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
-    held = [(*h, tokens[j]) if desk.seats[j] else h[: c.size - 1] for j, h in enumerate(desk.held)]
-    return replace(desk, held=tuple(held))
+    cached = [(*keys, tokens[j]) if desk.seats[j] else keys[: c.size - 1] for j, keys in enumerate(desk.cached)]
+    return replace(desk, cached=tuple(cached))
 
 
 def _reach(cache: Cache, tokens: int) -> int:
-    """How much of each row a step reads: few sizes, so that it costs what the rows hold, not the context.
+    """How many positions of each row a step is given: one of few sizes, so that its cost follows the rows' lengths.
 
-    On an NPU all of it: there the fused op reads as far as each row's length, and wants the whole buffer.
+    On an NPU all: the fused operator there stops at each row's length by itself, and needs the whole buffer.
     """
     size = ROOM
     while size < tokens:
@@ -199,7 +202,7 @@ def _reach(cache: Cache, tokens: int) -> int:
 
 
 def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
-    """A view of some slots: writing to it writes to the desk."""
+    """A view of some slots: writes to it are writes to the desk."""
     c = state.cache
     return DecodeState(
         state.hidden[start:end],

@@ -1,4 +1,4 @@
-"""The one thread that computes. Requests reach it by a queue, and their pieces leave by a call that never waits."""
+"""The one thread that computes. Requests reach it by a queue, and their deltas leave by a call that never blocks."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ from dataclasses import dataclass
 from llava_fn.generate.assistant import Assistant
 from llava_fn.serve import engine
 from llava_fn.serve.ask import Refused
-from llava_fn.serve.engine import Job, Piece
+from llava_fn.serve.engine import AnswerRequest, Delta
 from llava_fn.serve.options import Limits
 
-Emit = Callable[[Piece | Refused], None]
+Emit = Callable[[Delta | Refused], object]
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request on its way. emit: called by the thread with each piece, or with why there are no more."""
+    """An HTTP request on its way through the worker.
+
+    emit: called by the worker's thread with each delta, and with a Refused if the answer ends before its time.
+    """
 
     name: str
-    jobs: tuple[Job, ...]
+    answers: tuple[AnswerRequest, ...]
     emit: Emit
-    deadline: float  # of time.monotonic
+    deadline: float  # by time.monotonic
 
     @staticmethod
-    def of(name: str, jobs: tuple[Job, ...], emit: Emit, seconds: float) -> Ticket:
-        """One that has `seconds` from now."""
-        return Ticket(name, jobs, emit, time.monotonic() + seconds)
+    def of(name: str, answers: tuple[AnswerRequest, ...], emit: Emit, seconds: float) -> Ticket:
+        """A ticket whose deadline is in `seconds`."""
+        return Ticket(name, answers, emit, time.monotonic() + seconds)
 
 
 class Worker:
     """Owns the model's thread. `submit` and `cancel` may be called from any other, and return at once."""
 
-    def __init__(self, a: Assistant, slots: int, limits: Limits, crashed: Callable[[], None] = lambda: None) -> None:
-        """crashed: called if the thread ends by an error, which `error` then holds."""
-        self._a, self._limits, self._crashed = a, limits, crashed
+    def __init__(self, a: Assistant, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None) -> None:
+        """on_crash: called if the thread ends by an error, which is then in `error`."""
+        self._a, self._limits, self._on_crash = a, limits, on_crash
         self._desk = engine.empty(a, slots)
         self._inbox: queue.SimpleQueue[Ticket | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[str] = set()  # names of requests that have no slot yet
         self._open = True
-        self._tickets: dict[str, Ticket] = {}  # from here on the thread's own
-        self._left: dict[str, int] = {}
-        self._jobs: deque[Job] = deque()
+        self._tickets: dict[str, Ticket] = {}  # this and the next two are used by the thread alone
+        self._unfinished: dict[str, int] = {}  # name of a request -> number of its answers that are not done
+        self._pending: deque[AnswerRequest] = deque()  # answers that have no slot yet
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine")
 
@@ -65,17 +68,17 @@ class Worker:
             self._inbox.put(ticket)
 
     def cancel(self, name: str) -> None:
-        """Nobody waits for this request any more: its slots are free at the next step. It may be done already."""
-        self._begun(name)
+        """Give up a request, which may be done already. Its slots are free at the next step."""
+        self._leave_queue(name)
         self._inbox.put(name)
 
     def stop(self) -> None:
-        """End the thread; what is still under way is refused."""
+        """End the thread; requests that are not done get a Refused."""
         self._inbox.put(None)
         self._thread.join()
 
     def figures(self) -> dict[str, int]:
-        """How many slots are free and how many requests wait."""
+        """Numbers of slots, of free slots, and of requests that wait for a slot."""
         return {"slots": len(self._desk.seats), "free": self._desk.free, "waiting": len(self._waiting)}
 
     def _run(self) -> None:
@@ -94,10 +97,10 @@ class Worker:
         for ticket in self._tickets.values():
             ticket.emit(why)
         if self.error:
-            self._crashed()
+            self._on_crash()
 
     def _messages(self) -> Iterator[Ticket | str | None]:
-        """What has come in; waits for something if there is nothing to do."""
+        """What is in the inbox; blocks until something comes if there is nothing to compute."""
         if not self._tickets:
             yield self._inbox.get()
         yield from self._drain()
@@ -112,39 +115,39 @@ class Worker:
     def _receive(self, message: Ticket | str | None) -> bool:
         if isinstance(message, Ticket):
             self._tickets[message.name] = message
-            self._left[message.name] = len(message.jobs)
-            self._jobs.extend(message.jobs)
+            self._unfinished[message.name] = len(message.answers)
+            self._pending.extend(message.answers)
         elif message is not None:
-            self._drop(message)
+            self._remove(message)
         return message is not None
 
-    def _drop(self, name: str) -> Ticket | None:
-        self._begun(name)
-        self._jobs = deque(job for job in self._jobs if job.name[0] != name)
+    def _remove(self, name: str) -> None:
+        self._leave_queue(name)
+        self._pending = deque(answer for answer in self._pending if answer.name[0] != name)
         self._desk = engine.release(self._desk, name)
-        self._left.pop(name, None)
-        return self._tickets.pop(name, None)
+        self._unfinished.pop(name, None)
+        self._tickets.pop(name, None)
 
-    def _begun(self, name: str) -> None:
+    def _leave_queue(self, name: str) -> None:
         with self._lock:
             self._waiting.discard(name)
 
     def _expire(self) -> None:
         now, limit = time.monotonic(), self._limits.seconds
-        for name in [t.name for t in self._tickets.values() if t.deadline < now]:
-            why = f"not done within this server's limit of {limit:g} seconds"
-            self._drop(name).emit(Refused(504, why, code="time"))
+        for ticket in [t for t in self._tickets.values() if t.deadline < now]:
+            self._remove(ticket.name)
+            ticket.emit(Refused(504, f"not done within this server's limit of {limit:g} seconds", code="time"))
 
     def _work(self) -> None:
-        """One job more, if there is a slot, and one step: those that are being answered never wait for two prompts."""
-        if self._jobs and self._desk.free:
-            job = self._jobs.popleft()
-            self._begun(job.name[0])
-            self._desk = engine.admit(self._a, self._desk, job)
-        self._desk, pieces = engine.step(self._a, self._desk)
-        for piece in pieces:
-            name = piece.name[0]
-            self._tickets[name].emit(piece)
-            self._left[name] -= piece.finish is not None
-            if not self._left[name]:
-                self._drop(name)
+        """Prefill one prompt at most, if a slot is free, and one step: answers under way never wait for two prompts."""
+        if self._pending and self._desk.free:
+            request = self._pending.popleft()
+            self._leave_queue(request.name[0])
+            self._desk = engine.admit(self._a, self._desk, request)
+        self._desk, deltas = engine.step(self._a, self._desk)
+        for delta in deltas:
+            name = delta.name[0]
+            self._tickets[name].emit(delta)
+            self._unfinished[name] -= delta.finish is not None
+            if not self._unfinished[name]:
+                self._remove(name)

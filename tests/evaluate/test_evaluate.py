@@ -22,7 +22,7 @@ from llava_fn.evaluate import folder, prompts, run, task, tsv
 from llava_fn.evaluate.folder import Settings
 from llava_fn.evaluate.options import Rules
 from llava_fn.evaluate.records import Prediction
-from llava_fn.generate import assistant, options
+from llava_fn.generate import assistant, conversation, options
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
@@ -126,10 +126,10 @@ def test_answers_are_those_of_each_question_alone(whole, weights, files):
             s = prompts.style("vlmevalkit", a.form)
             cut = prompts.parts(s, prompts.question_text(q, kind), len(table.pictures[q.index]))
             ids = run.text.pieces(cut, a.tokenizer)
-            pictures = [assistant.picture(x, a) for x in table.images(q)]
+            pictures = [conversation.picture(x, a) for x in table.images(q)]
             d = Decoding(5)
-            asked = assistant.laid_out(a, ids, pictures, assistant.features(a, pictures, {}), d)[0]
-            ((want,),) = assistant.answers_to(a, [asked], d)
+            asked = conversation.prompt_of(a, ids, pictures, conversation.features(a, pictures, {}), d)[0]
+            ((want,),) = conversation.answers_to(a, [asked], d)
             assert (line["i"], line["p"], line["n"]) == (q.index, want.text.strip(), len(want.ids))
             assert line["st"] == "ok" and line["err"] == "" and line["t"] > 0
             different.add(line["p"])
@@ -195,9 +195,9 @@ def test_under_torchrun(config, whole, tmp_path):
 def test_nothing_is_asked_twice_and_a_changed_row_is_asked_again(config, monkeypatch, capsys):
     c = replace(config, data=(tsvs.chartqa(config.out.parent),))
     asked, made = [], []
-    answers, text = assistant.answers_to, prompts.question_text
+    answers, text = conversation.answers_to, prompts.question_text
     monkeypatch.setattr(prompts, "question_text", lambda q, kind: made.append(q.index) or text(q, kind))
-    monkeypatch.setattr(assistant, "answers_to", lambda a, p, d: asked.append(len(p)) or answers(a, p, d))
+    monkeypatch.setattr(conversation, "answers_to", lambda a, p, d: asked.append(len(p)) or answers(a, p, d))
     evaluate.main(c)
     before = final(c)
     evaluate.main(c)
@@ -362,9 +362,9 @@ def test_a_prompt_over_the_context_fails_with_its_numbers_and_is_never_cut(confi
             assert said[i]["p"] == roomy[i]
         else:
             assert "has not ended in the" in said[i]["err"] and said[i]["p"] == ""
-    answers = assistant.answers_to
+    answers = conversation.answers_to
     ended = lambda *x: [[replace(t, ended=True) for t in row] for row in answers(*x)]  # noqa: E731
-    monkeypatch.setattr(assistant, "answers_to", ended)
+    monkeypatch.setattr(conversation, "answers_to", ended)
     with pytest.raises(ValueError, match="^1 rows have no answer"):  # those that end in the room that is left are kept
         evaluate.main(replace(c, out=tmp_path / "ended"))
 
@@ -397,10 +397,10 @@ def test_batches_hold_what_is_alike_and_everything_once(whole):
 
 def test_an_image_is_seen_once_by_the_tower(config, monkeypatch):
     c, seen = only(config, "docvqa"), []
-    features = run.assistant.generate.features
-    monkeypatch.setattr(run.assistant.generate, "features", lambda p, x, c: seen.append(len(x)) or features(p, x, c))
-    picture, opened = assistant.picture, []
-    monkeypatch.setattr(assistant, "picture", lambda *x: opened.append(x[2]) or picture(*x))
+    features = run.conversation.decode.features
+    monkeypatch.setattr(run.conversation.decode, "features", lambda m, x: seen.append(len(x)) or features(m, x))
+    picture, opened = conversation.picture, []
+    monkeypatch.setattr(conversation, "picture", lambda *x: opened.append(x[2]) or picture(*x))
     evaluate.main(replace(c, batch=2))
     assert sum(seen) == 3 and len(opened) == 5  # opened once a batch, of four
 

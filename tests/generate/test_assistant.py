@@ -17,9 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava_fn import llama
 from llava_fn.batch import IMAGE
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant, options
-from llava_fn.generate import decode as generate
-from llava_fn.generate.assistant import Chat, ask, picture, reply, undo
+from llava_fn.generate import assistant, conversation, decode, options
+from llava_fn.generate.conversation import Chat, ask, picture, reply, undo
 from llava_fn.generate.options import ChatOptions, Decoding, Form
 
 D = Decoding(tokens=12)
@@ -135,10 +134,10 @@ def test_hf_preset_gives_the_ids_pixels_and_answers_of_transformers(hf_folder, p
     chat = ask(Chat(), "What is\nshown?", [picture(photo(), mine)])
     chat = dataclasses.replace(chat, turns=(*chat.turns, ("gpt", "A cat </s>.")))
     chat = ask(chat, "And <image> there?", [picture(photo((30, 44)), mine)])
-    chat = dataclasses.replace(chat, feats=assistant.features(mine, chat.pictures, {}))
+    chat = dataclasses.replace(chat, feats=conversation.features(mine, chat.pictures, {}))
     said = "USER: <image>\nWhat is\nshown? ASSISTANT: A cat </s>.</s>USER: And <image> there? ASSISTANT:"
     inputs = processor(images=[photo(), photo((30, 44))], text=said, return_tensors="pt")
-    (asked, _), marker = assistant.prompt(mine, chat, D), processor.tokenizer.convert_tokens_to_ids("<image>")
+    (asked, _), marker = conversation.prompt(mine, chat, D), processor.tokenizer.convert_tokens_to_ids("<image>")
     want = [mine.tokenizer.bos, *[IMAGE if i == marker else i for i in inputs["input_ids"][0].tolist()]]
     assert list(asked.ids) == want
     model = layouts.hf_model(dtype=torch.float32)
@@ -151,7 +150,7 @@ def test_hf_preset_gives_the_ids_pixels_and_answers_of_transformers(hf_folder, p
         input_ids=ids, pixel_values=inputs["pixel_values"], max_new_tokens=12, do_sample=False,
         suppress_tokens=list(range(layouts.C.llama.vocab, layouts.PADDED)),
     )[0, len(want) :].tolist()  # fmt: skip
-    ((found,),) = assistant.answers(mine, [chat], D)
+    ((found,),) = conversation.answers(mine, [chat], D)
     assert list(found.ids) == (out[: out.index(2)] if 2 in out else out)
 
 
@@ -159,7 +158,7 @@ def test_original_preset_is_llavas_own_prompt_and_pads_the_picture(hf_folder, to
     mine = assistant.load(ChatOptions((hf_folder,), device="cpu", preset="original"))
     shot = picture(photo(), mine)
     chat = ask(Chat(feats={shot.key: torch.zeros(4, layouts.C.llama.width)}), "What is shown?", [shot])
-    asked, _ = assistant.prompt(mine, chat, D)
+    asked, _ = conversation.prompt(mine, chat, D)
     spiece = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     system = (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
@@ -219,18 +218,18 @@ def test_questions_place_their_pictures(pictures):
 def test_marks_and_pictures_of_a_whole_conversation_must_agree(a, pictures):
     chat = Chat((("human", "<image> and <image>"),), tuple(pictures[:1]))
     with pytest.raises(BadRecord, match="the prompt has 2 <image> but 1 images"):
-        assistant.prompt(a, chat, D)
+        conversation.prompt(a, chat, D)
 
 
 def test_a_prompt_longer_than_the_context_is_named_and_never_cut(a, pictures):
     small = dataclasses.replace(a, context=300)
     chat = ask(Chat(), "word " * 30, pictures[:2])
-    chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
-    n = len(assistant.prompt(a, chat, D)[0].ids)
+    chat = dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
+    n = len(conversation.prompt(a, chat, D)[0].ids)
     said = f"the prompt has {n} tokens, 8 of them for 2 images; with tokens={301 - n} for the answer .* context of 300"
     with pytest.raises(BadRecord, match=said):
-        assistant.prompt(small, chat, dataclasses.replace(D, tokens=301 - n))
-    assert len(assistant.prompt(small, chat, dataclasses.replace(D, tokens=300 - n))[0].ids) == n
+        conversation.prompt(small, chat, dataclasses.replace(D, tokens=301 - n))
+    assert len(conversation.prompt(small, chat, dataclasses.replace(D, tokens=300 - n))[0].ids) == n
 
 
 QUESTIONS = (("What is this?", 1), ("And <image> beside <image>?", 2), ("So?", 0), ("Again <image>", 1))
@@ -241,16 +240,16 @@ def test_turns_on_one_cache_say_what_a_full_prefill_says_and_prefill_only_what_i
     for question, images in QUESTIONS:
         chat = ask(chat, question, pictures[at : at + images])
         fresh = Chat(chat.turns, chat.pictures)
-        held, rows[:] = chat.held, []
+        held, rows[:] = chat.cached, []
         chat, want = last(reply(a, chat, D)), last(reply(a, fresh, D))
-        assert chat.turns == want.turns and chat.held == want.held
-        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(held, want.held, strict=False)))
+        assert chat.turns == want.turns and chat.cached == want.cached
+        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(held, want.cached, strict=False)))
         assert rows[0] == rows[1] - len(same)
         assert not held or rows[0] < rows[1] / 2
         at += images
     text = "".join(said for _, said in chat.turns)
     assert "</s>" not in text and len({said for role, said in chat.turns if role == "gpt"}) > 1
-    n = len(chat.held)
+    n = len(chat.cached)
     torch.testing.assert_close(chat.cache.k[:, 0, :n], want.cache.k[:, 0, :n])
 
 
@@ -269,16 +268,16 @@ def test_a_question_asked_again_is_answered_from_the_cache_alone(a, pictures, mo
 
 
 def test_the_cache_holds_the_prompt_and_all_tokens_of_the_answer_but_the_last(a, pictures):
-    chat = ask(Chat(feats=assistant.features(a, pictures[:1], {})), "What is it?", pictures[:1])
-    _, keys = assistant.prompt(a, chat, D)
-    ((said,),) = assistant.answers(a, [chat], D)
-    assert not said.ended and last(reply(a, chat, D)).held == (*keys, *said.ids[:-1])
+    chat = ask(Chat(feats=conversation.features(a, pictures[:1], {})), "What is it?", pictures[:1])
+    _, keys = conversation.prompt(a, chat, D)
+    ((said,),) = conversation.answers(a, [chat], D)
+    assert not said.ended and last(reply(a, chat, D)).cached == (*keys, *said.ids[:-1])
 
 
 def test_history_ends_each_answer_with_one_eos(a, pictures):
     chat = last(reply(a, ask(Chat(), "What?", pictures[:1]), D))
     chat = ask(chat, "And?")
-    ids = list(assistant.prompt(a, chat, D)[0].ids)
+    ids = list(conversation.prompt(a, chat, D)[0].ids)
     assert ids.count(a.tokenizer.eos) == 1 and ids.count(a.tokenizer.bos) == 1
 
 
@@ -292,27 +291,28 @@ def test_undo_takes_back_the_last_question_its_pictures_and_its_answer(a, pictur
 
 
 def test_features_are_computed_once_for_each_picture(a, pictures, monkeypatch):
-    counts, features = [], generate.features
-    monkeypatch.setattr(generate, "features", lambda p, x, c: counts.append(len(x)) or features(p, x, c))
-    known = assistant.features(a, [*pictures[:2], *pictures[:2]], {})
-    known = assistant.features(a, pictures[1:4], known)
-    assert counts == [2, 2] and assistant.features(a, pictures[:4], known).keys() == known.keys() and len(counts) == 2
-    want = features(a.params, torch.stack([s.pixels for s in pictures[:4]]), a.model).split(4)
+    counts, features = [], decode.features
+    monkeypatch.setattr(decode, "features", lambda m, x: counts.append(len(x)) or features(m, x))
+    known = conversation.features(a, [*pictures[:2], *pictures[:2]], {})
+    known = conversation.features(a, pictures[1:4], known)
+    again = conversation.features(a, pictures[:4], known)
+    assert counts == [2, 2] and again.keys() == known.keys() and len(counts) == 2
+    want = features(a.model, torch.stack([s.pixels for s in pictures[:4]])).split(4)
     for shot, feats in zip(pictures, want, strict=False):
         torch.testing.assert_close(known[shot.key], feats, rtol=1e-4, atol=1e-4)  # of another number of images at once
 
 
 def test_only_so_many_features_are_kept(a, pictures, monkeypatch):
-    monkeypatch.setattr(assistant, "KEPT", 1)
-    known = assistant.features(a, pictures[:3], {})
-    after = assistant.features(a, pictures[3:4], known)
+    monkeypatch.setattr(conversation, "KEPT", 1)
+    known = conversation.features(a, pictures[:3], {})
+    after = conversation.features(a, pictures[3:4], known)
     assert list(after) == [pictures[2].key, pictures[3].key]
 
 
 def test_pieces_make_the_answer_that_a_batch_gives(a, pictures):
     d = Decoding(tokens=30, temperature=1.5, seed=3)
     chats = [ask(Chat(), f"What {j}?", pictures[: j % 3]) for j in range(4)]
-    for chat, (want,) in zip(chats, assistant.answers(a, chats, d), strict=True):
+    for chat, (want,) in zip(chats, conversation.answers(a, chats, d), strict=True):
         pieces = list(reply(a, chat, d))
         assert "".join(s.new for s in pieces) == want.text
         assert pieces[-1].chat.turns[-1] == ("gpt", want.text.strip())
@@ -333,23 +333,23 @@ def test_pieces_make_the_answer_that_a_batch_gives(a, pictures):
     ],
 )
 def test_what_may_still_change_is_held_back(whole, stop, want):
-    assert assistant.shown(whole, stop, False) == want
+    assert conversation.visible(whole, stop, False) == want
     ended = whole if not any(s in whole for s in stop) else want
-    assert assistant.shown(whole, stop, True) == ended
+    assert conversation.visible(whole, stop, True) == ended
 
 
 def test_characters_of_several_tokens_come_whole(a):
     text = "a 猫 and 🧑‍🚒 é"
     ids = a.tokenizer.encode(" " + text)
     assert len(ids) > len(text)
-    parts = [assistant.shown(a.tokenizer.decode(ids[:n]), (), False) for n in range(1, len(ids) + 1)]
+    parts = [conversation.visible(a.tokenizer.decode(ids[:n]), (), False) for n in range(1, len(ids) + 1)]
     assert all(text.startswith(part) for part in parts) and parts[-1] == text
 
 
 def test_a_caption_ends_at_its_newline_and_a_stop_text_is_cut(captioner, a, emojis, pictures):
     shot = picture(sorted((emojis / "images").iterdir())[0], captioner)
     chat = ask(Chat(), "", [shot])
-    assert 13 in assistant.words(captioner).ends and assistant.words(a).ends[-1] == a.tokenizer.eos
+    assert 13 in assistant.vocabulary(captioner).ends and assistant.vocabulary(a).ends[-1] == a.tokenizer.eos
     text = last(reply(captioner, chat, Decoding(tokens=40))).turns[-1][1]
     assert "\n" not in text
     chat = ask(Chat(), "What?", pictures[:1])
@@ -361,14 +361,14 @@ def test_a_caption_ends_at_its_newline_and_a_stop_text_is_cut(captioner, a, emoj
 @pytest.mark.parametrize("template, end", [("plain", "\n"), ("llava_v0", "###"), ("mpt", "<|im_end|>"), ("v1", None)])
 def test_what_ends_an_answer_in_a_template_is_a_stop_text(a, template, end):
     form = dataclasses.replace(a.form, template=template)
-    stop = assistant.stops(dataclasses.replace(a, form=form), Decoding(stop=("x",))).stop
+    stop = assistant.with_stop(dataclasses.replace(a, form=form), Decoding(stop=("x",))).stop
     assert stop == (("x", end) if end else ("x",))
 
 
 def test_a_step_is_compiled_if_that_is_asked_for(a, weights, pictures):
     m = options.ChatOptions((weights / "vicuna_v1",), device="cpu", compile="eager")
     compiled, d = assistant.load(m), Decoding(tokens=3)
-    assert a.run.step is llama.decode_step and compiled.run.step is not llama.decode_step
+    assert a.model.step is llama.decode_step and compiled.model.step is not llama.decode_step
     chat = ask(Chat(), "What?", pictures[:1])
     assert last(reply(compiled, chat, d)).turns == last(reply(a, chat, d)).turns
     with pytest.raises(ValueError, match="compile=nothing is no backend of torch.compile; there are: .*inductor"):

@@ -19,10 +19,9 @@ from transformers.generation.logits_process import (
 from llava_fn import config, llama, llava, spec, tree
 from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
-from llava_fn.generate import beams, sampling
-from llava_fn.generate import decode as generate
+from llava_fn.generate import beams, decode, sampling
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Answer, Decoder, Prompt, Words
+from llava_fn.generate.types import Answer, Model, Prompt, Vocabulary
 from llava_fn.weights.model import from_state_dict
 
 C = config.Llava(
@@ -38,7 +37,7 @@ def letters(ids):
 
 
 def words(size=C.llama.vocab, end=-7):
-    return Words(size, (end,), letters)
+    return Vocabulary(size, (end,), letters)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,11 @@ def samples(layouts=("i4", "1", "i7")):
 
 
 def prompts(p, *layouts):
-    return generate.prompts(p, samples(layouts) if layouts else samples(), C)
+    return decode.prompts(Model(p, C), samples(layouts) if layouts else samples())
 
 
 def answer(p, prompts, d, end=-7, **more):
-    return generate.generate(p, prompts, d, words(end=end), C, **more)
+    return decode.generate(Model(p, C), prompts, d, words(end=end), **more)
 
 
 def ids(answers):
@@ -107,14 +106,12 @@ def test_decoding_ends_when_every_row_has(params):
     calls = []
     (sample, *_), (free, *_) = samples(), [without_cache(params, s, -7, 12) for s in samples()]
     stop = free[5]
-    run = Decoder(step=lambda *args: calls.append(1) or llama.decode_step(*args))
-    got = generate.generate(
-        params, generate.prompts(params, [sample], C), Decoding(tokens=12), words(end=stop), C, run=run
-    )
+    m = Model(params, C, step=lambda *args: calls.append(1) or llama.decode_step(*args))
+    got = decode.generate(m, decode.prompts(m, [sample]), Decoding(tokens=12), words(end=stop))
     assert ids(got) == [[free[: free.index(stop)]]]
     assert len(calls) == free.index(stop)
     calls.clear()
-    generate.generate(params, generate.prompts(params, [sample], C), Decoding(tokens=3), words(), C, run=run)
+    decode.generate(m, decode.prompts(m, [sample]), Decoding(tokens=3), words())
     assert len(calls) == 2  # the last token is never fed
 
 
@@ -174,17 +171,17 @@ def test_prefill_and_decode_steps_equal_the_full_forward_pass(params, size):
 @pytest.mark.parametrize("held", [(1, 2, 3), (0, 4, 2)])
 def test_prefill_after_what_a_cache_holds_equals_one_prefill_of_all(params, held):
     many = prompts(params, "2i3", "i4", "6")
-    whole = generate.prefill(params, many, Cache.empty(C.llama, 3, 16, many[0].feats), words(), C)
+    whole = decode.prefill(Model(params, C), many, Cache.empty(C.llama, 3, 16, many[0].feats), words())
     cache = Cache.empty(C.llama, 3, 16, many[0].feats)
     cache.k.fill_(9.0)
     first = [(s, n) for s, n in zip(many, held, strict=True)]
     for j, (s, n) in enumerate(first):
         if n:
             some = Prompt(s.ids[:n], s.feats[: s.ids[:n].count(IMAGE)])
-            row = generate.prefill(params, [some], Cache.empty(C.llama, 1, 16, s.feats), words(), C).cache
+            row = decode.prefill(Model(params, C), [some], Cache.empty(C.llama, 1, 16, s.feats), words()).cache
             cache.k[:, j], cache.v[:, j] = row.k[:, 0], row.v[:, 0]
             cache.lengths[j] = n
-    again = generate.prefill(params, many, cache, words(), C, held)
+    again = decode.prefill(Model(params, C), many, cache, words(), held)
     same_but_rounded(again.hidden, whole.hidden)
     assert torch.equal(again.seen, whole.seen) and torch.equal(again.cache.lengths, whole.cache.lengths)
     for j, s in enumerate(many):
@@ -193,10 +190,10 @@ def test_prefill_after_what_a_cache_holds_equals_one_prefill_of_all(params, held
 
 def test_a_cache_that_grew_holds_what_it_held(params):
     many = prompts(params, "4", "i2")
-    state = generate.prefill(params, many, Cache.empty(C.llama, 2, 8, many[0].feats), words(), C)
+    state = decode.prefill(Model(params, C), many, Cache.empty(C.llama, 2, 8, many[0].feats), words())
     grown = dataclasses.replace(state, cache=state.cache.grown(20))
     assert (grown.cache.size, state.cache.grown(3).size) == (20, 8)
-    a, b = (generate.step(params, s, torch.tensor([4, 7]), C) for s in (state, grown))
+    a, b = (decode.step(Model(params, C), s, torch.tensor([4, 7])) for s in (state, grown))
     same_but_rounded(a.hidden, b.hidden)
 
 
@@ -231,7 +228,7 @@ def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
         made.append({x.untyped_storage().data_ptr(): x.storage_offset() for x in inputs if isinstance(x, torch.Tensor)})
         return graph
 
-    _, after = generate.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
+    _, after = decode.compiled_step(look)(params["llama"], torch.tensor([3, 5]), cache, c)
     assert after.k is cache.k and after.v is cache.v and after.lengths.tolist() == [1, 1]
     assert bool(cache.k[1, :, 0].any()) and not cache.k[:, :, 1:].any()
     ((given),) = made
@@ -241,17 +238,16 @@ def test_a_compiled_step_writes_into_the_cache_and_makes_no_other(params):
 
 def test_compiled_decoding_gives_the_same_tokens(params):
     c, d = dataclasses.replace(C, llama=dataclasses.replace(C.llama, blocks=1)), Decoding(tokens=4)
-    many, run = prompts(params), Decoder(step=generate.compiled_step("eager"))
-    assert run.step is not llama.decode_step
-    want = generate.generate(params, many, d, words(), c)
-    assert generate.generate(params, many, d, words(), c, run=run) == want
+    many, m = prompts(params), Model(params, c, step=decode.compiled_step("eager"))
+    assert m.step is not llama.decode_step
+    assert decode.generate(m, many, d, words()) == decode.generate(Model(params, c), many, d, words())
 
 
 def test_ids_outside_the_text_vocabulary_are_never_emitted(params):
     many = prompts(params, *LAYOUTS)
     for d in (Decoding(tokens=9), Decoding(tokens=9, temperature=5.0), Decoding(tokens=9, beams=3)):
-        free = ids(generate.generate(params, many, d, words(), C))
-        held = ids(generate.generate(params, many, d, words(size=17), C))
+        free = ids(decode.generate(Model(params, C), many, d, words()))
+        held = ids(decode.generate(Model(params, C), many, d, words(size=17)))
         assert max(i for row in free for a in row for i in a) >= 17
         assert max(i for row in held for a in row for i in a) < 17
 
@@ -267,7 +263,7 @@ def test_logprobs_are_those_of_the_model_and_not_of_the_options(params):
     assert answer(params, [s], dataclasses.replace(d, logprobs=False)) == [[Answer(got.ids, False)]]
 
 
-@pytest.mark.parametrize("kind, behind", [("cpu", 0), ("npu", generate.BEHIND)])
+@pytest.mark.parametrize("kind, behind", [("cpu", 0), ("npu", decode.BEHIND)])
 def test_the_host_reads_behind_on_an_accelerator_and_misses_nothing(kind, behind, monkeypatch):
     made, read = [], []
 
@@ -276,8 +272,8 @@ def test_the_host_reads_behind_on_an_accelerator_and_misses_nothing(kind, behind
             made.append(n)
             yield SimpleNamespace(device=SimpleNamespace(type=kind), n=n)
 
-    monkeypatch.setattr(generate, "_fetch", lambda x: lambda: x.n)
-    for n in generate.on_host(items()):
+    monkeypatch.setattr(decode, "_fetch", lambda x: lambda: x.n)
+    for n in decode.on_host(items()):
         read.append(n)
         assert len(made) == min(n + 1 + behind, 20)
     assert read == made == list(range(20))
@@ -297,10 +293,9 @@ def test_each_token_is_drawn_with_the_next_number_of_the_row(params):
     ((got,),) = answer(params, [s], d)
     numbers, ids = sampling.uniforms([9], 6), list(s.ids)
     for t, token in enumerate(got.ids):
-        state = generate.prefill(
-            params, [Prompt(tuple(ids), s.feats)], Cache.empty(C.llama, 1, 20, s.feats), words(), C
-        )
-        assert sampling.draw(generate.logits(params, state, C) / 1.5, numbers[:, t]).tolist() == [token]
+        m, one = Model(params, C), Prompt(tuple(ids), s.feats)
+        state = decode.prefill(m, [one], Cache.empty(C.llama, 1, 20, s.feats), words())
+        assert sampling.draw(decode.logits(m, state) / 1.5, numbers[:, t]).tolist() == [token]
         ids.append(token)
 
 
@@ -434,7 +429,7 @@ def test_text_equals_transformers_generate_token_for_token(name, way):
     many = [Prompt(tuple(row), p["llama"]["embed"][:0]) for row in rows]
     ends = (2, 17, 30, 41, 55, 60, 71, 82)  # several, so that some row ends early
     for end in ((2,), ends):
-        got = generate.generate(p, many, d, Words(c.vocab, end, letters), config.Llava(llama=c))
+        got = decode.generate(Model(p, config.Llava(llama=c)), many, d, Vocabulary(c.vocab, end, letters))
         for row, (found, *_) in zip(rows, got, strict=True):
             out = model.generate(
                 input_ids=torch.tensor([row]), max_new_tokens=14, do_sample=False, eos_token_id=list(end),
@@ -451,23 +446,24 @@ def test_text_equals_transformers_generate_token_for_token(name, way):
 def test_stop_texts_end_beams_as_in_transformers(penalty):
     c = LLAMA["grouped"]
     model = scramble(LlamaForCausalLM(hf_llama(c)))
-    p, known = from_state_dict(model.state_dict(), config.Llava(llama=c)), Words(c.vocab, (2,), letters)
+    p, known = from_state_dict(model.state_dict(), config.Llava(llama=c)), Vocabulary(c.vocab, (2,), letters)
+    m = Model(p, config.Llava(llama=c))
     many = [Prompt(tuple(row), p["llama"]["embed"][:0]) for row in ([5, 9, 60], [7], [90, 4], [8, 8, 3, 44])]
     d = Decoding(tokens=8, beams=3, length_penalty=penalty)
-    free = generate.generate(p, many, d, known, config.Llava(llama=c))
+    free = decode.generate(m, many, d, known)
     stop = tuple(letters(best.ids[j : j + 1 + j % 2]) for j, (best, *_) in enumerate(free, 3))  # one or two tokens
-    got = generate.generate(p, many, dataclasses.replace(d, stop=stop), known, config.Llava(llama=c))
+    got = decode.generate(m, many, dataclasses.replace(d, stop=stop), known)
     assert sum(a != b for a, b in zip(ids(got), ids(free), strict=True)) >= 3
     for asked, (found, *_) in zip(many, got, strict=True):
         n = len(asked.ids)
         out = model.generate(
             input_ids=torch.tensor([asked.ids]), max_new_tokens=8, do_sample=False, num_beams=3, eos_token_id=2,
             length_penalty=penalty, pad_token_id=2, return_dict_in_generate=True, output_scores=True,
-            stopping_criteria=[lambda x, _, n=n: torch.tensor([known.spell(i[n:], stop) for i in x.tolist()])],
+            stopping_criteria=[lambda x, _, n=n: torch.tensor([known.stopped(i[n:], stop) for i in x.tolist()])],
         )  # fmt: skip
         want = out.sequences[0, n:].tolist()
         want = want[: want.index(2)] if 2 in want else want
-        assert list(found.ids) == want and found.ended == (len(want) < 8 or known.spell(want, stop))
+        assert list(found.ids) == want and found.ended == (len(want) < 8 or known.stopped(want, stop))
         assert found.score == pytest.approx(float(out.sequences_scores[0]), rel=1e-4)
 
 
@@ -475,10 +471,10 @@ def test_stop_texts_end_beams_as_in_transformers(penalty):
 @pytest.mark.parametrize("c", CONFIGS, ids=lambda c: f"{c.vision.width}-{c.llama.width}")
 def test_llava_equals_transformers_generate_token_for_token(c, way):
     model, (mine, theirs) = hf_llava(c), HF[way]
-    p, many = ours(model, c), [sample(c, i, layout) for i, layout in enumerate(["ip", "ppppi", "pip", "pp", "ipi"])]
-    got = generate.generate(
-        p, generate.prompts(p, many, c), Decoding(tokens=8, **mine), Words(c.llama.vocab, (2,), letters), c
-    )
+    m = Model(ours(model, c), c)
+    many = [sample(c, i, layout) for i, layout in enumerate(["ip", "ppppi", "pip", "pp", "ipi"])]
+    known = Vocabulary(c.llama.vocab, (2,), letters)
+    got = decode.generate(m, decode.prompts(m, many), Decoding(tokens=8, **mine), known)
     for prompt, (found, *_) in zip(many, got, strict=True):
         inputs = hf_inputs(c, [prompt])
         del inputs["labels"]

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_fn.generate import assistant, options, session
-from llava_fn.generate import decode as generate
+from llava_fn.generate import assistant, conversation, decode, options, session
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
@@ -73,8 +72,8 @@ def test_lines_are_answered_as_each_alone_and_in_order(config):
     infer.main(change(config, batch=1, out=config.out.with_name("single.jsonl")))
     assert config.out.with_name("single.jsonl").read_text() == config.out.read_text()
     a = assistant.load(config.model)
-    picture = assistant.picture(next(iter(sorted((config.images / "images").iterdir()))), a)
-    *_, said = assistant.reply(a, assistant.ask(assistant.Chat(), "What is it?", [picture]), D)
+    picture = conversation.picture(next(iter(sorted((config.images / "images").iterdir()))), a)
+    *_, said = conversation.reply(a, conversation.ask(conversation.Chat(), "What is it?", [picture]), D)
     assert said.chat.turns[-1][1] == got[0]["answer"].strip()
 
 
@@ -114,8 +113,8 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(config, monkeypatc
     whole = config.out.read_text()
     config.out.write_text(whole[: whole.index("\n", whole.index("\n") + 1) + 20])  # killed inside the third row
     asked = []
-    answers = assistant.answers
-    monkeypatch.setattr(assistant, "answers", lambda a, chats, d: asked.append(len(chats)) or answers(a, chats, d))
+    answers = conversation.answers
+    monkeypatch.setattr(conversation, "answers", lambda a, chats, d: asked.append(len(chats)) or answers(a, chats, d))
     infer.main(config)
     assert config.out.read_text() == whole and asked == [2, 1]
     infer.main(config)
@@ -153,7 +152,7 @@ def test_a_file_that_holds_no_answers_is_left_as_it_is(config, content):
 
 
 def test_answers_are_read_back_whatever_line_breaks_stand_in_them(config, monkeypatch):
-    monkeypatch.setattr(assistant, "shown", lambda *_: "one\u2028two\x85three\x1cfour\r\nfive")
+    monkeypatch.setattr(conversation, "visible", lambda *_: "one\u2028two\x85three\x1cfour\r\nfive")
     infer.main(config)
     whole = config.out.read_bytes()
     config.out.write_bytes(whole[:-9])
@@ -162,7 +161,7 @@ def test_answers_are_read_back_whatever_line_breaks_stand_in_them(config, monkey
 
 
 def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
-    answers, calls = assistant.answers, []
+    answers, calls = conversation.answers, []
 
     def stop_at_the_second(*args):
         if calls:
@@ -170,7 +169,7 @@ def test_ctrl_c_keeps_the_answers_of_whole_batches(config, monkeypatch, capsys):
         calls.append(1)
         return answers(*args)
 
-    monkeypatch.setattr(assistant, "answers", stop_at_the_second)
+    monkeypatch.setattr(conversation, "answers", stop_at_the_second)
     with pytest.raises(SystemExit) as stopped:
         infer.main(config)
     assert stopped.value.code == 130 and "keeps what is done" in capsys.readouterr().err
@@ -304,7 +303,7 @@ def test_a_bad_turn_changes_nothing(talk, tmp_path):
 
 def test_ctrl_c_keeps_what_was_said(talk, monkeypatch, capsys):
     a, say, images = talk
-    reply = assistant.reply
+    reply = conversation.reply
 
     def stopped(n):
         def pieces(*args):
@@ -313,16 +312,16 @@ def test_ctrl_c_keeps_what_was_said(talk, monkeypatch, capsys):
                     raise KeyboardInterrupt
                 yield said
 
-        monkeypatch.setattr(assistant, "reply", pieces)
+        monkeypatch.setattr(conversation, "reply", pieces)
 
     whole = say("What?")
     stopped(3)
     s = say("What?")
     assert whole.chat.turns[1][1].startswith(s.chat.turns[1][1]) and s.chat.turns != whole.chat.turns
     assert "[stopped]" in capsys.readouterr().out
-    monkeypatch.setattr(assistant, "reply", reply)
-    fresh = assistant.Chat(s.chat.turns)
-    *_, want = reply(a, assistant.ask(fresh, "And?"), D)
+    monkeypatch.setattr(conversation, "reply", reply)
+    fresh = conversation.Chat(s.chat.turns)
+    *_, want = reply(a, conversation.ask(fresh, "And?"), D)
     assert say("And?", s=s).chat.turns == want.chat.turns
     stopped(0)
     assert say("And?", s=s).chat.turns == s.chat.turns
@@ -332,7 +331,7 @@ def test_ctrl_c_before_the_first_word_leaves_nothing_of_the_question_behind(talk
     a, say, images = talk
     asked = say("What is it?")
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "steps", interrupted)  # the prompt has been computed
+        patch.setattr(decode, "steps", interrupted)  # the prompt has been computed
         back = say("/undo", "Whose?", s=asked)
     assert back.chat.turns == () and say("What is it?", s=back).chat.turns == asked.chat.turns
 

@@ -12,12 +12,11 @@ from test_parity import CONFIGS, HF_IMAGE, hf_inputs, hf_llava, ours, sample
 
 from llava_fn import linear, llama
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant, options
-from llava_fn.generate import decode as generate
-from llava_fn.generate.assistant import Chat
+from llava_fn.generate import assistant, conversation, decode, options
+from llava_fn.generate.conversation import Chat
 from llava_fn.generate.look import answer_ids, attention_maps, look, words
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Prompt
+from llava_fn.generate.types import Model, Prompt
 
 draw, infer = recipe("look"), recipe("infer")
 
@@ -30,7 +29,8 @@ def test_maps_and_hidden_states_equal_transformers(c, read):
     p, s = ours(peer, c), sample(c, 3, "p2ip3i4")
     with torch.no_grad():
         want = peer(**hf_inputs(c, [s]), output_attentions=True, output_hidden_states=True)
-    x = generate.embed(p, generate.prompts(p, [s], c))
+    m = Model(p, c)
+    x = decode.embed(m, decode.prompts(m, [s]))
     hidden, maps = attention_maps(p["llama"], x, read, c.llama)
     torch.testing.assert_close(maps, torch.stack(want.attentions)[:, 0, :, -read:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden, want.hidden_states[-1][0, -read:], rtol=1e-4, atol=1e-5)
@@ -55,23 +55,23 @@ def images(emojis):
 
 
 def test_a_word_looks_where_the_positions_look_that_choose_its_tokens(a, images):
-    chat = assistant.ask(Chat(), "Is <image> like <image>?", [assistant.picture(path, a) for path in images])
+    chat = conversation.ask(Chat(), "Is <image> like <image>?", [conversation.picture(path, a) for path in images])
     ids = answer_ids(a, chat, "kangaroo \u6f22 is\nit")
     spans = words(a.tokenizer, ids)
     assert [word for word, _, _ in spans] == ["kangaroo", "\u6f22", "is", "it"]
     assert max(end - start for _, start, end in spans) > 1 and spans[-1][2] == len(ids)
     seen = look(a, chat, ids)
-    chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
-    asked, keys = assistant.prompt(a, chat, Decoding(tokens=99))
+    chat = dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
+    asked, keys = conversation.prompt(a, chat, Decoding(tokens=99))
     whole = Prompt((*asked.ids, *ids), asked.feats)
-    x = generate.embed(a.params, [whole])
-    _, every = attention_maps(a.params["llama"], x, len(x), a.model.llama)  # of all positions, one by one
+    x = decode.embed(a.model, [whole])
+    _, every = attention_maps(a.model.params["llama"], x, len(x), a.config.llama)  # of all positions, one by one
     for row, (_, start, end) in zip(seen.maps, spans, strict=True):
         alone = every[:, :, len(asked.ids) - 1 + start : len(asked.ids) - 1 + end, :-1].mean(2)
         same_but_rounded(row, alone)
     same_but_rounded(seen.maps.sum(-1), torch.ones(seen.maps.shape[:3]))
-    side = a.model.vision.image // a.model.vision.patch
-    assert seen.patches.shape == (4, a.model.llama.blocks, a.model.llama.heads, 2, side, side)
+    side = a.config.vision.image // a.config.vision.patch
+    assert seen.patches.shape == (4, a.config.llama.blocks, a.config.llama.heads, 2, side, side)
     second = keys.index(chat.pictures[1].key)
     same_but_rounded(seen.patches[:, :, :, 1, -1, 0], seen.maps[..., second + side * (side - 1)])
     shares = seen.shares()
@@ -81,20 +81,20 @@ def test_a_word_looks_where_the_positions_look_that_choose_its_tokens(a, images)
 
 
 def test_the_model_that_is_looked_at_is_the_one_that_answers(a, images):
-    chat = assistant.ask(Chat(), "What is it?", [assistant.picture(images[0], a)])
-    small = dataclasses.replace(a, params=linear.quantise(a.params))
-    for model in (a, small):
-        feats = assistant.features(model, chat.pictures, {})
+    chat = conversation.ask(Chat(), "What is it?", [conversation.picture(images[0], a)])
+    int8 = dataclasses.replace(a.model, params=linear.quantise(a.model.params))
+    for b in (a, dataclasses.replace(a, model=int8)):
+        feats = conversation.features(b, chat.pictures, {})
         with_feats = dataclasses.replace(chat, feats=feats)
-        ((found,),) = assistant.answers(model, [with_feats], Decoding(tokens=5))
-        asked, _ = assistant.prompt(model, with_feats, Decoding(tokens=5))
-        x = generate.embed(model.params, [Prompt((*asked.ids, *found.ids[:-1]), asked.feats)])
-        hidden, _ = attention_maps(model.params["llama"], x, 5, model.model.llama)
-        assert tuple(llama.logits(model.params["llama"], hidden, model.model.llama).argmax(-1).tolist()) == found.ids
+        ((found,),) = conversation.answers(b, [with_feats], Decoding(tokens=5))
+        asked, _ = conversation.prompt(b, with_feats, Decoding(tokens=5))
+        x = decode.embed(b.model, [Prompt((*asked.ids, *found.ids[:-1]), asked.feats)])
+        hidden, _ = attention_maps(b.model.params["llama"], x, 5, b.config.llama)
+        assert tuple(llama.logits(b.model.params["llama"], hidden, b.config.llama).argmax(-1).tolist()) == found.ids
 
 
 def test_an_answer_in_training_form_is_read_back(a):
-    chat = assistant.ask(Chat(), "Say it.")
+    chat = conversation.ask(Chat(), "Say it.")
     assert a.tokenizer.decode(answer_ids(a, chat, "red cat")).strip() == "red cat"
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn_is_said(more, said, weights, images, tmp_path):
 
 
 def test_an_answer_without_words_is_said(a, images):
-    chat = assistant.ask(Chat(), "What?", [assistant.picture(images[0], a)])
+    chat = conversation.ask(Chat(), "What?", [conversation.picture(images[0], a)])
     for ids in ((), tuple(a.tokenizer.encode("\n"))):
         with pytest.raises(BadRecord, match="the answer has no words"):
             look(a, chat, ids)

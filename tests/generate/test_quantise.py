@@ -7,10 +7,9 @@ import torch
 
 from llava_fn import linear, llama, llava, spec, tree
 from llava_fn.batch import Stream, collate
-from llava_fn.generate import assistant
-from llava_fn.generate import decode as generate
+from llava_fn.generate import assistant, conversation, decode
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Decoder, Words
+from llava_fn.generate.types import Model, Vocabulary
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
@@ -88,19 +87,19 @@ def test_the_model_runs_as_with_the_weights_that_int8_stands_for(params, small, 
     want = llava.nll(opened(small), batch, tiny)
     torch.testing.assert_close(llava.nll(small, batch, tiny), want, rtol=0, atol=0)
     assert not torch.equal(want, llava.nll(params, batch, tiny))
-    d, words = Decoding(tokens=8, logprobs=True), Words(tiny.llama.vocab, (-7,), str)
-    questions = generate.prompts(params, samples[:4], tiny)
-    said = generate.generate(small, questions, d, words, tiny)
-    assert said == generate.generate(opened(small), questions, d, words, tiny)
+    d, words = Decoding(tokens=8, logprobs=True), Vocabulary(tiny.llama.vocab, (-7,), str)
+    questions = decode.prompts(Model(params, tiny), samples[:4])
+    said = decode.generate(Model(small, tiny), questions, d, words)
+    assert said == decode.generate(Model(opened(small), tiny), questions, d, words)
 
 
 @pytest.mark.slow
 def test_compiled_decoding_makes_the_weights_whole_in_its_graph(params, small, samples, tiny):
-    d, words = Decoding(tokens=8), Words(tiny.llama.vocab, (-7,), str)
-    questions = generate.prompts(params, samples[:4], tiny)
+    d, words = Decoding(tokens=8), Vocabulary(tiny.llama.vocab, (-7,), str)
+    questions = decode.prompts(Model(params, tiny), samples[:4])
     said, want = (
-        generate.generate(small, questions, d, words, tiny, run=r)
-        for r in (Decoder(step=generate.compiled_step("eager")), Decoder())
+        decode.generate(m, questions, d, words)
+        for m in (Model(small, tiny, step=decode.compiled_step("eager")), Model(small, tiny))
     )
     assert said == want
 
@@ -124,13 +123,13 @@ def test_an_assistant_moves_leaves_one_by_one_into_the_dtype_asked_for(weights):
     form = assistant.form_of(source)
     to = assistant.Placement(torch.device("cpu"), torch.bfloat16, int8=True)
     a = assistant.place(source, form, to)
-    kinds = {path[-1]: x.dtype for path, x in zip(tree.paths(a.params), tree.values(a.params), strict=True)}
+    kinds = {path[-1]: x.dtype for path, x in zip(tree.paths(a.model.params), tree.values(a.model.params), strict=True)}
     assert kinds.pop("int8") == torch.int8 and kinds.pop("scale") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
-    block = whole(a.params["llama", "blocks", "0"])
+    block = whole(a.model.params["llama", "blocks", "0"])
     assert {x.dtype for x in block.values()} == {torch.bfloat16}
     assert {n: x.shape for n, x in block.items()} == {
-        path[0]: param.shape for path, param in spec.leaves(llama.spec(a.model.llama)["blocks"]["0"])
+        path[0]: param.shape for path, param in spec.leaves(llama.spec(a.config.llama)["blocks"]["0"])
     }
-    *_, said = assistant.reply(a, assistant.ask(assistant.Chat(), "What?"), Decoding(tokens=4))
+    *_, said = conversation.reply(a, conversation.ask(conversation.Chat(), "What?"), Decoding(tokens=4))
     assert said.ended

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llava_fn import config, llama, spec
 from llava_fn.batch import Stream
-from llava_fn.generate import decode as generate
+from llava_fn.generate import decode
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Prompt, Words
+from llava_fn.generate.types import Model, Prompt, Vocabulary
 from llava_fn.weights import model
 from llava_fn.weights.source import open_source
 
@@ -78,9 +78,9 @@ def test_greedy_text_equals_transformers(both):
 def test_generated_text_equals_transformers_token_for_token(both, beams):
     peer, tokenizer, c, p = both
     whole, texts = config.Llava(config.LLAVA_EMOJI.vision, c), [tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
-    words, d = Words(c.vocab, (tokenizer.eos_token_id,), str), Decoding(tokens=32, beams=beams)
+    words, d = Vocabulary(c.vocab, (tokenizer.eos_token_id,), str), Decoding(tokens=32, beams=beams)
     prompts = [Prompt(tuple(ids), p["llama", "embed"][:0]) for ids in texts]
-    answers = generate.generate(p, prompts, d, words, whole)  # of all prompts, whose lengths differ, in one batch
+    answers = decode.generate(Model(p, whole), prompts, d, words)  # of all prompts, whose lengths differ, in one batch
     for ids, (answer, *_) in zip(texts, answers, strict=True):
         how = {"max_new_tokens": 32, "do_sample": False, "num_beams": beams, "pad_token_id": tokenizer.eos_token_id}
         want = peer.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **how)[0].tolist()

@@ -19,11 +19,11 @@ from test_infer import ENV, ROOT, infer
 from llava_fn import config, linear, llama, llava, spec, tree
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.generate import assistant, options
-from llava_fn.generate import decode as generate
-from llava_fn.generate.assistant import Chat, Placement, ask, picture
+from llava_fn.generate import assistant, conversation, decode, options
+from llava_fn.generate.assistant import Placement
+from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Decoder, Words
+from llava_fn.generate.types import Model, Vocabulary
 from llava_fn.launch import processes
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
@@ -73,11 +73,11 @@ def share(p, c, mesh):
 
 def say(model, mesh, int8, layouts, d, seeds=None):
     c = MODELS[model]
-    p, run = share(random(c), c, mesh), Decoder(TP(mesh.tp, sequence=False))
+    p = share(random(c), c, mesh)
     if int8:
         p = linear.quantise(p, axis=mesh.tp)
-    many = generate.prompts(p, samples(layouts), c)
-    return generate.generate(p, many, d, Words(c.llama.vocab, (5,), str), c, seeds, run)
+    m = Model(p, c, TP(mesh.tp, sequence=False))
+    return decode.generate(m, decode.prompts(m, samples(layouts)), d, Vocabulary(c.llama.vocab, (5,), str), seeds)
 
 
 def every(mesh):
@@ -95,10 +95,11 @@ def talk(weights, picture_path, mesh, int8=False):
     a = assistant.place(source, assistant.form_of(source), to)
     chat, said = ask(Chat(), "What is shown?", [picture(picture_path, a)]), []
     for question in ("And what else?", None):
-        *_, last = assistant.reply(a, chat, Decoding(tokens=6))
+        *_, last = conversation.reply(a, chat, Decoding(tokens=6))
         said.append(last.chat.turns[-1][1])
         chat = ask(last.chat, question) if question else chat
-    return said, last.chat.cache.k.shape, {path: x.shape for path, x in zip(*map(list, read(a.params)), strict=True)}
+    shapes = {path: x.shape for path, x in zip(*map(list, read(a.model.params)), strict=True)}
+    return said, last.chat.cache.k.shape, shapes
 
 
 def read(params):

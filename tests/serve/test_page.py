@@ -11,7 +11,7 @@ from PIL import Image
 from serving import alone, serving
 
 from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Chat, ask, picture
+from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 

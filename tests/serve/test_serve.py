@@ -30,8 +30,8 @@ from serving import alone, serving
 from llava_fn.data.templates import TEMPLATES
 from llava_fn.data.text import render
 from llava_fn.errors import BadRecord
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Chat, ask, picture
+from llava_fn.generate import assistant, conversation
+from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import app, engine
 from llava_fn.serve import ask as ask_of
@@ -92,7 +92,7 @@ def test_an_answer_is_that_of_the_functions(server, a):
         assert choice.message.role == "assistant"
         assert choice.message.content == alone(a, SAID, Decoding(tokens=tokens))
         assert choice.finish_reason == "length" and got.usage.completion_tokens == tokens
-        prompt = assistant.prompt(a, SAID, Decoding(tokens=1))[1]
+        prompt = conversation.prompt(a, SAID, Decoding(tokens=1))[1]
         assert got.usage.prompt_tokens == len(prompt) and got.usage.total_tokens == len(prompt) + tokens
 
 
@@ -127,12 +127,12 @@ def test_turns_and_a_system_prompt(server, a, files):
     chat = ask(Chat(system="Be brief."), "What?", [shot])
     chat = ask(dataclasses.replace(chat, turns=(*chat.turns, ("gpt", "A cat"))), "And?")
     assert got.choices[0].message.content == alone(a, chat, Decoding(tokens=12))
-    assert got.usage.prompt_tokens == len(assistant.prompt(a, _featured(a, chat), Decoding())[1])
+    assert got.usage.prompt_tokens == len(conversation.prompt(a, _featured(a, chat), Decoding())[1])
     assert got.usage.prompt_tokens < create(server, [*turns, HI[0]]).usage.prompt_tokens
 
 
 def _featured(a, chat):
-    return dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
+    return dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
 
 
 PLACES = {
@@ -207,7 +207,7 @@ def test_without_a_seed_and_a_temperature_answers_differ(server):
 
 def test_log_probabilities_of_each_token(server, a):
     chat = dataclasses.replace(SAID)
-    ((want,),) = assistant.answers(a, [chat], Decoding(tokens=12, logprobs=True))
+    ((want,),) = conversation.answers(a, [chat], Decoding(tokens=12, logprobs=True))
     said = create(server, logprobs=True).choices[0].logprobs.content
     assert [t.logprob for t in said] == pytest.approx(want.logprobs, abs=1e-4)
     assert "".join(t.token for t in said).removeprefix(" ") == want.text
@@ -320,7 +320,7 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused(a):
     for _ in range(5000):
         deep = [deep]
     with pytest.raises(BadRecord, match="messages.0. is an object .* not what is nested so deeply"):
-        ask_of.conversation([deep], a, ask_of.Limits())
+        ask_of.chat_of([deep], a, ask_of.Limits())
 
 
 def test_fields_that_ask_for_nothing_are_fine(server):
@@ -581,7 +581,7 @@ def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
 def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(recipe, weights, monkeypatch, capsys):
     model = ChatOptions((weights / "plain",), device="cpu")
     monkeypatch.setattr(Worker, "start", lambda w: setattr(w, "error", ValueError("lost")) or threading.Timer(
-        0.5, w._crashed).start())  # fmt: skip
+        0.5, w._on_crash).start())  # fmt: skip
     monkeypatch.setattr(Worker, "stop", lambda w: None)
     with pytest.raises(ValueError, match="the model failed: ValueError..lost"):
         recipe.main(recipe.Serve(model, host="127.0.0.2", port=0))

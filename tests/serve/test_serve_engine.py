@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from llava_fn import llama
-from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Chat, ask, picture
+from llava_fn.generate import assistant, conversation
+from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 from llava_fn.serve.ask import Refused
-from llava_fn.serve.engine import Job
+from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Ticket, Worker
 
@@ -45,16 +45,16 @@ def chats(a, emojis):
 
 
 def job(a, chat, d, name="x", sample=0):
-    none = a.params["llama"]["embed"][:0]
-    d = assistant.stops(a, d)
-    prompt, keys = assistant.prompt(a, dataclasses.replace(chat, feats={p.key: none for p in chat.pictures}), d)
-    return Job((name, sample), prompt.ids, keys, chat.pictures, d)
+    none = a.model.embed[:0]
+    d = assistant.with_stop(a, d)
+    prompt, keys = conversation.prompt(a, dataclasses.replace(chat, feats={p.key: none for p in chat.pictures}), d)
+    return AnswerRequest((name, sample), prompt.ids, keys, chat.pictures, d)
 
 
 def alone(a, chat, d):
     """ids, text, logprobs, ended: by the functions that answer one batch at a time."""
-    chat = dataclasses.replace(chat, feats=assistant.features(a, chat.pictures, {}))
-    ((text,),) = assistant.answers(a, [chat], d)
+    chat = dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
+    ((text,),) = conversation.answers(a, [chat], d)
     return text.ids, text.text, text.logprobs, text.ended
 
 
@@ -148,9 +148,9 @@ def test_a_slot_keeps_a_long_conversation_when_a_short_beginning_is_all_that_is_
     long = job(a, ask(Chat(system="Be brief."), "What is the name of this and of that? " * 3), Decoding(tokens=20))
     desk, _ = serve(a, [long], 2)
     other = job(a, ask(Chat(system="Be brief."), "Why?"), Decoding(tokens=3), "y")
-    assert 0 < assistant.common(other.keys, long.keys) < len(long.keys) / 2
+    assert 0 < conversation.common_prefix(other.keys, long.keys) < len(long.keys) / 2
     desk, _ = serve(a, [other], 2, desk)
-    assert desk.held[0][: len(long.keys)] == long.keys and desk.held[1][: len(other.keys)] == other.keys
+    assert desk.cached[0][: len(long.keys)] == long.keys and desk.cached[1][: len(other.keys)] == other.keys
 
 
 def test_a_released_slot_is_free_and_the_others_go_on(a, chats):
@@ -167,8 +167,8 @@ def test_a_released_slot_is_free_and_the_others_go_on(a, chats):
 
 
 def test_features_of_a_picture_are_computed_once(a, chats, monkeypatch):
-    counts, features = [], assistant.generate.features
-    monkeypatch.setattr(assistant.generate, "features", lambda p, x, c: counts.append(len(x)) or features(p, x, c))
+    counts, features = [], conversation.decode.features
+    monkeypatch.setattr(conversation.decode, "features", lambda m, x: counts.append(len(x)) or features(m, x))
     serve(a, [job(a, chats[i], Decoding(tokens=2), f"{j}") for j, i in enumerate((0, 0, 3, 2))], 1)
     assert counts == [1, 2]
 

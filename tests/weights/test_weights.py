@@ -21,6 +21,7 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.generate.decode import greedy
+from llava_fn.generate.types import Model
 from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.weights import export, model, placing
 from llava_fn.weights.source import open_source
@@ -161,7 +162,7 @@ def test_transformers_loads_the_export_and_computes_the_same(name, folders, peer
     mine = tree.cast(model.load(source), torch.float32)
     sample = Sample("x", tuple(IMAGE if i == C.llama.vocab else i for i in ids), tuple([False] * 8 + [True]), pixels)
     new = said[0, len(ids) :].tolist()
-    assert greedy(mine, [sample], 2, 12, C)[0] == (new[: new.index(2)] if 2 in new else new)
+    assert greedy(Model(mine, C), [sample], 2, 12)[0] == (new[: new.index(2)] if 2 in new else new)
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.convert_tokens_to_ids("<image>") == C.llama.vocab
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llava_fn import config, kernels, llava, spec, train, tree
 from llava_fn.batch import IMAGE, Sample, collate
-from llava_fn.generate import decode as generate
+from llava_fn.generate import decode
+from llava_fn.generate.types import Model
 from llava_fn.grad import value_and_grad
 from llava_fn.kernels import Segments
 
@@ -205,9 +206,9 @@ def test_model_in_npu_form_has_the_loss_and_gradients_of_the_reference(params, o
 
 
 def test_greedy_continuation_in_npu_form_is_that_of_the_reference(params, on_npu):
-    want = generate.greedy(params, samples(), -1, 8, C)
+    want = decode.greedy(Model(params, C), samples(), -1, 8)
     on_npu()
-    assert generate.greedy(params, samples(), -1, 8, C) == want and len({tuple(x) for x in want}) == 3
+    assert decode.greedy(Model(params, C), samples(), -1, 8) == want and len({tuple(x) for x in want}) == 3
 
 
 def test_the_emulations_keep_the_signatures_of_the_real_ops():
