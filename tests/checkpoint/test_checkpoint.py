@@ -519,3 +519,19 @@ def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):
         open_origin(tiny, words, None).parameters("projector", 0, zero, CPU)
     with pytest.raises(ValueError, match="train=projector.llama does not train vision, which"):
         open_origin(tiny, words, None).parameters("projector+llama", 0, zero, CPU)
+
+
+def test_a_run_hashes_no_file_of_tensors_twice(based, monkeypatch, tiny):
+    hashed = []
+
+    def seen(path):
+        hashed.append(path)
+        return digest(path)
+
+    digest = boxes.digest
+    for module in (boxes, checkpoint):
+        monkeypatch.setattr(module, "digest", seen)
+    origin = open_origin(None, None, based[0])
+    origin.parameters("projector", 3, replace(HALF, spec=llava.spec(tiny)), CPU)
+    origin.whole(based[1], CPU)
+    assert sorted(p for p in hashed if p.suffix == ".safetensors") == [f / "params.safetensors" for f in based]
