@@ -67,7 +67,7 @@ def random_leaf(shape: tuple[int, ...], rng: np.random.Generator) -> Leaf:
 def make(folder: Path, c: Llava) -> int:
     """Write a random model of this size in the llava-hf layout, and return its largest tensor's bytes."""
     rng, words = np.random.default_rng(0), Path(importlib.util.find_spec("mistral_common").origin).parent
-    parts = {part: placing.shapes(part, c.vision, c.llama, (c.llama.width, c.vision.width)) for part in PARTS}
+    parts = {part: placing.shapes(part, c, (c.llama.width, c.vision.width)) for part in PARTS}
     leaves = {f"{part}/{k}": random_leaf(shape, rng) for part, inner in parts.items() for k, shape in inner.items()}
     words = (words / "data/tokenizer.model.v1").read_bytes()
     source = Weights("random", OURS, leaves, {}, (), c.vision, c.llama, {}, words, "pad", "v1")

@@ -65,7 +65,8 @@ class _AddRmsNorm(torch.autograd.Function):
         ctx.save_for_backward(total, inputs[2], scale)
 
     @staticmethod
-    def backward(ctx, d_total, d_normed, _):
+    def backward(ctx, *grads):
+        d_total, d_normed, _ = grads
         total, gain, scale = ctx.saved_tensors
         d, d_gain = npu_op("npu_rms_norm_backward")(d_normed.contiguous(), total, gain, scale)
         d = d + d_total

@@ -95,11 +95,15 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> T
         return reference(q, k, v, segments, causal)
     require(q.dtype in (torch.float16, torch.bfloat16), "varlen_attn", f"float16 or bfloat16, not {q.dtype}")
     require(q.shape[2] % 8 == 0 and q.shape[2] <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {q.shape[2]}")
-    starts = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in _counts(segments))
-    return varlen_attn(
-        q, k, v, *starts, *map(max, _counts(segments)), window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+    q_starts, k_starts = (
+        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in _counts(segments)
+    )
+    x = varlen_attn(
+        q, k, v, q_starts, k_starts, max(segments.queries), max(segments.keys),
+        window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    assert isinstance(x, Tensor)  # a pair only where log-sum-exps are asked for
+    return x
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -234,7 +234,9 @@ def show(rows: Sequence[dict]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else {True: "yes", False: "NO"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main(rounds: int = 5, as_json: bool = False) -> int:

@@ -45,8 +45,8 @@ class _Column(_Linear):
         return gather_matmul(x, weight.t(), group)[0]
 
     @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (g,), (x, weight) = grads, ctx.saved_tensors
         d_x = matmul_scatter(g.contiguous(), weight, ctx.group) if ctx.needs_input_grad[0] else None
         d_weight = g.t() @ all_gather(x, ctx.group) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, None
@@ -58,8 +58,8 @@ class _Row(_Linear):
         return matmul_scatter(x, weight.t(), group)
 
     @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (g,), (x, weight) = grads, ctx.saved_tensors
         d_x, tokens = gather_matmul(g.contiguous(), weight, ctx.group)
         return d_x, tokens.t() @ x if ctx.needs_input_grad[1] else None, None
 
@@ -116,4 +116,5 @@ def check(op: str, x: Tensor, b: Tensor, ranks: int) -> None:
 
 def communicator(group: dist.ProcessGroup) -> str:
     """HCCL's name of the group, by which the fused ops find it."""
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(group.rank())
+    backend = group._get_backend(torch.device("npu"))
+    return backend.get_hccl_comm_name(group.rank())  # pyright: ignore[reportAttributeAccessIssue]  # torch_npu adds it

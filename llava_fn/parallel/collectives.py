@@ -11,8 +11,8 @@ The backward of each is another row of this table (Megatron's f is `enter`, its 
 section 3). The types are those of local SPMD type systems: forgetting `enter` passes every forward test and corrupts
 gradients, so tests compare gradients. All take (x, axis, dim) and return x; on an axis of size 1 they return x itself.
 
-What moves parameters and their gradients has no gradient itself: `summing`, `gathering` and `scattering` take many
-tensors at once, begin, and return a function that waits for the result.
+Parameters and their gradients travel without a gradient: `summing`, `gathering` and `scattering` start the all-reduce,
+all-gather or reduce-scatter of many tensors, and return a function that waits for the results.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def _keep(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _all_reduce(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", axis.group))
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", axis.process_group))
 
 
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, axis.group))
+    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, axis.process_group))
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, axis.group))
+    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, axis.process_group))
 
 
 def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -64,13 +64,13 @@ class _Collective(torch.autograd.Function):
         _, _, ctx.backward_fn, ctx.axis, ctx.dim = inputs
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return ctx.backward_fn(g, ctx.axis, ctx.dim), None, None, None, None
+    def backward(ctx, *grads: Tensor):
+        return ctx.backward_fn(*grads, ctx.axis, ctx.dim), None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x: Tensor, forward: Callable, backward: Callable, axis: Axis, dim: int):
-        # with the mapped dim last, `dim` means what it meant
-        last = x.movedim(in_dims[0], -1)
+    def vmap(info, in_dims, *args):
+        x, forward, backward, axis, dim = args
+        last = x.movedim(in_dims[0], -1)  # with the mapped dim last, `dim` keeps its meaning
         return _Collective.apply(last, forward, backward, axis, dim if dim >= 0 else dim - 1), last.ndim - 1
 
 
@@ -96,44 +96,44 @@ def total(x: Tensor, axis: Axis) -> Tensor:
 
 
 def summing(xs: Sequence[Tensor], axis: Axis) -> Wait:
-    """Begin to sum each tensor over the axis."""
-    return _begin(xs, axis, lambda sent, name: _OPS.all_reduce_coalesced(sent, "sum", name))
+    """Start the all-reduce of each tensor over the axis."""
+    return _begin(xs, axis, lambda xs, name: _OPS.all_reduce_coalesced(xs, "sum", name))
 
 
 def gathering(xs: Sequence[Tensor], axis: Axis) -> Wait:
-    """Begin to put each tensor's shards together, along dim 0."""
-    return _begin(xs, axis, lambda sent, name: _OPS.all_gather_into_tensor_coalesced(sent, axis.size, name))
+    """Start the all-gather of each tensor's shards, along dim 0."""
+    return _begin(xs, axis, lambda xs, name: _OPS.all_gather_into_tensor_coalesced(xs, axis.size, name))
 
 
 def scattering(xs: Sequence[Tensor], axis: Axis) -> Wait:
-    """Begin to sum each tensor over the axis; a rank gets its shard of the sum, along dim 0."""
-    return _begin(xs, axis, lambda sent, name: _OPS.reduce_scatter_tensor_coalesced(sent, "sum", axis.size, name))
+    """Start the reduce-scatter of each tensor: a rank gets its shard of the sum, along dim 0."""
+    return _begin(xs, axis, lambda xs, name: _OPS.reduce_scatter_tensor_coalesced(xs, "sum", axis.size, name))
 
 
 def _begin(xs: Sequence[Tensor], axis: Axis, begin: Callable) -> Wait:
     if axis.size == 1 or not xs:
         return lambda: list(xs)
-    sent = [x.contiguous() for x in xs]
+    xs = [x.contiguous() for x in xs]
     # gloo copies tensors that travel together into one first: 2 to 6 times slower than one collective each
-    parts = [[x] for x in sent] if dist.get_backend(axis.group) == GLOO else [sent]
-    coming = [x for part in parts for x in begin(part, axis.group.group_name)]
-    return lambda: [funcol.wait_tensor(x) for x in coming]
+    parts = [[x] for x in xs] if dist.get_backend(axis.process_group) == GLOO else [xs]
+    results = [x for part in parts for x in begin(part, axis.process_group.group_name)]
+    return lambda: [funcol.wait_tensor(x) for x in results]
 
 
 def texts(text: str, axis: Axis, device: torch.device) -> list[str]:
     """Each rank's text, on every rank."""
     if axis.size == 1:
         return [text]
-    mine = torch.tensor(list(text.encode()), dtype=torch.int32, device=device)
-    sizes = _all_gather(torch.tensor([len(mine)], device=device), axis, 0).tolist()
-    padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))
+    own = torch.tensor(list(text.encode()), dtype=torch.int32, device=device)
+    sizes = _all_gather(torch.tensor([len(own)], device=device), axis, 0).tolist()
+    padded = torch.nn.functional.pad(own, (0, max(sizes) - len(own)))
     rows = _all_gather(padded, axis, 0).view(axis.size, -1) if max(sizes) else padded.new_zeros(axis.size, 0)
     return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes, strict=True)]
 
 
 def agree(x: Tensor, axis: Axis) -> Tensor:
-    """Rank 0's value on every rank, for what must not differ by a rounding. It has no gradient."""
-    return x if axis.size == 1 else funcol.wait_tensor(funcol.broadcast(x.contiguous(), 0, axis.group))
+    """Broadcast rank 0's value, where ranks must not differ even by a rounding. It has no gradient."""
+    return x if axis.size == 1 else funcol.wait_tensor(funcol.broadcast(x.contiguous(), 0, axis.process_group))
 
 
 @dataclass(frozen=True)

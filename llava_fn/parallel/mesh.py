@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,6 +19,13 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group of an axis of several ranks."""
+        if self.group is None:
+            raise ValueError(f"the axis {self.name} of one rank has no process group")
+        return self.group
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ def gloo() -> str:
     return GLOO
 
 
-def _in_turn(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _in_turn(store: dist.Store, rank: int, size: int, timeout: timedelta) -> object:
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stub
     options._devices, options._threads = [dist.ProcessGroupGloo.create_default_device()], 1
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, size, options)
@@ -55,16 +63,17 @@ def make_mesh(tp: int) -> Mesh:
     check_world(world, tp)
     rows = [range(first, first + tp) for first in range(0, world, tp)]
     columns = [range(first, world, tp) for first in range(tp)]
-    return Mesh(_axis("dp", columns, rank), _axis("tp", rows, rank), Axis("all", world, rank, dist.group.WORLD))
+    everyone = [range(world)]
+    return Mesh(_axis("dp", columns, rank), _axis("tp", rows, rank), _axis("all", everyone, rank))
 
 
 def _axis(name: str, groups: list[range], rank: int) -> Axis:
     """The axis along which these groups of ranks lie. An axis of size 1 needs no group, one of all has the default."""
-    mine = next(ranks for ranks in groups if rank in ranks)
-    if len(mine) == 1:
+    own = next(ranks for ranks in groups if rank in ranks)
+    if len(own) == 1:
         return Axis(name)
-    made = [dist.new_group(list(ranks)) if len(groups) > 1 else dist.group.WORLD for ranks in groups]
-    return Axis(name, len(mine), mine.index(rank), made[groups.index(mine)])
+    made: list[Any] = [dist.new_group(list(ranks)) if len(groups) > 1 else dist.group.WORLD for ranks in groups]
+    return Axis(name, len(own), own.index(rank), made[groups.index(own)])
 
 
 def check_world(world: int, tp: int, machine: int | None = None) -> None:

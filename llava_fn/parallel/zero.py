@@ -123,7 +123,7 @@ class Zero:
 
     def scan(self, block: Callable, part: str) -> Callable:
         """grad.scan of a block of the model's `part` whose leaves are kept in shards: level 3 of the module."""
-        params = [p for _, p in leaves(self.spec[part]["blocks"]["0"])]
+        params = [p for path, p in leaves(self.spec) if path[:3] == (part, "blocks", "0")]
 
         def call(shards: Sequence[TensorDict], x: Tensor, rests: Sequence[tuple]) -> Tensor:
             work = _Blocks(block, tree.paths(shards[0]), params, rests, self)
@@ -229,7 +229,8 @@ class _Scan(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx, *grads_out: Tensor):
+        (g,) = grads_out
         work, n = ctx.work, len(ctx.work.rests)
         inputs, flat = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         grads: list[Tensor] = []  # of the shards, from the last block to the first

@@ -1,7 +1,15 @@
 """`python -m llava_fn.plan`: print what an update will need."""
 
 from llava_fn.launch import cli
-from llava_fn.plan import plan
+from llava_fn.plan.options import DESCRIPTION, PRESETS, PlanOptions
+
+
+def main(c: PlanOptions) -> None:
+    """Plan, and print the report."""
+    from llava_fn.plan import plan  # imports torch, which --help does without
+
+    plan.main(c)
+
 
 if __name__ == "__main__":
-    cli.run(plan.main, cli.parse(plan.PRESETS, plan.__doc__ or ""))
+    cli.run(main, cli.parse(PRESETS, DESCRIPTION))

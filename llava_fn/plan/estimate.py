@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llava_fn.plan.options import Assumed
 from llava_fn.plan.trace import Call
 
 GIB = 2**30
@@ -30,21 +31,6 @@ DEVICES = {
     "A100": Device(312e12, 19.5e12, 80 * GIB, 300e9, 25e9),  # SXM 80 GB; NVLink 3; 200 Gbit/s
     "H200": Device(989e12, 67e12, 140 * GIB, 450e9, 50e9),  # SXM; NVLink 4; 400 Gbit/s
 }
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What an estimate takes for granted."""
-
-    arithmetic: float = 0.45  # share of the peak that a whole step reaches, whatever is no product of matrices included
-    links: float = 0.8  # share of the rated bandwidth that a collective reaches
-    hop: float = 5e-6  # seconds from one rank to the next
-    memory: float = 0.9  # share of the memory that tensors can have; buffers of collectives and holes take the rest
-
-    def __post_init__(self) -> None:
-        for name in ("arithmetic", "links", "memory"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"assumed.{name}={getattr(self, name)}; it is a share, above 0 and at most 1")
 
 
 @dataclass(frozen=True)

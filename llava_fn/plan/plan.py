@@ -1,9 +1,4 @@
-"""What one update costs on a cluster, before there is one: memory, traffic, arithmetic, and an estimate of the time.
-
-It runs the real train step on tensors without memory, as ranks of each role of the world that you name, and sends
-nothing. Bytes and operations are counted; seconds are an estimate, whose assumptions are printed with it. `--config
-finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first.
-"""
+"""The plan of an update: what `python -m llava_fn.plan` finds out and prints; options.py says what it is."""
 
 from __future__ import annotations
 
@@ -13,20 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
 
 import torch
 
 from llava_fn import config, llama, llava, train
 from llava_fn.batch import IMAGE, Batch, Sample, collate
-from llava_fn.config import Llava, Parallel, Stage, plain
+from llava_fn.config import Llava, plain
 from llava_fn.data import records as data
 from llava_fn.data.options import Data
 from llava_fn.parallel.mesh import check_world
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, trace
-from llava_fn.plan.estimate import DEVICES, GIB, Assumed, Traffic
-from llava_fn.plan.trace import KINDS, REST, Call, Job, Traced, Work
+from llava_fn.plan.estimate import DEVICES, GIB, Traffic
+from llava_fn.plan.options import DataSizes, PlanOptions
+from llava_fn.plan.trace import KINDS, REST, Call, Product, Traced, Workload
 
 MODELS = {"llava-1.5-7b": config.LLAVA_7B, "llava-1.5-13b": config.LLAVA_13B, "emoji": config.LLAVA_EMOJI}
 COUNTED = """\
@@ -41,45 +36,6 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The data of an update, all samples alike."""
-
-    samples: int = 128  # per update
-    length: int = 2048  # tokens of each, image positions included
-    images: int = 1  # in each
-    labelled: int | None = None  # tokens at the end of each; all behind the images, unless given
-    accumulate: int = 1  # micro-batches that an update is computed in
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run on a cluster."""
-
-    model: Literal["llava-1.5-7b", "llava-1.5-13b", "emoji"] = "llava-1.5-7b"
-    world: int = 8  # processes, one a device
-    machine: int = 8  # devices of one machine
-    device: Literal["910B", "A100", "H200"] = "910B"
-    train: Stage = "projector+llama"  # the others are frozen
-    data: Sizes = Sizes()
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and optimizer are float32
-    recompute: bool = True  # keep only each block's input for the backward pass
-    parallel: Parallel = Parallel()
-    assumed: Assumed = Assumed()
-    json: bool = False  # print the report as JSON
-
-    @property
-    def dp(self) -> int:
-        """Ranks that share the samples."""
-        return self.world // self.parallel.tp
-
-
-PRESETS = {
-    "finetune": Plan(),
-    "pretrain": Plan(train="projector", data=Sizes(samples=256, length=640, accumulate=32)),
-}
-
-
-@dataclass(frozen=True)
 class Report:
     """What was found. Bytes and operations are those of rank 0, which has the most samples.
 
@@ -87,7 +43,7 @@ class Report:
     not compared. better: where this one does not fit, the first plan found that does. peak, highs, kept: bytes by kind.
     """
 
-    plan: Plan
+    plan: PlanOptions
     fits: bool
     verdict: str
     samples: int = 0  # in the largest micro-batch
@@ -113,7 +69,7 @@ class Report:
         return self.plan.data.samples * self.plan.data.length
 
 
-def plan(c: Plan, model: Llava | None = None, say: Say = lambda line: None) -> Report:
+def plan(c: PlanOptions, model: Llava | None = None, say: Say = lambda line: None) -> Report:
     """The report on a plan. model: one without a name; say: is told how far it is.
 
     ValueError for sizes that the run itself would refuse, with its message. Where only the samples of an update are too
@@ -134,7 +90,7 @@ def plan(c: Plan, model: Llava | None = None, say: Say = lambda line: None) -> R
     return replace(report, traced=time.monotonic() - began)
 
 
-def check(c: Plan, model: Llava) -> None:
+def check(c: PlanOptions, model: Llava) -> None:
     """ValueError for sizes that the run itself would refuse whatever its data, and for samples that cannot be."""
     if min(c.world, c.machine) < 1:
         raise ValueError(f"world={c.world} processes on machines of {c.machine}; both must be at least 1")
@@ -156,11 +112,11 @@ def check(c: Plan, model: Llava) -> None:
         )
 
 
-def _labelled(size: Sizes, model: Llava) -> int:
+def _labelled(size: DataSizes, model: Llava) -> int:
     return size.length - size.images * model.vision.patches - 1 if size.labelled is None else size.labelled
 
 
-def batches(c: Plan, model: Llava, dp: int, micro: int, text: bool = False) -> list[Batch]:
+def batches(c: PlanOptions, model: Llava, dp: int, micro: int, text: bool = False) -> list[Batch]:
     """The first micro-batches of a rank of the data axis. text: no images, and in the second one not even a sample."""
     images, pixels = 0 if text else c.data.images, model.vision.image
     ids = [1] + [IMAGE] * (images * model.vision.patches)
@@ -174,19 +130,19 @@ def batches(c: Plan, model: Llava, dp: int, micro: int, text: bool = False) -> l
     return [collate([sample] * n, c.parallel.tp, pixels) for n in sizes]
 
 
-def _job(c: Plan, model: Llava, dp: int, tp: int) -> Job:
+def _job(c: PlanOptions, model: Llava, dp: int, tp: int) -> Workload:
     rank = dp * c.parallel.tp + tp
-    return Job(model, c.train, c.parallel, c.world, rank, getattr(torch, c.dtype), c.recompute)
+    return Workload(model, c.train, c.parallel, c.world, rank, getattr(torch, c.dtype), c.recompute)
 
 
-def alone(c: Plan, model: Llava, say: Say = lambda line: None) -> tuple[Report, Traced]:
+def alone(c: PlanOptions, model: Llava, say: Say = lambda line: None) -> tuple[Report, Traced]:
     """The report on a plan whose sizes are right, and what rank 0 was seen to do; roles are not compared."""
     micro, began = min(c.data.accumulate, trace.TRACED), time.monotonic()
     say(f"rank 0, {_brief(c)}: {micro} of {c.data.accumulate} micro-batches")
     mine = batches(c, model, 0, micro)
     seen, device = trace.update(_job(c, model, 0, 0), mine), DEVICES[c.device]
     events = seen.of(c.data.accumulate)
-    flops = {kind: sum(e.flops for e in events if isinstance(e, Work) and e.kind == kind) for kind in trace.PRODUCTS}
+    flops = {kind: sum(e.flops for e in events if isinstance(e, Product) and e.kind == kind) for kind in trace.PRODUCTS}
     need, have = sum(seen.peak.values()) / GIB, device.memory * c.assumed.memory / GIB
     figures = f"{need:.1f} GiB at the peak, {have:.1f} GiB to be had"
     return Report(
@@ -201,7 +157,7 @@ def _calls(events) -> list[Call]:
     return [e for e in events if isinstance(e, Call)]
 
 
-def agreement(c: Plan, model: Llava, first: Traced, say: Say = lambda line: None) -> str:
+def agreement(c: PlanOptions, model: Llava, first: Traced, say: Say = lambda line: None) -> str:
     """What would keep ranks waiting for each other for ever; "" if nothing does. first: what rank 0 does.
 
     Compared are the first and the last rank of each axis. Those of the last dp have text alone, and if there is a
@@ -217,7 +173,7 @@ def agreement(c: Plan, model: Llava, first: Traced, say: Say = lambda line: None
     return trace.disagreement(calls)
 
 
-def better(c: Plan, model: Llava, found: Report, say: Say = lambda line: None) -> Report | None:
+def better(c: PlanOptions, model: Llava, found: Report, say: Say = lambda line: None) -> Report | None:
     """The first plan that fits, of more micro-batches, ZeRO 1 and 3, recomputation, and other sizes of tp; or None."""
     for way in _ways(c, model):
         for accumulate in _accumulations(way):
@@ -230,11 +186,11 @@ def better(c: Plan, model: Llava, found: Report, say: Say = lambda line: None) -
     return None
 
 
-def _limit(c: Plan) -> float:
+def _limit(c: PlanOptions) -> float:
     return DEVICES[c.device].memory * c.assumed.memory
 
 
-def _ways(c: Plan, model: Llava) -> Iterator[Plan]:
+def _ways(c: PlanOptions, model: Llava) -> Iterator[PlanOptions]:
     """The plan with other ZeRO levels, recomputation and sizes of tp, nearest first, as far as the run accepts them."""
     sizes = [c.parallel.tp] + [tp for tp in range(1, c.machine + 1) if tp != c.parallel.tp]
     levels, recompute = dict.fromkeys((c.parallel.zero, 1, 3)), dict.fromkeys((c.recompute, True))
@@ -247,14 +203,14 @@ def _ways(c: Plan, model: Llava) -> Iterator[Plan]:
         yield way
 
 
-def _accumulations(c: Plan) -> list[int]:
+def _accumulations(c: PlanOptions) -> list[int]:
     """Numbers of micro-batches in which each has a sample: those asked for and multiples; or else, 1 and multiples."""
     most = c.data.samples // c.dp
     first = c.data.accumulate if c.data.accumulate <= most else 1
     return [first * 2**k for k in range(most.bit_length()) if first * 2**k <= most]
 
 
-def _brief(c: Plan) -> str:
+def _brief(c: PlanOptions) -> str:
     mesh = f"dp {c.dp} x tp {c.parallel.tp}, zero {c.parallel.zero}"
     return f"{mesh}, accumulate {c.data.accumulate}, recompute {'on' if c.recompute else 'off'}"
 
@@ -307,7 +263,7 @@ def _short(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:#.3g}".rstrip(".") if x >= 0.001 else f"{x:.1e}" if x else "0"
 
 
-def assumptions(c: Plan) -> str:
+def assumptions(c: PlanOptions) -> str:
     """What the figures of a report rest on."""
     d = DEVICES[c.device]
     return COUNTED.format(
@@ -323,7 +279,7 @@ def as_json(r: Report) -> dict:
     return plain(replace(r, better=None)) | more | {"better": as_json(r.better) if r.better else None}
 
 
-def main(c: Plan) -> None:
+def main(c: PlanOptions) -> None:
     """Print the report."""
     report = plan(c, say=lambda line: print(line, file=sys.stderr, flush=True))
     if c.json:

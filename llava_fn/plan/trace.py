@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,14 @@ from torch.utils.flop_counter import flop_registry
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import Batch
-from llava_fn.config import Llava, Parallel
+from llava_fn.config import Llava, Parallel, Stage
 from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 
 TRACED = 3  # micro-batches of an update at most: those after the second all do the same
 MASTERS, WEIGHTS, FROZEN = "masters", "weights", "frozen weights"
 GRADIENTS, MOMENTS, REST = "gradients", "optimizer state", "activations and the rest"
-KINDS = (MASTERS, WEIGHTS, FROZEN, GRADIENTS, MOMENTS, REST)
+KINDS: tuple[str, ...] = (MASTERS, WEIGHTS, FROZEN, GRADIENTS, MOMENTS, REST)
 PRODUCTS = (MATRICES, ATTENTION) = ("products of matrices", "attention")
 # What a gradient passes between autograd and the optimizer.
 _PASSES = {
@@ -43,11 +44,11 @@ _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is traced: rank `rank` of `world`."""
 
     model: Llava
-    train: str  # of train.STAGES
+    train: Stage
     parallel: Parallel
     world: int
     rank: int
@@ -73,7 +74,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Work:
+class Product:
     """Floating-point operations of one product of matrices or of one call of attention."""
 
     kind: str
@@ -87,7 +88,7 @@ class Traced:
     kept, peak, highs: bytes by kind, before the update, when most is alive, and of each kind when most of it is.
     """
 
-    events: tuple[Call | Work, ...]
+    events: tuple[Call | Product, ...]
     micro: int
     second: int
     third: int
@@ -95,7 +96,7 @@ class Traced:
     peak: Mapping[str, int]
     highs: Mapping[str, int]
 
-    def of(self, micro: int) -> tuple[Call | Work, ...]:
+    def of(self, micro: int) -> tuple[Call | Product, ...]:
         """The events of an update of so many micro-batches: those after the second do what the second does."""
         if micro == self.micro:
             return self.events
@@ -110,8 +111,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, axes: Sequence[Axis]) -> None:
         super().__init__()
-        self.axes = {axis.group.group_name: axis for axis in axes if axis.group}
-        self.events: list[Call | Work] = []
+        self.axes: dict[str, Axis] = {axis.group.group_name: axis for axis in axes if axis.group}
+        self.events: list[Call | Product] = []
         self.begun: list[int] = []  # where in `events` each micro-batch begins
         self.bytes: list[int] = []  # of each storage, in the order in which they came to be
         self.changes: list[int] = []  # i: storage i came to be; ~i: it is gone
@@ -119,7 +120,7 @@ class Recorder(TorchDispatchMode):
         self.made_of: dict[int, set[int]] = {}  # storage -> those that it was made of, if it may be a gradient
         self._alive: dict[int, int] = {}  # address of a storage -> its number
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         space, _, name = func._schema.name.partition("::")
         if space == "prim":
@@ -128,14 +129,13 @@ class Recorder(TorchDispatchMode):
             return 1
         if name == "wait_tensor":  # it gives back what it waits for; its fake form would be another tensor
             return args[0]
-        out = func(*args, **kwargs)
+        out: Any = func(*args, **kwargs)
         self._events(func, args, kwargs, out)
         if func._schema.name in _PASSES:
             self._pass(out if out is not None else args[0], args)
-        if name == "_to_copy" and self.kinds.get(self.number(args[0])) == MASTERS:
-            self.keep(WEIGHTS, [out])
-        elif name == "all_gather_into_tensor_coalesced":
-            self.keep(WEIGHTS, out)
+        cast_master = name == "_to_copy" and self.kinds.get(self.number(args[0])) == MASTERS
+        if cast_master or name == "all_gather_into_tensor_coalesced":
+            self.keep(WEIGHTS, tree_leaves(out))
         elif name == "_fused_adamw_":
             self._gradients({self.number(g) for g in args[1]})
         self.see(out)
@@ -146,9 +146,9 @@ class Recorder(TorchDispatchMode):
         if name.startswith("_c10d_functional::"):
             self.events.append(self._call(name.partition("::")[2], args))
         elif name.startswith(_ATTENTION):
-            self.events.append(Work(ATTENTION, _attention(name, args, kwargs)))
+            self.events.append(Product(ATTENTION, _attention(name, args, kwargs)))
         elif func._overloadpacket in flop_registry:
-            self.events.append(Work(MATRICES, flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)))
+            self.events.append(Product(MATRICES, flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)))
 
     def _call(self, name: str, args) -> Call:
         axis = self.axes[next(a for a in reversed(args) if isinstance(a, str))]
@@ -212,7 +212,7 @@ class Recorder(TorchDispatchMode):
         return best
 
 
-class _Told(list):
+class _Announced(list):
     """Micro-batches that tell a recorder when each begins."""
 
     def __init__(self, batches: Sequence[Batch], recorder: Recorder) -> None:
@@ -247,7 +247,7 @@ def world(size: int, rank: int, tp: int) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def update(job: Job, batches: Sequence[Batch]) -> Traced:
+def update(job: Workload, batches: Sequence[Batch]) -> Traced:
     """One update of one rank from these micro-batches, of which only shapes count."""
     with world(job.world, job.rank, job.parallel.tp) as mesh, FakeTensorMode(), torch.enable_grad():
         state, task = _start(job, mesh)
@@ -258,16 +258,16 @@ def update(job: Job, batches: Sequence[Batch]) -> Traced:
         ):  # fmt: skip
             recorder.keep(kind, tree.values(part))
         kept = len(recorder.changes)
-        told = _Told([without_memory(b) for b in batches], recorder)
+        announced = _Announced([without_memory(b) for b in batches], recorder)
         with recorder:
-            train.train_step(state, told, task)
-    # they were begun twice: to be counted, and to be computed
+            train.train_step(state, announced, task)
+    # train_step walks over the micro-batches twice: to count tokens, and to compute
     second, third = [*recorder.begun[len(batches) :], 0, 0][1:3]
     peak, highs = recorder.alive(recorder.highest()), {k: recorder.alive(recorder.highest(k))[k] for k in KINDS}
     return Traced(tuple(recorder.events), len(batches), second, third, recorder.alive(kept), peak, highs)
 
 
-def _start(job: Job, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
+def _start(job: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     """As runs.start makes them, without memory."""
     whole = llava.spec(job.model)
     zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead)
@@ -280,7 +280,7 @@ def _start(job: Job, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     return train.TrainState(0, kept, optim.init(kept)), task
 
 
-def without_memory(batch: Batch | object):
+def without_memory(batch: Any) -> Any:
     """The batch with its tensors as the FakeTensorMode makes them."""
     new = {}
     for f in fields(batch):

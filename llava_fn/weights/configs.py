@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights.tables import MEGATRON_LLAMA, Place, Row
+from llava_fn.weights.tables import MEGATRON_LLAMA, Rule, Slot
 
 Values = Mapping[str, Any]  # of a config.json
 FIXED = {  # fields of HF's and of LLaVA's config that change what is computed, and the value that LLaVA-1.5 has
@@ -77,7 +77,7 @@ def feature_layer(values: Values) -> int:
     return layer
 
 
-def _of(rows: list[Row], path: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _of(rows: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Shape of the tensor that holds the leaf `path`. ValueError if it is missing."""
     name = next(row.theirs for row in rows if path in row.ours)
     if name not in tensors:
@@ -85,7 +85,7 @@ def _of(rows: list[Row], path: str, tensors: Mapping[str, Tensor]) -> tuple[int,
     return tuple(tensors[name].shape)
 
 
-def _count(rows: list[Row], path: str, tensors: Mapping[str, Tensor]) -> int:
+def _count(rows: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> int:
     """Blocks whose leaf `path` is there."""
     return sum(row.theirs in tensors for row in rows for ours in row.ours if ours.endswith(f"/{path}"))
 
@@ -93,13 +93,13 @@ def _count(rows: list[Row], path: str, tensors: Mapping[str, Tensor]) -> int:
 MANY = 1000  # blocks, more than any model has
 
 
-def vision_of(place: Place, tensors: Mapping[str, Tensor], layer: int) -> Vision:
+def vision_of(slot: Slot, tensors: Mapping[str, Tensor], layer: int) -> Vision:
     """The config of a CLIP that brings none, by OpenAI's rule: heads are 64 wide, quick GELU (clip/model.py).
 
     layer: the hidden state that the projector reads.
     23 blocks are those of ViT-L without the last, which MindSpeed-MM's later converters leave out.
     """
-    rows = place.rows(Llava(vision=Vision(blocks=MANY)))
+    rows = slot.rows(Llava(vision=Vision(blocks=MANY)))
     width, _, patch, _ = _of(rows, "patch", tensors)
     side = math.isqrt(_of(rows, "positions", tensors)[0] - 1)
     if width % 64:
@@ -109,14 +109,14 @@ def vision_of(place: Place, tensors: Mapping[str, Tensor], layer: int) -> Vision
     return Vision(side * patch, patch, width, 24 if blocks == 23 else blocks, width // 64, ffn, feature_layer=layer)
 
 
-def llama_of(place: Place, tensors: Mapping[str, Tensor]) -> Llama:
+def llama_of(slot: Slot, tensors: Mapping[str, Tensor]) -> Llama:
     """The config of MindSpeed-MM's Vicuna: Llama-2's heads of 128, its eps and its rotary base.
 
     ValueError for another layout, whose tensors tell neither heads nor rotary base.
     """
-    if place.rows is not MEGATRON_LLAMA:
+    if slot.rows is not MEGATRON_LLAMA:
         raise ValueError("the tensors of a decoder do not tell its heads: give the folder with its config.json")
-    rows = place.rows(Llava(llama=Llama(blocks=MANY)))
+    rows = slot.rows(Llava(llama=Llama(blocks=MANY)))
     vocab, width = _of(rows, "embed", tensors)
     if width % 128:
         raise ValueError(f"the decoder is {width} wide, no multiple of 128: give MindSpeed-MM's model.json too")

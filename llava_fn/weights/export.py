@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
 from llava_fn.weights import companions, model, placing, tables
 from llava_fn.weights.source import OURS, UNUSED, Weights
-from llava_fn.weights.tables import Row
+from llava_fn.weights.tables import Rule
 
 Wrote = Callable[[int], None]  # called with the bytes of every tensor that has been written
 LAYOUTS = (OURS, *tables.WRITTEN)
 
 
-def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
+def _join(row: Rule, leaves: Mapping[str, Leaf], part: str) -> Leaf:
     """Their tensor, made of our leaves when it is read."""
     ours = [leaves[f"{part}/{path}"] for path in row.ours]
     shape = placing.their_shape(row, {path: o.shape for path, o in zip(row.ours, ours, strict=True)})
@@ -31,12 +32,12 @@ def _join(row: Row, leaves: Mapping[str, Leaf], part: str) -> Leaf:
 def names(layout: str, source: Weights, c: Llava) -> dict[str, Leaf]:
     """Name in the layout -> leaf, for every tensor of the layout's parts. ValueError names a part that is not there."""
     leaves, out = {**source.spare, **source.leaves}, {}
-    for place in tables.WRITTEN[layout]:
-        if place.part not in source.parts:
-            raise ValueError(f"{source.where} does not bring the {place.part}, part of {layout}; name its source too")
-        for row in place.rows(c):
-            if f"{place.part}/{row.ours[0]}" in leaves:  # no head if tied, no last block if the source had none
-                out[place.before + row.theirs] = _join(row, leaves, place.part)
+    for slot in tables.WRITTEN[layout]:
+        if slot.part not in source.parts:
+            raise ValueError(f"{source.where} does not bring the {slot.part}, part of {layout}; name its source too")
+        for row in slot.rows(c):
+            if f"{slot.part}/{row.ours[0]}" in leaves:  # no head if tied, no last block if the source had none
+                out[slot.before + row.theirs] = _join(row, leaves, slot.part)
     return out
 
 
@@ -56,7 +57,7 @@ def _mean_row(t: Tensor) -> Tensor:
     """The mean of all rows, summed in fp32 without a whole copy. Differs: HF's script adds noise of 1e-5 variances."""
     if t.is_meta:
         return t[0]
-    return (sum(part.float().sum(0) for part in t.split(4096)) / len(t)).to(t.dtype)
+    return (reduce(torch.add, (part.float().sum(0) for part in t.split(4096))) / len(t)).to(t.dtype)
 
 
 def _complete(source: Weights, c: Llava) -> tuple[Weights, Llava]:
@@ -100,28 +101,29 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
 
     with checkpoint.appearing(to) as part:
         part.mkdir()
-        _ours(source, part, done) if layout == OURS else _theirs(source, layout, part, done)
+        write = _ours if layout == OURS else partial(_theirs, layout)
+        write(source, source.tokenizer, part, done)
 
 
-def _ours(source: Weights, part: Path, wrote: Wrote) -> None:
+def _ours(source: Weights, tokenizer: bytes, part: Path, wrote: Wrote) -> None:
     c = model.config(source)
     files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
     digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
     modes = source.image_mode or "square", source.template or "plain", source.compat
     manifest = checkpoint.Manifest(c, source.parts, *modes)
-    checkpoint.seal(part, manifest, source.tokenizer, digests)
+    checkpoint.seal(part, manifest, tokenizer, digests)
 
 
-def _theirs(source: Weights, layout: str, part: Path, wrote: Wrote) -> None:
+def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, wrote: Wrote) -> None:
     source, c = _complete(source, model.config(source))
     dtype = source.leaves["llama/embed"].dtype
     image_mode, template = source.image_mode or "square", source.template or "plain"
     if layout == "llava-hf":
         leaves = {**source.leaves, **_padded(source, companions.padded(c.llama.vocab))}
         source = dataclasses.replace(source, leaves=leaves)
-        files = companions.llava_hf(c, dtype, source.tokenizer, image_mode, template)
+        files = companions.llava_hf(c, dtype, tokenizer, image_mode, template)
     else:
-        files = companions.liuhaotian(c, dtype, source.tokenizer, image_mode)
+        files = companions.liuhaotian(c, dtype, tokenizer, image_mode)
     leaf.write(part / "model.safetensors", names(layout, source, c), source.archives, wrote)
     for name, content in files.items():
         (part / name).write_bytes(content)

@@ -38,7 +38,7 @@ def read(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor])
     for name, t in tensors.items():
         m = NAME.fullmatch(name)
         path = paths.get(f"{m['where']}.weight") if m else None
-        if path is None:
+        if m is None or path is None:
             wrong.append(f"{name} has no place in a Llama")
         elif t.ndim != 2 or t.shape[m["which"] == "B"] != rank:
             wrong.append(f"{name} is {tuple(t.shape)}, not of rank {rank}")

@@ -138,8 +138,8 @@ class _File:
 
     def refuse(self, name: str, why: str) -> None:
         """Note that the field cannot stay as it is."""
-        said = f"is {self.take(name)!r}" if self.inside(name) else "is missing"
-        self.wrong.append(f"{self.name}: {name} {said}{why}")
+        state = f"is {self.take(name)!r}" if self.inside(name) else "is missing"
+        self.wrong.append(f"{self.name}: {name} {state}{why}")
 
     def check(self, name: str, wanted: Any, absent: Any) -> None:
         """The field must have, or mean where it is missing, the value that is wanted."""
@@ -266,7 +266,7 @@ def _model(f: _File, training: bool) -> dict[str, Any]:
     """What a file with a model says. training: a data.json is given as well."""
     for row in MODEL_CHECKS:
         f.check(*row)
-    facts = {f"{part}.ckpt_path": f.optional_path(f"{part}.ckpt_path") for part in PARTS}
+    facts: dict[str, Any] = {f"{part}.ckpt_path": f.optional_path(f"{part}.ckpt_path") for part in PARTS}
     facts["model"] = _llava(f)
     if f.inside("generation_config"):  # inference or evaluation; both pad
         facts |= {"image_mode": "pad", "from_pretrained": f.optional_path("tokenizer.from_pretrained")}
@@ -278,16 +278,19 @@ def _model(f: _File, training: bool) -> dict[str, Any]:
 
 def _llava(f: _File) -> Llava | None:
     """The model, and the checks of what follows from its sizes. None, and noted, if a size is missing or wrong."""
-    seen, said = ({k: f.size(f"{part}.{name}") for k, name in names.items()} for part, names in SIZES)
-    for part, config in ((VISION, seen), (LLAMA, said)):
+    sizes: dict[str, dict[str, Any]] = {
+        part: {k: f.size(f"{part}.{name}") for k, name in names.items()} for part, names in SIZES
+    }
+    for part, config in sizes.items():
         config["eps"] = _eps(f, f"{part}.layernorm_epsilon")
-    said["kv_heads"] = f.size(f"{LLAMA}.num_query_groups", said["heads"] or 1)
-    if None in (*seen.values(), *said.values()):
+    vision, llama = sizes[VISION], sizes[LLAMA]
+    llama["kv_heads"] = f.size(f"{LLAMA}.num_query_groups", llama["heads"] or 1)
+    if None in (*vision.values(), *llama.values()):
         return None
-    if seen["blocks"] == 23:  # without CLIP's last block, which LLaVA does not run; the hidden state is the same one
-        seen["blocks"] = 24
+    if vision["blocks"] == 23:  # without CLIP's last block, which LLaVA does not run; the hidden state is the same one
+        vision["blocks"] = 24
     try:
-        model = Llava(Vision(**seen, feature_layer=-2), Llama(**said))
+        model = Llava(Vision(**vision, feature_layer=-2), Llama(**llama))
     except ValueError as error:
         f.wrong.append(f"{f.name}: {error}")
         return None

@@ -14,7 +14,7 @@ from llava_fn import spec as specs
 from llava_fn.checkpoint.leaf import SAFETENSORS, Leaf
 from llava_fn.config import Llama, Llava, Vision
 from llava_fn.llava import tower
-from llava_fn.weights.tables import LAYOUTS, Layout, Place, Row
+from llava_fn.weights.tables import LAYOUTS, Layout, Rule, Slot
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]  # path within a part -> global shape
@@ -32,9 +32,9 @@ def detect(where: str, tensors: Tensors) -> Layout:
     )
 
 
-def sort(tensors: Tensors, layout: Layout, wrong: list[str]) -> dict[Place, dict[str, Tensor]]:
-    """Which place each tensor belongs to, under its name there. What has none, or stands twice, is added to `wrong`."""
-    found: dict[Place, dict[str, Tensor]] = {}
+def sort(tensors: Tensors, layout: Layout, wrong: list[str]) -> dict[Slot, dict[str, Tensor]]:
+    """Which slot each tensor belongs to, under its name there. What has none, or stands twice, is added to `wrong`."""
+    found: dict[Slot, dict[str, Tensor]] = {}
     for name, t in tensors.items():
         if re.fullmatch(layout.ignored, name):
             continue
@@ -42,10 +42,10 @@ def sort(tensors: Tensors, layout: Layout, wrong: list[str]) -> dict[Place, dict
         if not spots:
             wrong.append(f"unexpected: {name}")
             continue
-        place, tail = spots[0]
-        if tail in found.setdefault(place, {}):
-            wrong.append(f"duplicate: {name} is {place.part}'s {tail}, which stands there under another name too")
-        found[place][tail] = t
+        slot, tail = spots[0]
+        if tail in found.setdefault(slot, {}):
+            wrong.append(f"duplicate: {name} is {slot.part}'s {tail}, which stands there under another name too")
+        found[slot][tail] = t
     for part in ("vision", "projector", "llama"):
         if len([p for p in found if p.part == part]) > 1:
             wrong.append(f"duplicate: the {part} stands there under two kinds of names")
@@ -64,14 +64,14 @@ def is_spare(path: str, c: Vision) -> bool:
     return path.startswith("vision/post_") or (block is not None and int(block[1]) >= c.used)
 
 
-def shapes(part: str, vision: Vision | None, language: Llama | None, widths: tuple[int, int]) -> Shapes:
+def shapes(part: str, c: Llava, widths: tuple[int, ...]) -> Shapes:
     """Shape of every leaf of a part. widths: of the projector, (out, in)."""
-    spec = {"vision": lambda: vision_spec(vision), "llama": lambda: llama.spec(language),
+    spec = {"vision": lambda: vision_spec(c.vision), "llama": lambda: llama.spec(c.llama),
             "projector": lambda: projector.spec(widths[1], widths[0])}[part]()  # fmt: skip
     return {"/".join(path): p.shape for path, p in specs.leaves(spec)}
 
 
-def their_shape(row: Row, ours: Shapes) -> tuple[int, ...]:
+def their_shape(row: Rule, ours: Shapes) -> tuple[int, ...]:
     """The shape of the other layout's tensor, made from our declaration."""
     return tuple(row.how.join(*[torch.empty(ours[path], device="meta") for path in row.ours]).shape)
 
@@ -82,27 +82,28 @@ def _group(path: str) -> str:
 
 
 def leaves(
-    place: Place, tensors: Tensors, vision: Vision | None, language: Llama | None, wrong: list[str]
+    slot: Slot, tensors: Tensors, vision: Vision | None, language: Llama | None, wrong: list[str]
 ) -> dict[str, Leaf]:
     """The leaves of a part, path -> leaf; what does not fit is added to `wrong`."""
-    rows = place.rows(Llava(vision or Vision(), language or Llama()))
+    c = Llava(vision or Vision(), language or Llama())  # of a part that is not there the sizes do not matter
+    rows = slot.rows(c)
     first = next((tensors[r.theirs] for r in rows if r.ours == ("w1",) and r.theirs in tensors), None)
     widths = tuple(first.shape) if first is not None and first.ndim == 2 else (0, 0)
-    ours = shapes(place.part, vision, language, widths)
-    wrong += [f"unexpected: {place.part}'s {name}" for name in tensors.keys() - {row.theirs for row in rows}]
+    ours = shapes(slot.part, c, widths)
+    wrong += [f"unexpected: {slot.part}'s {name}" for name in tensors.keys() - {row.theirs for row in rows}]
     rows = _untied(rows, ours, tensors, wrong)
     there = {_group(row.ours[0]) for row in rows if row.theirs in tensors}
     found: dict[str, Leaf] = {}
     for row in rows:
-        spare = place.part == "vision" and is_spare(f"vision/{row.ours[0]}", vision)
+        spare = slot.part == "vision" and is_spare(f"vision/{row.ours[0]}", c.vision)
         if row.theirs in tensors:
             found |= _split(row, tensors[row.theirs], ours, wrong)
         elif not spare or _group(row.ours[0]) in there:
-            wrong.append(f"missing: {place.part}'s {row.theirs}")
+            wrong.append(f"missing: {slot.part}'s {row.theirs}")
     return found
 
 
-def _untied(rows: list[Row], ours: Shapes, tensors: Tensors, wrong: list[str]) -> list[Row]:
+def _untied(rows: list[Rule], ours: Shapes, tensors: Tensors, wrong: list[str]) -> list[Rule]:
     """Without the head of a decoder whose head is the embedding; where a file holds it too it must be the same."""
     embed = next((row.theirs for row in rows if row.ours == ("embed",)), "")
     for row in rows:
@@ -112,7 +113,7 @@ def _untied(rows: list[Row], ours: Shapes, tensors: Tensors, wrong: list[str]) -
     return [row for row in rows if row.ours[0] in ours]
 
 
-def _split(row: Row, t: Tensor, ours: Shapes, wrong: list[str]) -> dict[str, Leaf]:
+def _split(row: Rule, t: Tensor, ours: Shapes, wrong: list[str]) -> dict[str, Leaf]:
     shape = their_shape(row, ours)
     if tuple(t.shape) != shape:
         wrong.append(f"wrong shape: {row.theirs} is {tuple(t.shape)}, the config wants {shape}")

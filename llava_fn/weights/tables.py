@@ -15,7 +15,7 @@ from llava_fn.weights.reshape import CONV, PAIR, SAME, STACK, TOKEN, Reshape, in
 
 
 @dataclass(frozen=True)
-class Row:
+class Rule:
     """`theirs` is one tensor, made of our leaves by `how`."""
 
     theirs: str
@@ -23,16 +23,16 @@ class Row:
     how: Reshape = SAME
 
 
-def _pairs(theirs: str, weight: str, bias: str) -> list[Row]:
-    return [Row(f"{theirs}.weight", (weight,)), Row(f"{theirs}.bias", (bias,))]
+def _pairs(theirs: str, weight: str, bias: str) -> list[Rule]:
+    return [Rule(f"{theirs}.weight", (weight,)), Rule(f"{theirs}.bias", (bias,))]
 
 
-def _blocks(rows: list[Row], count: int, where: str) -> Iterator[Row]:
+def _blocks(rows: list[Rule], count: int, where: str) -> Iterator[Rule]:
     for i in range(count):
-        yield from (Row(f"{where}.{i}.{r.theirs}", tuple(f"blocks/{i}/{p}" for p in r.ours), r.how) for r in rows)
+        yield from (Rule(f"{where}.{i}.{r.theirs}", tuple(f"blocks/{i}/{p}" for p in r.ours), r.how) for r in rows)
 
 
-def hf_vision(c: Vision) -> list[Row]:
+def hf_vision(c: Vision) -> list[Rule]:
     """HF CLIPVisionModel, with the blocks and the norm after those that LLaVA reads."""
     block = [
         *_pairs("layer_norm1", "norm1_g", "norm1_b"),
@@ -42,129 +42,130 @@ def hf_vision(c: Vision) -> list[Row]:
         *_pairs("mlp.fc1", "w_up", "b_up"), *_pairs("mlp.fc2", "w_down", "b_down"),
     ]  # fmt: skip
     return [
-        Row("embeddings.patch_embedding.weight", ("patch",), CONV),
-        Row("embeddings.class_embedding", ("cls",)),
-        Row("embeddings.position_embedding.weight", ("positions",)),
+        Rule("embeddings.patch_embedding.weight", ("patch",), CONV),
+        Rule("embeddings.class_embedding", ("cls",)),
+        Rule("embeddings.position_embedding.weight", ("positions",)),
         *_pairs("pre_layrnorm", "norm_g", "norm_b"),  # HF's own spelling
         *_blocks(block, c.blocks, "encoder.layers"),
         *_pairs("post_layernorm", "post_g", "post_b"),
     ]
 
 
-def openai_vision(c: Vision) -> list[Row]:
+def openai_vision(c: Vision) -> list[Rule]:
     """OpenAI's VisionTransformer."""
     block = [
         *_pairs("ln_1", "norm1_g", "norm1_b"),
-        Row("attn.in_proj_weight", ("wq", "wk", "wv"), STACK), Row("attn.in_proj_bias", ("bq", "bk", "bv"), STACK),
+        Rule("attn.in_proj_weight", ("wq", "wk", "wv"), STACK), Rule("attn.in_proj_bias", ("bq", "bk", "bv"), STACK),
         *_pairs("attn.out_proj", "wo", "bo"),
         *_pairs("ln_2", "norm2_g", "norm2_b"),
         *_pairs("mlp.c_fc", "w_up", "b_up"), *_pairs("mlp.c_proj", "w_down", "b_down"),
     ]  # fmt: skip
     return [
-        Row("conv1.weight", ("patch",), CONV),
-        Row("class_embedding", ("cls",)),
-        Row("positional_embedding", ("positions",)),
+        Rule("conv1.weight", ("patch",), CONV),
+        Rule("class_embedding", ("cls",)),
+        Rule("positional_embedding", ("positions",)),
         *_pairs("ln_pre", "norm_g", "norm_b"),
         *_blocks(block, c.blocks, "transformer.resblocks"),
         *_pairs("ln_post", "post_g", "post_b"),
     ]
 
 
-def megatron_vision(c: Vision) -> list[Row]:
+def megatron_vision(c: Vision) -> list[Rule]:
     """MindSpeed-MM's CLIPViT, which has no norm after the blocks."""
     mix = interleave(c.heads, c.width // c.heads)
     block = [
         *_pairs("input_layernorm", "norm1_g", "norm1_b"),
-        Row("self_attention.linear_qkv.weight", ("wq", "wk", "wv"), mix),
-        Row("self_attention.linear_qkv.bias", ("bq", "bk", "bv"), mix),
+        Rule("self_attention.linear_qkv.weight", ("wq", "wk", "wv"), mix),
+        Rule("self_attention.linear_qkv.bias", ("bq", "bk", "bv"), mix),
         *_pairs("self_attention.linear_proj", "wo", "bo"),
         *_pairs("pre_mlp_layernorm", "norm2_g", "norm2_b"),
         *_pairs("mlp.linear_fc1", "w_up", "b_up"), *_pairs("mlp.linear_fc2", "w_down", "b_down"),
     ]  # fmt: skip
     return [
-        Row("conv1.weight", ("patch",), CONV),
-        Row("class_token", ("cls",), TOKEN),
-        Row("position_embeddings.weight", ("positions",)),
+        Rule("conv1.weight", ("patch",), CONV),
+        Rule("class_token", ("cls",), TOKEN),
+        Rule("position_embeddings.weight", ("positions",)),
         *_pairs("ln_pre", "norm_g", "norm_b"),
         *_blocks(block, c.blocks, "decoder.layers"),
     ]
 
 
-def hf_llama(c: Llama) -> list[Row]:
+def hf_llama(c: Llama) -> list[Rule]:
     """HF LlamaModel."""
     block = [
-        Row("input_layernorm.weight", ("norm1",)),
-        Row("self_attn.q_proj.weight", ("wq",)), Row("self_attn.k_proj.weight", ("wk",)),
-        Row("self_attn.v_proj.weight", ("wv",)), Row("self_attn.o_proj.weight", ("wo",)),
-        Row("post_attention_layernorm.weight", ("norm2",)),
-        Row("mlp.gate_proj.weight", ("w_gate",)), Row("mlp.up_proj.weight", ("w_up",)),
-        Row("mlp.down_proj.weight", ("w_down",)),
+        Rule("input_layernorm.weight", ("norm1",)),
+        Rule("self_attn.q_proj.weight", ("wq",)), Rule("self_attn.k_proj.weight", ("wk",)),
+        Rule("self_attn.v_proj.weight", ("wv",)), Rule("self_attn.o_proj.weight", ("wo",)),
+        Rule("post_attention_layernorm.weight", ("norm2",)),
+        Rule("mlp.gate_proj.weight", ("w_gate",)), Rule("mlp.up_proj.weight", ("w_up",)),
+        Rule("mlp.down_proj.weight", ("w_down",)),
     ]  # fmt: skip
-    return [Row("embed_tokens.weight", ("embed",)), *_blocks(block, c.blocks, "layers"), Row("norm.weight", ("norm",))]
+    rules = _blocks(block, c.blocks, "layers")
+    return [Rule("embed_tokens.weight", ("embed",)), *rules, Rule("norm.weight", ("norm",))]
 
 
-def hf_head(_: Llama) -> list[Row]:
+def hf_head(_: Llama) -> list[Rule]:
     """The head of HF LlamaForCausalLM."""
-    return [Row("lm_head.weight", ("head",))]
+    return [Rule("lm_head.weight", ("head",))]
 
 
-def megatron_llama(c: Llama) -> list[Row]:
+def megatron_llama(c: Llama) -> list[Rule]:
     """Megatron-LM's GPTModel with a gated MLP and no biases."""
     block = [
-        Row("input_layernorm.weight", ("norm1",)),
-        Row("self_attention.linear_qkv.weight", ("wq", "wk", "wv"), interleave(c.kv_heads, c.head)),
-        Row("self_attention.linear_proj.weight", ("wo",)),
-        Row("pre_mlp_layernorm.weight", ("norm2",)),
-        Row("mlp.linear_fc1.weight", ("w_gate", "w_up"), PAIR), Row("mlp.linear_fc2.weight", ("w_down",)),
+        Rule("input_layernorm.weight", ("norm1",)),
+        Rule("self_attention.linear_qkv.weight", ("wq", "wk", "wv"), interleave(c.kv_heads, c.head)),
+        Rule("self_attention.linear_proj.weight", ("wo",)),
+        Rule("pre_mlp_layernorm.weight", ("norm2",)),
+        Rule("mlp.linear_fc1.weight", ("w_gate", "w_up"), PAIR), Rule("mlp.linear_fc2.weight", ("w_down",)),
     ]  # fmt: skip
     return [
-        Row("embedding.word_embeddings.weight", ("embed",)),
+        Rule("embedding.word_embeddings.weight", ("embed",)),
         *_blocks(block, c.blocks, "decoder.layers"),
-        Row("decoder.final_layernorm.weight", ("norm",)),
-        Row("output_layer.weight", ("head",)),
+        Rule("decoder.final_layernorm.weight", ("norm",)),
+        Rule("output_layer.weight", ("head",)),
     ]
 
 
-def projector(first: str, second: str) -> list[Row]:
+def projector(first: str, second: str) -> list[Rule]:
     """The two linears under the names that a layout gives them."""
     return [*_pairs(first, "w1", "b1"), *_pairs(second, "w2", "b2")]
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """One part of a model within a layout: the expression before its names, and its table."""
 
     part: str
     before: str
-    rows: Callable[[Llava], list[Row]]
+    rows: Callable[[Llava], list[Rule]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Met where a name matches `mark`. `ignored`: names that hold nothing of LLaVA. `before` of a place: see Place."""
+    """Met where a name matches `mark`. `ignored`: names that hold nothing of LLaVA. `before` of a slot: see Slot."""
 
     name: str
     mark: str
-    places: tuple[Place, ...]
+    places: tuple[Slot, ...]
     ignored: str
 
 
-def _vision(table: Callable[[Vision], list[Row]]) -> Callable[[Llava], list[Row]]:
+def _vision(table: Callable[[Vision], list[Rule]]) -> Callable[[Llava], list[Rule]]:
     return lambda c: table(c.vision)
 
 
-def _llama(table: Callable[[Llama], list[Row]]) -> Callable[[Llava], list[Row]]:
+def _llama(table: Callable[[Llama], list[Rule]]) -> Callable[[Llava], list[Rule]]:
     return lambda c: table(c.llama)
 
 
-def _projector(first: str, second: str) -> Callable[[Llava], list[Row]]:
+def _projector(first: str, second: str) -> Callable[[Llava], list[Rule]]:
     return lambda c: projector(first, second)
 
 
 OPENAI = Layout(
     "OpenAI CLIP",
     r"visual\.conv1\.weight",
-    (Place("vision", r"visual\.", _vision(openai_vision)),),
+    (Slot("vision", r"visual\.", _vision(openai_vision)),),
     r"visual\.proj|transformer\.resblocks\..*|token_embedding\.weight|positional_embedding|ln_final\.(weight|bias)"
     r"|text_projection|logit_scale|input_resolution|context_length|vocab_size",
 )
@@ -175,23 +176,23 @@ MEGATRON = (
         "MindSpeed-MM VLModel",
         r"(text_decoder|image_encoder)\..*",
         (
-            Place("vision", r"image_encoder\.encoder\.", _vision(megatron_vision)),
-            Place("projector", r"image_encoder\.projector\.encoder\.", _projector("linear_fc1", "linear_fc2")),
-            Place("llama", r"text_decoder\.", MEGATRON_LLAMA),
+            Slot("vision", r"image_encoder\.encoder\.", _vision(megatron_vision)),
+            Slot("projector", r"image_encoder\.projector\.encoder\.", _projector("linear_fc1", "linear_fc2")),
+            Slot("llama", r"text_decoder\.", MEGATRON_LLAMA),
         ),
         _EXTRA,
     ),
-    Layout("MindSpeed-MM CLIP", "class_token", (Place("vision", "", _vision(megatron_vision)),), _EXTRA),
+    Layout("MindSpeed-MM CLIP", "class_token", (Slot("vision", "", _vision(megatron_vision)),), _EXTRA),
     Layout(
         "MindSpeed-MM Vicuna",
         r"embedding\.word_embeddings\.weight",
-        (Place("llama", "", MEGATRON_LLAMA),),
+        (Slot("llama", "", MEGATRON_LLAMA),),
         _EXTRA,
     ),
     Layout(
         "MindSpeed-MM projector",
         r"encoder\.linear_fc1\.weight",
-        (Place("projector", r"encoder\.", _projector("linear_fc1", "linear_fc2")),),
+        (Slot("projector", r"encoder\.", _projector("linear_fc1", "linear_fc2")),),
         _EXTRA,
     ),
 )
@@ -200,15 +201,15 @@ HF = Layout(  # all of CLIPModel, LlamaForCausalLM, the generations of HF's LLaV
     "Hugging Face or liuhaotian",
     r".*(patch_embedding|embed_tokens|multi_modal_projector|mm_projector)\..*",
     (
-        Place(
+        Slot(
             "vision",
             _PEFT + r"((model\.)?vision_tower\.(vision_tower\.)?)?(vision_model\.)?"
             r"(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)",
             _vision(hf_vision),
         ),
-        Place("projector", r"(model\.)?multi_modal_projector\.", _projector("linear_1", "linear_2")),
-        Place("projector", _PEFT + r"(model\.)?mm_projector\.", _projector("0", "2")),
-        Place(
+        Slot("projector", r"(model\.)?multi_modal_projector\.", _projector("linear_1", "linear_2")),
+        Slot("projector", _PEFT + r"(model\.)?mm_projector\.", _projector("0", "2")),
+        Slot(
             "llama",
             _PEFT + r"(model\.language_model\.|language_model\.model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)"
             r"|(language_model\.)?(?=lm_head\.)",
@@ -218,18 +219,18 @@ HF = Layout(  # all of CLIPModel, LlamaForCausalLM, the generations of HF's LLaV
     r".*\.position_ids|.*rotary_emb\.inv_freq|text_model\..*|(visual|text)_projection\.weight|logit_scale",
 )
 LAYOUTS = (OPENAI, *MEGATRON, HF)
-WRITTEN = {  # layouts that go out; what stands before the names of a place is a text here
+WRITTEN = {  # layouts that go out; what stands before the names of a slot is a text here
     "llava-hf": (
-        Place("vision", "vision_tower.vision_model.", _vision(hf_vision)),
-        Place("projector", "multi_modal_projector.", _projector("linear_1", "linear_2")),
-        Place("llama", "language_model.model.", _llama(hf_llama)),
-        Place("llama", "language_model.", _llama(hf_head)),
+        Slot("vision", "vision_tower.vision_model.", _vision(hf_vision)),
+        Slot("projector", "multi_modal_projector.", _projector("linear_1", "linear_2")),
+        Slot("llama", "language_model.model.", _llama(hf_llama)),
+        Slot("llama", "language_model.", _llama(hf_head)),
     ),
     "liuhaotian": (
-        Place("vision", "model.vision_tower.vision_tower.vision_model.", _vision(hf_vision)),
-        Place("projector", "model.mm_projector.", _projector("0", "2")),
-        Place("llama", "model.", _llama(hf_llama)),
-        Place("llama", "", _llama(hf_head)),
+        Slot("vision", "model.vision_tower.vision_tower.vision_model.", _vision(hf_vision)),
+        Slot("projector", "model.mm_projector.", _projector("0", "2")),
+        Slot("llama", "model.", _llama(hf_llama)),
+        Slot("llama", "", _llama(hf_head)),
     ),
-    "mm_projector": (Place("projector", "model.mm_projector.", _projector("0", "2")),),
+    "mm_projector": (Slot("projector", "model.mm_projector.", _projector("0", "2")),),
 }

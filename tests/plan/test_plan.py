@@ -13,16 +13,18 @@ from llava_fn import config, llama, llava, optim, spec, train, tree
 from llava_fn.config import Parallel
 from llava_fn.launch import cli
 from llava_fn.parallel.zero import Zero
-from llava_fn.plan import estimate, plan, trace
-from llava_fn.plan.estimate import GIB, Assumed, Device
-from llava_fn.plan.plan import Plan, Sizes
+from llava_fn.plan import estimate, options, plan, trace
+from llava_fn.plan.estimate import GIB, Device
+from llava_fn.plan.options import Assumed, DataSizes, PlanOptions
 from llava_fn.plan.trace import FROZEN, GRADIENTS, MASTERS, MOMENTS, REST, WEIGHTS, Call
 
 C = config.Llava(
     config.Vision(image=8, patch=4, width=12, blocks=2, heads=2, ffn=20),
     config.Llama(vocab=48, width=24, blocks=1, heads=4, kv_heads=4, ffn=36),
 )
-SMALL = Plan(world=4, train="projector+llama", data=Sizes(samples=8, length=20, images=1, labelled=8), recompute=False)
+SMALL = PlanOptions(
+    world=4, train="projector+llama", data=DataSizes(samples=8, length=20, images=1, labelled=8), recompute=False
+)
 
 
 def deeper(model):
@@ -140,7 +142,7 @@ def test_what_is_kept_between_updates_follows_from_the_spec(level, tp):
 @pytest.mark.parametrize("micro, each", [(1, 4 + 4 / 4), (2, 4 + 2), (3, 4 + 2)])
 def test_weights_and_gradients_are_whole_at_the_peak_of_zero_1(micro, each):
     """fp32, and a shard of the sum; or the sum so far and a micro-batch's as they arrive. Never two in fp32."""
-    report, _ = seen(**parallel(4, zero=1), data=Sizes(samples=4 * micro, length=8, labelled=3, accumulate=micro))
+    report, _ = seen(**parallel(4, zero=1), data=DataSizes(samples=4 * micro, length=8, labelled=3, accumulate=micro))
     numbers = filled(leaves(C, "projector+llama"), 4)
     assert report.peak[WEIGHTS] == 2 * numbers
     assert all(report.highs[kind] >= report.peak[kind] for kind in report.peak) and report.highs[REST] > 1000
@@ -273,11 +275,17 @@ WRONG = {
     "tp across machines": ({"machine": 2, "parallel": Parallel(tp=4)}, "tp=4 would join processes of several machines"),
     "tp of no divisor of heads": ({"world": 8, "parallel": Parallel(tp=8)}, "tp=8 does not divide the decoder's heads"),
     "ZeRO 3 that keeps activations": ({"parallel": Parallel(zero=3)}, "zero=3 gathers a block's weights again"),
-    "no samples": ({"data": Sizes(samples=0)}, "data.samples=0; it must be at least 1"),
-    "no room for images": ({"data": Sizes(length=5)}, "data.length=5: .* 1 images of 4 and 1 labelled tokens make 6;"),
-    "too many labels": ({"data": Sizes(length=20, labelled=16)}, "data.length=20: .* and 16 labelled tokens make 21;"),
-    "fewer than no images": ({"data": Sizes(images=-1)}, "data.images=-1; it must be at least 0"),
-    "no labels": ({"data": Sizes(labelled=0)}, "data.labelled=0; it must be at least 1"),
+    "no samples": ({"data": DataSizes(samples=0)}, "data.samples=0; it must be at least 1"),
+    "no room for images": (
+        {"data": DataSizes(length=5)},
+        "data.length=5: .* 1 images of 4 and 1 labelled tokens make 6;",
+    ),
+    "too many labels": (
+        {"data": DataSizes(length=20, labelled=16)},
+        "data.length=20: .* and 16 labelled tokens make 21;",
+    ),
+    "fewer than no images": ({"data": DataSizes(images=-1)}, "data.images=-1; it must be at least 0"),
+    "no labels": ({"data": DataSizes(labelled=0)}, "data.labelled=0; it must be at least 1"),
 }
 
 
@@ -301,7 +309,7 @@ def small_device(monkeypatch, mib):
 
 def test_a_plan_that_does_not_fit_names_the_first_that_does(monkeypatch):
     wide = replace(C, llama=replace(C.llama, width=96, blocks=3, ffn=256))
-    c = replace(SMALL, world=2, machine=2, data=Sizes(samples=2, length=8, labelled=3))
+    c = replace(SMALL, world=2, machine=2, data=DataSizes(samples=2, length=8, labelled=3))
     peaks = {}
     for zero in (1, 3):
         report, _ = seen(replace(c, recompute=zero == 3, parallel=Parallel(zero=zero)), wide)
@@ -337,11 +345,11 @@ def test_seconds_follow_from_the_table():
 
 def test_command_line_prints_tables_and_json(monkeypatch, capsys):
     args = "--model emoji --train all --data.length 40 --data.samples 8 --device H200 --no-recompute --world".split()
-    plan.main(cli.parse(plan.PRESETS, plan.__doc__, [*args, "2"]))
+    plan.main(cli.parse(options.PRESETS, options.DESCRIPTION, [*args, "2"]))
     out, err = capsys.readouterr()
     assert "fits: " in out and "the same on all roles" in out and "989 TFLOP/s in bfloat16 x 0.45" in out
     assert "rank 1 (dp 1, tp 0): text alone" in err
-    plan.main(cli.parse(plan.PRESETS, plan.__doc__, [*args, "1", "--json"]))
+    plan.main(cli.parse(options.PRESETS, options.DESCRIPTION, [*args, "1", "--json"]))
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] and report["plan"]["parallel"]["tp"] == 1 and report["tokens"] == 320
     assert report["seconds"]["overlapped"] == report["seconds"]["one_after_another"] == report["computing"] > 0
@@ -355,6 +363,6 @@ def test_a_plan_needs_a_process_of_its_own():
 
 @pytest.mark.slow
 def test_7b_on_512_devices():
-    report = plan.plan(Plan(world=512, parallel=Parallel(tp=4)), say=lambda line: print(line, file=sys.stderr))
+    report = plan.plan(PlanOptions(world=512, parallel=Parallel(tp=4)), say=lambda line: print(line, file=sys.stderr))
     assert report.fits and report.order == "the same on all roles"
     assert 13 < sum(report.peak.values()) / GIB < 14

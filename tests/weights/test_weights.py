@@ -171,7 +171,7 @@ def test_each_table_covers_each_leaf_of_the_spec_once(layout):
     c = dataclasses.replace(C, llama=dataclasses.replace(C.llama, blocks=12))
     for place in layout.places:
         ours = [path for row in place.rows(c) for path in row.ours]
-        shapes = placing.shapes(place.part, c.vision, c.llama, (c.llama.width, c.vision.width))
+        shapes = placing.shapes(place.part, c, (c.llama.width, c.vision.width))
         without_norm = {"post_g", "post_b"} if layout.name.startswith("MindSpeed") else set()
         assert sorted(ours) == sorted(shapes.keys() - (without_norm if place.part == "vision" else set()))
         names = [row.theirs for row in place.rows(c)]
@@ -181,7 +181,7 @@ def test_each_table_covers_each_leaf_of_the_spec_once(layout):
 def test_each_reshape_is_undone_by_its_inverse():
     for layout in LAYOUTS:
         for place in layout.places:
-            shapes = placing.shapes(place.part, C.vision, C.llama, (C.llama.width, C.vision.width))
+            shapes = placing.shapes(place.part, C, (C.llama.width, C.vision.width))
             for row in place.rows(C):
                 ours = [torch.randn(shapes[path]) for path in row.ours]
                 back = row.how.split(row.how.join(*ours))
