@@ -48,7 +48,7 @@ class World:
         return results[0] if self.first else make()
 
 
-def check_processes(tp: int, environ: Mapping[str, str], alone: bool = False) -> int:
+def check_processes(tp: int, environ: Mapping[str, str] = os.environ, alone: bool = False) -> int:
     """The number of processes. alone: whether there must be exactly `tp`, and not a multiple.
 
     ValueError on every process, before any collective, if tp does not divide their number or crosses machines, if a
@@ -85,7 +85,7 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
     ValueError: as of `check_processes`; ValueError also if a machine has fewer cards than processes. After an error the
     group is not destroyed, since another rank may wait in a collective: torchrun ends that rank.
     """
-    if check_processes(tp, os.environ, alone) == 1:
+    if check_processes(tp, alone=alone) == 1:
         yield World(device)
         return
     with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
@@ -103,7 +103,7 @@ def replicas(device: torch.device) -> Iterator[Axis]:
     Without torchrun, an axis of one. Replicas wait for each other only in `meet`, so their group is one of the hosts
     (gloo) with a long limit. Ranks above 0 print nothing, except an error that ends them. ValueError as of `processes`.
     """
-    if check_processes(1, os.environ) == 1:
+    if check_processes(1) == 1:
         yield Axis("dp")
         return
     with _joined(device, gloo(), LONG_WAIT, None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +47,7 @@ class Origin:
 
     def check(self, data: Data, parallel: Parallel, recompute: bool, backend: str) -> None:
         """ValueError on every process for sizes that this launch cannot run, before any process waits for another."""
-        count = check_processes(parallel.tp, os.environ)
+        count = check_processes(parallel.tp)
         llama.check_tp(self.model.llama, parallel.tp)
         llava.execution(recompute, backend, Zero(level=parallel.zero))
         if not data.tokens:
