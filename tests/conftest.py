@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from importlib import resources
 
@@ -18,7 +19,8 @@ from llava_fn.data.tokenizer import open_tokenizer
 
 hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
-torch.set_num_threads(1)  # two workers run the tests, on the two cores of a small machine
+# one: two workers run the tests, on the two cores of a small machine; another number checks what follows from it
+torch.set_num_threads(int(os.environ.get("LLAVA_FN_TEST_THREADS", "1")))
 CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
 LONGEST = ("test_docs.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
 
