@@ -9,6 +9,8 @@ from importlib import resources
 import hypothesis
 import pytest
 import torch
+from pretraining import Launcher
+from warm import Warm
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -27,6 +29,18 @@ LONGEST = ("test_docs.py", "test_npu_contract.py", "test_many.py")  # begin firs
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Starts recipes without the seconds of their imports."""
+    with Warm() as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def launcher(warm):
+    return Launcher(warm)
 
 
 @pytest.fixture(scope="session")

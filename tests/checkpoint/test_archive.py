@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from memory import resident
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,14 +43,6 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def noise(dtype: torch.dtype, *shape: int) -> Tensor:
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape[:-1], shape[-1] * dtype.itemsize))
     return raw.to(torch.uint8).view(dtype)
-
-
-def resident(path: Path) -> int:
-    """Bytes of a file that this process holds in memory."""
-    blocks = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    mine = [block for block in blocks if block.partition("\n")[0].endswith(str(path))]
-    assert mine, "the file is not mapped"
-    return sum(1024 * int(re.search(r"Rss:\s+(\d+)", block)[1]) for block in mine)
 
 
 def repack(path: Path, change=lambda name, data: data, order=list, how=zipfile.ZIP_STORED) -> None:

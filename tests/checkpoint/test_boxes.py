@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import copy, interrupted, largest_file
+from checkpoints import copy, interrupted, largest_file
 
 from llava_fn import llava, spec, tree
 from llava_fn.checkpoint import boxes, shares

@@ -2,21 +2,19 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import copy, interrupted, largest_file
 
 from llava_fn import llava, optim, spec, tree
 from llava_fn.checkpoint import boxes
@@ -61,10 +59,6 @@ def same(a, b) -> None:
     assert tree.paths(a) == tree.paths(b)
     for x, y in zip(tree.values(a), tree.values(b), strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y)
-
-
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "000007"))
 
 
 # Round trips.
@@ -305,17 +299,6 @@ for step in range(100_000):
 """
 
 
-@contextmanager
-def largest_file(size: int):
-    """Writing more than this many bytes to a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", ["params.safetensors", "optim.safetensors", 700])
 def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(saved, tmp_path, manifest, moments, tokenizer, limit):
     folder = copy(saved, tmp_path)
@@ -332,47 +315,6 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path, manife
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not write .*file/000001"):
         checkpoint.save(tmp_path / "file" / "000001", manifest, params, None, tokenizer.model)
-
-
-CALLS = [*((Path, x) for x in ("mkdir", "write_bytes", "write_text", "rename")), (os, "fsync"), (shutil, "rmtree")]
-
-
-def interrupt(monkeypatch, at: int) -> list:
-    """Raise KeyboardInterrupt instead of file operation number `at`. -> the operations so far."""
-    done = []
-
-    def wrap(owner, name):
-        real = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            done.append(name)
-            if len(done) - 1 == at:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, call)
-
-    for owner, name in CALLS:
-        wrap(owner, name)
-    return done
-
-
-def interrupted(saved, folder: Path, monkeypatch, save) -> Iterator[Path]:
-    """Copies of a checkpoint, over each of which save(copy) was interrupted: at its first file operation, its second,
-    and so on. What is left must be one checkpoint."""
-    for at in range(200):
-        new = copy(saved, folder / str(at))
-        with monkeypatch.context() as patch:
-            done = interrupt(patch, at)
-            try:
-                save(new)
-            except KeyboardInterrupt:
-                pass
-        if len(done) <= at:
-            return
-        checkpoint.clean(new.parent)
-        assert [p.name for p in new.parent.iterdir()] == ["000007"], (at, done[at])
-        yield new
     raise AssertionError("more than 200 file operations")
 
 

@@ -1,28 +1,25 @@
 """recipes/validate.py: on the data set that it unpacks, on other files, and on bad records."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+from warm import ENV, ROOT
 
 
-def validate(folder, *arguments):
-    command = [sys.executable, ROOT / "recipes/validate.py", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def validate(warm):
+    """Runs the recipe in a folder with these words."""
+    return lambda folder, *words: warm.run(["python", ROOT / "recipes/validate.py", *words], folder, ENV)
 
 
-def test_the_folder_that_is_named_is_unpacked_and_checked(tmp_path):
+def test_the_folder_that_is_named_is_unpacked_and_checked(validate, tmp_path):
     done = validate(tmp_path, "--unpack", "elsewhere")
     assert done.returncode == 0, done.stderr
     assert "elsewhere/train.json: 1980 of 1980 records are fine" in done.stdout and "####" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_bad_records_of_other_files_are_named_and_end_with_status_1(emojis, tmp_path):
+def test_bad_records_of_other_files_are_named_and_end_with_status_1(validate, emojis, tmp_path):
     rows = json.loads((emojis / "train.json").read_text())
     rows[3]["image"] = "gone.png"
     (tmp_path / "records.json").write_text(json.dumps(rows))

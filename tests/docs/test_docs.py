@@ -14,9 +14,8 @@ import layouts
 import pytest
 import tsvs
 from layouts import HFLlava
+from mindspeed_files import mindspeed_json
 from PIL import Image
-from test_convert import mindspeed_json
-from warm import Warm
 
 from llava_fn import config, llava, spec
 from llava_fn.checkpoint import folder as checkpoint
@@ -87,20 +86,19 @@ ENV |= {"NODES": "1", "CARDS": "2", "HEAD": "127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
-def run(clone):
+def run(clone, warm):
     """A command in the clone. Plain Python starts from a warm process, torchrun and pipes from the shell."""
-    with Warm() as warm:
 
-        def call(command: str) -> subprocess.CompletedProcess:
-            if command.startswith("python "):
-                done = warm.run(command, clone, ENV)
-            else:
-                streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
-                done = subprocess.run(["bash", "-ec", command], cwd=clone, env=ENV, text=True, **streams)
-            assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-            return done
+    def call(command: str) -> subprocess.CompletedProcess:
+        if command.startswith("python "):
+            done = warm.run(command, clone, ENV)
+        else:
+            streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
+            done = subprocess.run(["bash", "-ec", command], cwd=clone, env=ENV, text=True, **streams)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        return done
 
-        yield call
+    return call
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -5,17 +5,15 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tsvs
 import tyro
-from test_infer import ENV, ROOT, recipe
+from warm import ENV, ROOT, recipe, until
 
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.evaluate import folder, prompts, run, task, tsv
@@ -27,7 +25,6 @@ from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
 
 evaluate = recipe("evaluate")
-MODULES = ("llava_fn.evaluate.finish",)  # which the recipe imports when it runs
 FINAL = (".xlsx", "_acc.csv", "_summary.json")
 NAMES = {"choice": "AI2D_TEST", "chartqa": "ChartQA_TEST", "docvqa": "DocVQA_VAL", "mmmu": "MMMU_DEV_VAL"}
 
@@ -76,35 +73,15 @@ def arguments(c):
     return [str(x) for x in out + ["--fresh"] * c.fresh]
 
 
-class Ranks:
-    """Runs the recipe on several processes; see zygote.py."""
+@pytest.fixture
+def ranks(warm, tmp_path):
+    """Starts the recipe on several processes, whose output goes to tmp_path/log."""
 
-    def __init__(self):
-        command = [sys.executable, ROOT / "tests/zygote.py", ROOT / "recipes/evaluate.py", *MODULES]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(list(map(str, command)), env=ENV, text=True, **streams)
-        assert self.process.stdout.readline() == "ready\n"
+    def start(c, world):
+        argv = [ROOT / "recipes/evaluate.py", *arguments(c)]
+        return warm.start_ranks(world, lambda _: argv, tmp_path, ENV, lambda _: tmp_path / "log")
 
-    def say(self, text):
-        self.process.stdin.write(text + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, c, world, log):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        return self.say(json.dumps([world, port, arguments(c), str(log)]))
-
-    def wait(self):
-        return self.say("wait")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    ranks = Ranks()
-    yield ranks
-    ranks.process.stdin.close()
-    ranks.process.wait(10)
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +114,8 @@ def test_answers_are_those_of_each_question_alone(whole, weights, files):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_any_number_of_processes_ends_with_the_same_files(world, config, whole, ranks, tmp_path):
-    ranks.start(config, world, tmp_path / "log")
-    assert ranks.wait() == [0] * world, (tmp_path / "log").read_text()
+def test_any_number_of_processes_ends_with_the_same_files(world, config, whole, ranks, warm, tmp_path):
+    assert warm.statuses(ranks(config, world)) == [0] * world, (tmp_path / "log").read_text()
     assert final(config) == final(whole) and len(final(config)) == 12
     for kind in NAMES:
         said = lines(config, kind)
@@ -148,33 +124,29 @@ def test_any_number_of_processes_ends_with_the_same_files(world, config, whole, 
         assert max(counts) <= -(-tsvs.ROWS // world)
 
 
-def killed(ranks, c, world, log, after):
-    """Start a run and kill every process of it once there are some answers."""
-    pids = ranks.start(c, world, log)
+def kill(pids, warm, c, after):
+    """Kill every process of a run once there are some answers."""
     at = c.out / f"m_{NAMES['choice']}"
-    while folder.count(at) < after:
-        time.sleep(0.005)
+    assert until(lambda: folder.count(at) >= after, *pids)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert -signal.SIGKILL in ranks.wait()
+    assert -signal.SIGKILL in warm.statuses(pids)
 
 
-def test_a_killed_run_goes_on_with_other_processes_and_ends_with_the_same_files(config, ranks, tmp_path):
-    log = tmp_path / "log"
+def test_a_killed_run_goes_on_with_other_processes_and_ends_with_the_same_files(config, ranks, warm, tmp_path):
     long = replace(config, data=(tsvs.ai2d(tmp_path, 13),), tokens=15, batch=1)
     other = replace(long, out=tmp_path / "whole")
     evaluate.main(other)
     at = long.out / f"m_{NAMES['choice']}"
-    killed(ranks, long, 3, log, 2)
+    kill(ranks(long, 3), warm, long, 2)
     first = {x["i"]: x for x in lines(long) if x["st"] == "ok"}
     assert 2 <= len(first) < 13 and not final(long)
     torn = next(p for p in sorted((at / "predictions").iterdir()) if p.stat().st_size)
     torn.write_bytes(torn.read_bytes() + b'{"i": "0", "h": "x')
-    killed(ranks, long, 1, log, len(first) + 2)
+    kill(ranks(long, 1), warm, long, len(first) + 2)
     had = folder.count(at)
     assert len(first) + 2 <= had < 13
-    ranks.start(long, 3, log)
-    assert ranks.wait() == [0, 0, 0], log.read_text()
+    assert warm.statuses(ranks(long, 3)) == [0, 0, 0], (tmp_path / "log").read_text()
     assert final(long) == final(other) and len(final(long)) == 3
     assert timeless(long) == timeless(other) and len(timeless(long)) == 1
     assert folder.count(at) == 13  # nothing was answered twice

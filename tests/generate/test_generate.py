@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from oracles import CONFIGS, HF_IMAGE, LLAMA, hf_inputs, hf_llama, hf_llava, ours, sample, scramble
 from rounding import same_but_rounded
-from test_parity import CONFIGS, HF_IMAGE, LLAMA, hf_inputs, hf_llama, hf_llava, ours, sample, scramble
 from transformers import LlamaForCausalLM
 from transformers.generation.logits_process import (
     MinPLogitsWarper,

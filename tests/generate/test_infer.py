@@ -2,36 +2,21 @@
 
 import base64
 import functools
-import importlib.util
 import io
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from warm import ENV, ROOT, recipe
 
 from llava_fn.generate import assistant, conversation, decode, options, session
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
-
-ROOT = Path(__file__).parents[2]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def recipe(name):
-    """A recipe as a module, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / f"recipes/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 infer, chat = recipe("infer"), recipe("chat")
 D = Decoding(tokens=6)

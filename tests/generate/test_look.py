@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from oracles import CONFIGS, HF_IMAGE, hf_inputs, hf_llava, ours, sample
 from PIL import Image
 from rounding import same_but_rounded
-from test_infer import recipe
-from test_parity import CONFIGS, HF_IMAGE, hf_inputs, hf_llava, ours, sample
+from warm import recipe
 
 from llava_fn import linear, llama
 from llava_fn.errors import BadRecord

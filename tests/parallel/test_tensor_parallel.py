@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_infer import ENV, ROOT, infer
+from warm import ENV, ROOT, recipe, rendezvous
 
 from llava_fn import config, linear, llama, llava, spec, tree
 from llava_fn.batch import IMAGE, Sample
@@ -29,6 +28,7 @@ from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
 
 WORLD = 2
+infer = recipe("infer")
 C = config.Llava(
     config.Vision(image=8, patch=4, width=8, blocks=3, heads=2, ffn=12),
     config.Llama(vocab=24, width=16, blocks=3, heads=4, kv_heads=2, ffn=10, theta=30.0),
@@ -106,10 +106,9 @@ def read(params):
     return ("/".join(path) for path in tree.paths(params)), tree.values(params)
 
 
-def worker(rank, folder, weights, picture_path, port):
+def worker(rank, folder, weights, picture_path, variables):
     torch.set_num_threads(1)
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in values.items()})
+    os.environ.update(variables[rank])
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), processes.processes(WORLD, torch.device("cpu"), alone=True) as joined:
         mesh = joined.mesh
@@ -147,9 +146,9 @@ def image(emojis):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, weights, image):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    mp.spawn(worker, (str(folder), weights, image, port), WORLD)
+    store, variables = rendezvous(WORLD)
+    mp.spawn(worker, (str(folder), weights, image, variables), WORLD)
+    del store  # which the ranks needed until now
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(WORLD)]
 
 

@@ -1,10 +1,10 @@
 """Runs of several processes as a person starts them: figures, resuming on another mesh, kills, hangs, wrong input."""
 
+import json
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_pretrain import ROOT, SCRIPT, Zygote, figures, rows, run_of, same, write
+from pretraining import ROOT, SCRIPT, figures, rows, run_of, same, write
+from warm import until
 
 from llava_fn import config
 from llava_fn.checkpoint import folder as checkpoint
@@ -33,12 +34,6 @@ KINDS = {  # name -> (processes, Parallel, recompute)
 
 
 @pytest.fixture(scope="module")
-def zygote():
-    with Zygote() as zygote:
-        yield zygote
-
-
-@pytest.fixture(scope="module")
 def small(emojis, tmp_path_factory):
     """12 updates, whose checkpoints all stay."""
     c = run_of(emojis, tmp_path_factory.mktemp("data"), MODEL, samples=7)
@@ -46,30 +41,14 @@ def small(emojis, tmp_path_factory):
     return replace(c, saving=replace(c.saving, keep=0), optim=calm)
 
 
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
+def start(launcher, folder, c, world, *more, own=((),)):
+    """The process ids of a run of `world` processes. own: arguments of each process besides those of all."""
+    return launcher.start_ranks(folder, world, "--config", write(folder, c), *more, own=own)
 
 
-def start(zygote, folder, c, world, *more, own=((),), **env):
-    """The process ids of a run of `world` processes, with the environment that torchrun gives them.
-
-    own: arguments of each process besides those of all.
-    """
-    path = write(folder, c)
-    shared = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "OMP_NUM_THREADS": "1"}
-    return [
-        zygote.start(folder, "--config", path, *more, *own[r % len(own)], output=folder / f"log{r}",
-                     RANK=str(r), LOCAL_RANK=str(r), **shared, **env)
-        for r in range(world)
-    ]  # fmt: skip
-
-
-def run(zygote, folder, c, world, *more, **env):
+def run(launcher, folder, c, world, *more, own=((),)):
     """-> (exit statuses, what each process wrote)."""
-    children = start(zygote, folder, c, world, *more, **env)
-    statuses = [zygote.ask(wait=child) for child in children]
+    statuses = [launcher.wait(child) for child in start(launcher, folder, c, world, *more, own=own)]
     return statuses, [(folder / f"log{r}").read_text() for r in range(world)]
 
 
@@ -79,27 +58,37 @@ def many(c, kind):
 
 
 @pytest.fixture(scope="module")
-def alone(zygote, small, tmp_path_factory):
+def alone(launcher, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    status, log = zygote.run(folder, "--config", write(folder, small))
+    status, log = launcher.run(folder, "--config", write(folder, small))
     assert status == 0, log
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs(zygote, small, tmp_path_factory):
+def runs(launcher, small, tmp_path_factory):
     """kind -> a run that nothing disturbed, and what its processes wrote."""
     done = {}
 
     def get(kind):
         if kind not in done:
             folder = tmp_path_factory.mktemp("many")
-            statuses, logs = run(zygote, folder, *many(small, kind))
+            statuses, logs = run(launcher, folder, *many(small, kind))
             assert statuses == [0] * len(statuses), logs
             done[kind] = folder, logs
         return done[kind]
 
     return get
+
+
+def one_epoch(c, folder):
+    """A config of as many updates as `c`, in one epoch of six times its records, whose bad images have names each."""
+    (source,) = c.data.sources
+    *good, bad = json.loads(source.records.read_text())
+    names = [f"none{j}.png" for j in range(6)]
+    records = [*good * 6, *(bad | {"id": name, "image": str(folder / name)} for name in names)]
+    (folder / "six.json").write_text(json.dumps(records))
+    return replace(c, data=replace(c.data, sources=(replace(source, records=folder / "six.json"),), epochs=1.0))
 
 
 def saved(folder, step):
@@ -136,57 +125,60 @@ def test_the_first_process_shows_and_the_others_have_a_log_each(runs):
 @pytest.mark.parametrize(
     "before, after", [("dp2 zero3", "dp2 tp2"), ("dp2 tp2", ""), ("", "dp2 zero1"), ("tp2", "dp2 zero3")]
 )
-def test_a_run_goes_on_on_another_mesh(zygote, small, alone, runs, tmp_path, before, after):
+def test_a_run_goes_on_on_another_mesh(launcher, small, alone, runs, tmp_path, before, after):
     origin = runs(before)[0] if before else alone
     c, world = many(small, after) if after else (small, 1)
-    statuses, logs = run(zygote, tmp_path, c, world, "--saving.resume", origin / "run" / "checkpoints" / "000006")
+    statuses, logs = run(launcher, tmp_path, c, world, "--saving.resume", origin / "run" / "checkpoints" / "000006")
     assert statuses == [0] * world, logs
     assert "goes on from" in logs[0]
     close(figures(tmp_path), figures(alone)[6:])
 
 
 @pytest.mark.parametrize("kind", ["dp2 zero3", "tp2"])
-def test_after_a_kill_the_same_mesh_has_the_same_figures_to_the_bit(zygote, small, runs, tmp_path, kind):
-    c, world = many(small, kind)
-    children = start(zygote, tmp_path, c, world)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "run" / "checkpoints").glob("000004")) and time.monotonic() < until:
-        time.sleep(0.005)
+def test_after_a_kill_the_same_mesh_has_the_same_figures_to_the_bit(launcher, small, tmp_path, kind):
+    c, world = many(one_epoch(small, tmp_path), kind)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    statuses, logs = run(launcher, whole, c, world)
+    assert statuses == [0] * world, logs
+    waits = next(row["record"] for row in rows(whole, "skipped.jsonl") if 6 <= row["step"] <= 10)
+    held = tmp_path / waits.rpartition(" ")[2]
+    os.mkfifo(held)  # whose reader waits for ever, so that the run does not end before it is killed
+    children = start(launcher, tmp_path, c, world)
+    assert until((tmp_path / "run" / "checkpoints" / "000004").is_dir, *children)
     os.kill(children[1], signal.SIGKILL)
     statuses = []
     for child in children:
         time.sleep(0.2)
         os.kill(child, signal.SIGKILL)  # as torchrun does with the others
-        statuses.append(zygote.ask(wait=child))
+        statuses.append(launcher.wait(child))
     assert -signal.SIGKILL in statuses
-    statuses, logs = run(zygote, tmp_path, c, world)
+    held.unlink()
+    statuses, logs = run(launcher, tmp_path, c, world)
     assert statuses == [0] * world, logs
-    whole = runs(kind)[0]
     assert figures(tmp_path) == figures(whole)
     one, two = saved(tmp_path, STEPS), saved(whole, STEPS)
     same(one.params, two.params)
     same(one.moments[1], two.moments[1])
 
 
-def test_saving_in_the_background_leaves_the_same_checkpoints(zygote, small, runs, tmp_path):
+def test_saving_in_the_background_leaves_the_same_checkpoints(launcher, small, runs, tmp_path):
     c, world = many(small, "dp2 zero1")
-    statuses, logs = run(zygote, tmp_path, replace(c, saving=replace(c.saving, background=True)), world)
+    statuses, logs = run(launcher, tmp_path, replace(c, saving=replace(c.saving, background=True)), world)
     assert statuses == [0] * world, logs
     for step in (2, 8, 12):
         same(saved(tmp_path, step).params, saved(runs("dp2 zero1")[0], step).params)
 
 
-def test_the_watchdog_names_the_process_that_hangs_and_ends_the_others(zygote, small, tmp_path):
+def test_the_watchdog_names_the_process_that_hangs_and_ends_the_others(launcher, small, tmp_path):
     c, world = many(small, "dp2 zero1")
     c = replace(c, parallel=replace(c.parallel, silence=15.0), data=replace(c.data, epochs=500.0))
-    children = start(zygote, tmp_path, c, world)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "run" / "checkpoints").glob("000002")) and time.monotonic() < until:
-        time.sleep(0.01)
+    children = start(launcher, tmp_path, c, world)
+    assert until((tmp_path / "run" / "checkpoints" / "000002").is_dir, *children)
     os.kill(children[1], signal.SIGSTOP)
-    assert zygote.ask(wait=children[0]) == watchdog.STATUS
+    assert launcher.wait(children[0]) == watchdog.STATUS
     os.kill(children[1], signal.SIGKILL)
-    zygote.ask(wait=children[1])
+    launcher.wait(children[1])
     said = (tmp_path / "log0").read_text()
     assert re.search(r"watchdog of rank 0: nothing has moved for 15 s: rank 1 in '[\w ]+', and it is not heard", said)
     assert "pretrain.py" in said and "--parallel.silence" in said
@@ -199,16 +191,15 @@ def test_the_one_that_has_begun_least_is_named():
     assert "for 30 s: rank 1 in 'data 4'; the others are in 'update 4'." in said
 
 
-def test_a_bad_record_is_named_by_the_process_that_has_it(zygote, small, tmp_path):
+def test_a_bad_record_is_named_by_the_process_that_has_it(launcher, small, tmp_path):
     c, world = many(small, "dp2 zero1")
-    children = start(zygote, tmp_path, replace(c, data=replace(c.data, on_bad_record="error")), world)
-    said, until = [], time.monotonic() + 60
-    while time.monotonic() < until and "none.png" not in "".join(said):
-        time.sleep(0.05)
-        said = [log.read_text() for log in sorted(tmp_path.glob("log?"))]
+    children = start(launcher, tmp_path, replace(c, data=replace(c.data, on_bad_record="error")), world)
+    logs = [tmp_path / f"log{r}" for r in range(world)]
+    until(lambda: any("none.png" in log.read_text() for log in logs if log.exists()), *children)
+    said = [log.read_text() for log in logs]
     for child in children:
         os.kill(child, signal.SIGKILL)
-        zygote.ask(wait=child)
+        launcher.wait(child)
     (rank,) = [r for r in range(world) if "none.png" in said[r]]
     assert f"error (rank {rank}): step 1: 1 bad records" in said[rank] and "some.json[12] id bad" in said[rank]
 
@@ -222,8 +213,8 @@ def test_a_bad_record_is_named_by_the_process_that_has_it(zygote, small, tmp_pat
         (2, {"zero": 3}, "zero=3 gathers a block's weights again in the backward pass; it needs recompute"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_by_every_process(zygote, small, tmp_path, world, fields, said):
-    statuses, logs = run(zygote, tmp_path, replace(small, parallel=Parallel(**fields)), world)
+def test_sizes_that_cannot_be_are_refused_by_every_process(launcher, small, tmp_path, world, fields, said):
+    statuses, logs = run(launcher, tmp_path, replace(small, parallel=Parallel(**fields)), world)
     assert statuses == [1] * world
     assert all(said in log for log in logs) and not (tmp_path / "run").exists()  # it comes with the first collective
 
@@ -231,15 +222,15 @@ def test_sizes_that_cannot_be_are_refused_by_every_process(zygote, small, tmp_pa
 @pytest.mark.parametrize("samples, advice", [
     (3, "at least 4, or lower accumulate to at most 1"), (1, "at least 4, or start fewer processes"),
 ])  # fmt: skip
-def test_an_update_of_too_few_samples_is_refused(zygote, small, tmp_path, samples, advice):
+def test_an_update_of_too_few_samples_is_refused(launcher, small, tmp_path, samples, advice):
     c = replace(small, data=replace(small.data, samples=samples, accumulate=2))
-    statuses, logs = run(zygote, tmp_path, c, 2)
+    statuses, logs = run(launcher, tmp_path, c, 2)
     said = f"data.samples={samples} of an update cannot be shared out to 4 micro-batches (2 processes / tp=1 x "
     assert statuses == [1, 1] and f"{said}accumulate=2); raise it to {advice}" in logs[1]
 
 
-def test_processes_that_were_told_different_things_end_before_the_first_update(zygote, small, tmp_path):
-    statuses, logs = run(zygote, tmp_path, small, 2, own=((), ("--optim.lr", "0.1")))
+def test_processes_that_were_told_different_things_end_before_the_first_update(launcher, small, tmp_path):
+    statuses, logs = run(launcher, tmp_path, small, 2, own=((), ("--optim.lr", "0.1")))
     assert statuses == [1, 1] and not (tmp_path / "run" / "metrics.jsonl").exists()
     for rank, log in enumerate(logs):
         assert f"error (rank {rank}): the processes do not agree on the run (that of rank 0 -> theirs):" in log
@@ -254,38 +245,37 @@ def test_a_number_changes_with_any_bit():
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_has_the_figures_of_one_that_was_not(zygote, small, tmp_path):
+def test_a_run_killed_again_and_again_has_the_figures_of_one_that_was_not(launcher, small, tmp_path):
     """KILLS=200 in the environment makes it a longer campaign."""
     c, world = many(small, "dp2 zero3")
     c, rng = replace(c, data=replace(c.data, epochs=60.0)), random.Random(7)
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    statuses, logs = run(zygote, tmp_path / "whole", c, world)
+    statuses, logs = run(launcher, tmp_path / "whole", c, world)
     assert statuses == [0] * world, logs
     seen = []
     for _ in range(int(os.environ.get("KILLS", "20"))):
-        children = start(zygote, tmp_path / "killed", c, world)
+        children = start(launcher, tmp_path / "killed", c, world)
         time.sleep(rng.uniform(0.5, 5))
         for child in rng.sample(children, world):
             os.kill(child, signal.SIGKILL)
             time.sleep(rng.uniform(0, 0.3))
-        assert {zygote.ask(wait=child) for child in children} <= {0, 1, -signal.SIGKILL}
+        assert {launcher.wait(child) for child in children} <= {0, 1, -signal.SIGKILL}
         seen.append(max(checkpoint.steps(tmp_path / "killed" / "run" / "checkpoints"), default=0))
     assert seen == sorted(seen) and seen[-1] > 0
-    statuses, logs = run(zygote, tmp_path / "killed", c, world)
+    statuses, logs = run(launcher, tmp_path / "killed", c, world)
     assert statuses == [0] * world, logs
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_and_it_goes_on(zygote, small, tmp_path):
+def test_torchrun_starts_a_killed_run_again_and_it_goes_on(launcher, small, tmp_path):
     c, world = many(small, "dp2 zero1")
     c = replace(c, data=replace(c.data, epochs=60.0))  # so many updates that it does not end before it is killed
     (tmp_path / "whole").mkdir()
-    assert run(zygote, tmp_path / "whole", c, world)[0] == [0] * world
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world),
-               "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
-               str(SCRIPT), "--config", str(write(tmp_path, c))]  # fmt: skip
+    assert run(launcher, tmp_path / "whole", c, world)[0] == [0] * world
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
+               "--max-restarts", "3", "--standalone", str(SCRIPT), "--config", str(write(tmp_path, c))]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT)

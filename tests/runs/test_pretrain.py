@@ -16,76 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pretraining import ROOT, SCRIPT, figures, rows, run_of, same, write
+from warm import until
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.data import records as data
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "recipes" / "pretrain.py"
-
-# A process that has imported everything forks for each run, so that a run starts at once.
-ZYGOTE = """
-import json, os, runpy, sys, traceback
-sys.path[:0] = [sys.argv[1]]
-script = sys.argv[2]
-import llava_fn.runs.captions, llava_fn.runs.run, llava_fn.launch.cli
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-    elif child := os.fork():
-        print(child, flush=True)
-    else:
-        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
-        os.dup2(output, 1), os.dup2(output, 2)
-        os.chdir(job["cwd"])
-        os.environ.update(job["env"])
-        sys.argv = [script, *job["args"]]
-        status = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else print(end, file=sys.stderr) or 1
-        except BaseException:
-            status = traceback.print_exc() or 1
-        sys.stdout.flush()
-        os._exit(status)  # the interpreter takes a second to take itself apart
-"""
-
-
-class Zygote:
-    def __init__(self):
-        command = [sys.executable, "-c", ZYGOTE, str(ROOT), str(SCRIPT)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}  # as of torchrun's processes: sums of two threads round otherwise
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def ask(self, **job):
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def start(self, cwd, *args, output=None, **env):
-        """-> the process id of a run in `cwd`, which writes to cwd/log."""
-        args = [str(a) for a in args]
-        return self.ask(cwd=str(cwd), output=str(output or cwd / "log"), args=args, env=env)
-
-    def run(self, cwd, *args, **env):
-        """-> (exit status, all that it wrote)."""
-        status = self.ask(wait=self.start(cwd, *args, **env))
-        return status, (cwd / "log").read_text()
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    with Zygote() as zygote:
-        yield zygote
 
 
 @pytest.fixture(scope="module")
@@ -97,50 +32,10 @@ def pretrain():
         yield pretrain
 
 
-def run_of(emojis: Path, folder: Path, model, **fields):
-    """A config of a run on 13 records, one of them bad, with a checkpoint of every second update."""
-    records = json.loads((emojis / "train.json").read_text())
-    bad = {"id": "bad", "image": "images/none.png", "conversations": records[0]["conversations"]}
-    path = folder / "some.json"
-    path.write_text(json.dumps([*records, bad]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import pretrain
-    how = {"epochs": 6.0, "workers": 0, "max_tokens": 64, "on_bad_record": "skip"} | fields
-    return replace(
-        pretrain.EMOJI,
-        run_dir=Path("run"),
-        data=data.Data((data.Source(path, emojis),), **how),
-        model=model,
-        tokenizer=emojis / "tokenizer.model",
-        unpack=None,
-        heldout=data.Source(emojis / "heldout.json", emojis),
-        saving=replace(pretrain.EMOJI.saving, save_interval=2),
-    )
-
-
 @pytest.fixture(scope="module")
 def small(tiny, emojis, tmp_path_factory):
     """18 updates."""
     return run_of(emojis, tmp_path_factory.mktemp("data"), tiny, samples=5)
-
-
-def write(folder: Path, c) -> Path:
-    (folder / "my.json").write_text(json.dumps(config.plain(c)))
-    return folder / "my.json"
-
-
-def rows(folder: Path, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
-
-
-def figures(folder: Path):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "wait", "memory_gib")} for row in rows(folder)]
-
-
-def same(a, b) -> None:
-    assert tree.paths(a) == tree.paths(b)
-    assert all(torch.equal(x, y) for x, y in zip(tree.values(a), tree.values(b), strict=True))
 
 
 def same_run(a: Path, b: Path, step=18) -> None:
@@ -154,10 +49,10 @@ def same_run(a: Path, b: Path, step=18) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(zygote, small, tmp_path_factory):
+def finished(launcher, small, tmp_path_factory):
     """A run that nothing disturbed, and what it wrote."""
     folder = tmp_path_factory.mktemp("finished")
-    status, log = zygote.run(folder, "--config", write(folder, small))
+    status, log = launcher.run(folder, "--config", write(folder, small))
     assert status == 0, log
     return folder, log
 
@@ -204,24 +99,24 @@ def test_the_log_outside_a_terminal_is_plain_lines(finished):
     assert re.search(r"^step 18/18 loss .* skipped 6 ETA 0 s$", log, re.M)
 
 
-def test_a_terminal_gets_a_line_that_renews_itself(zygote, small, tmp_path):
+def test_a_terminal_gets_a_line_that_renews_itself(launcher, small, tmp_path):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 160))
-    child = zygote.start(tmp_path, "--config", write(tmp_path, small), output=os.ttyname(theirs))
+    child = launcher.start(tmp_path, "--config", write(tmp_path, small), output=os.ttyname(theirs))
     seen = b""
     while b"all of them" not in seen and select.select([ours], [], [], 300)[0]:
         seen += os.read(ours, 65536)
-    assert zygote.ask(wait=child) == 0
+    assert launcher.wait(child) == 0
     os.close(ours), os.close(theirs)
     assert b"\r" in seen and re.search(rb"18/18 \[.*loss \d\.\d+ ", seen) and b"ETA" not in seen
 
 
-def test_a_finished_run_is_started_again_from_its_own_config_and_changes_nothing(zygote, finished, tmp_path):
+def test_a_finished_run_is_started_again_from_its_own_config_and_changes_nothing(launcher, finished, tmp_path):
     before = figures(finished[0]), checkpoint.fingerprint(finished[0] / "run/checkpoints/000018")
-    status, log = zygote.run(finished[0], "--config", "run/config.json")
+    status, log = launcher.run(finished[0], "--config", "run/config.json")
     assert status == 0 and "goes on from run/checkpoints/000018" in log
     assert (figures(finished[0]), checkpoint.fingerprint(finished[0] / "run/checkpoints/000018")) == before
-    status, log = zygote.run(tmp_path, "--config", finished[0] / "run/config.json")
+    status, log = launcher.run(tmp_path, "--config", finished[0] / "run/config.json")
     assert status == 0, log
     same_run(finished[0], tmp_path)
 
@@ -246,8 +141,8 @@ finally:
     assert shown.returncode == 0 and "--optim.lr" in shown.stdout and shown.stderr == "[]\n"
 
 
-def test_a_worker_process_gives_the_same_run(zygote, finished, small, tmp_path):
-    status, log = zygote.run(tmp_path, "--config", write(tmp_path, small), "--data.workers", "1")
+def test_a_worker_process_gives_the_same_run(launcher, finished, small, tmp_path):
+    status, log = launcher.run(tmp_path, "--config", write(tmp_path, small), "--data.workers", "1")
     assert status == 0, log
     same_run(finished[0], tmp_path)
 
@@ -265,20 +160,10 @@ def lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def until(condition, child: int, seconds=300.0) -> bool:
-    """Look again and again. -> False if the process was through before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return False
-    return True
-
-
-def test_a_run_killed_again_and_again_equals_one_that_was_not(zygote, finished, small, tmp_path):
+def test_a_run_killed_again_and_again_equals_one_that_was_not(launcher, finished, small, tmp_path):
     path, torn, status = write(tmp_path, small), 0, -signal.SIGKILL
     for attempt in range(40):
-        child = zygote.start(tmp_path, "--config", path, "--saving.save-interval", "1")
+        child = launcher.start(tmp_path, "--config", path, "--saving.save-interval", "1")
         begun = lines(tmp_path)
         if attempt % 2:
             until(lambda: parts(tmp_path), child)  # noqa: B023
@@ -287,7 +172,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(zygote, finished, 
             time.sleep(0.003 * attempt)
         if attempt < 12:
             os.kill(child, signal.SIGKILL)
-        status = zygote.ask(wait=child)
+        status = launcher.wait(child)
         torn += bool(parts(tmp_path))
         if status == 0:
             break
@@ -303,13 +188,13 @@ def family(process: int) -> list[int]:
     return [p for child in children for p in (int(child), *family(int(child)))]
 
 
-def test_a_killed_run_leaves_no_worker_behind(zygote, small, tmp_path):
+def test_a_killed_run_leaves_no_worker_behind(launcher, small, tmp_path):
     endless = replace(small, data=replace(small.data, workers=1, epochs=1e4))
-    child = zygote.start(tmp_path, "--config", write(tmp_path, endless))
+    child = launcher.start(tmp_path, "--config", write(tmp_path, endless))
     assert until(lambda: lines(tmp_path), child)
     workers = family(child)
     os.kill(child, signal.SIGKILL)
-    zygote.ask(wait=child)
+    launcher.wait(child)
     assert len(workers) >= 2
     end = time.monotonic() + 300
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
@@ -317,12 +202,12 @@ def test_a_killed_run_leaves_no_worker_behind(zygote, small, tmp_path):
         time.sleep(0.01)
 
 
-def test_resuming_from_a_step_goes_back_to_it(zygote, finished, small, tmp_path):
+def test_resuming_from_a_step_goes_back_to_it(launcher, finished, small, tmp_path):
     path = write(tmp_path, replace(small, saving=replace(small.saving, keep=0)))
-    status, log = zygote.run(tmp_path, "--config", path)
+    status, log = launcher.run(tmp_path, "--config", path)
     assert status == 0, log
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/checkpoints").iterdir()}
-    status, log = zygote.run(tmp_path, "--config", path, "--saving.resume", "6")
+    status, log = launcher.run(tmp_path, "--config", path, "--saving.resume", "6")
     assert status == 0 and "goes on from run/checkpoints/000006" in log
     written = {p.name for p, at in before.items() if p.stat().st_mtime_ns != at}
     assert written == {f"{s:06d}" for s in range(8, 19, 2)}
@@ -330,25 +215,25 @@ def test_resuming_from_a_step_goes_back_to_it(zygote, finished, small, tmp_path)
     assert json.loads((tmp_path / "run/config.json").read_text())["saving"]["resume"] == "auto"
 
 
-def test_a_run_without_optimizer_state_goes_on_only_where_told(zygote, small, tmp_path):
+def test_a_run_without_optimizer_state_goes_on_only_where_told(launcher, small, tmp_path):
     path = write(tmp_path, small)
-    assert zygote.run(tmp_path, "--config", path, "--saving.no-save-optim")[0] == 0
+    assert launcher.run(tmp_path, "--config", path, "--saving.no-save-optim")[0] == 0
     assert not (tmp_path / "run/checkpoints/000016/optim.safetensors").exists()
-    status, log = zygote.run(tmp_path, "--config", path, "--saving.resume", "16")
+    status, log = launcher.run(tmp_path, "--config", path, "--saving.resume", "16")
     assert status == 1 and log == (
         "error: run/checkpoints/000016 was saved without optimizer state; resume it with --saving.no-load-optim\n"
     )
-    status, log = zygote.run(tmp_path, "--config", path, "--saving.resume", "16", "--saving.no-load-optim")
+    status, log = launcher.run(tmp_path, "--config", path, "--saving.resume", "16", "--saving.no-load-optim")
     assert status == 0 and "goes on from run/checkpoints/000016" in log
     assert json.loads((tmp_path / "run/config.json").read_text())["saving"]["load_optim"] is True
 
 
-def test_a_run_in_the_way_and_a_changed_config_are_refused(zygote, finished):
+def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     folder, _ = finished
     path = folder / "my.json"
-    status, log = zygote.run(folder, "--config", path, "--saving.resume", "no")
+    status, log = launcher.run(folder, "--config", path, "--saving.resume", "no")
     assert status == 1 and log == "error: run already holds a run; choose another run folder, or resume=auto\n"
-    status, log = zygote.run(folder, "--config", path, "--data.seed", "43", "--optim.lr", "0.5")
+    status, log = launcher.run(folder, "--config", path, "--data.seed", "43", "--optim.lr", "0.5")
     assert status == 1 and log.splitlines() == [
         "error: run/checkpoints/000018 belongs to another config; choose another run folder, or undo these:",
         "  recipe.data.seed: 42 -> 43",
@@ -360,12 +245,12 @@ def test_a_run_in_the_way_and_a_changed_config_are_refused(zygote, finished):
 
 
 @pytest.mark.parametrize("train", ["projector", "projector+llama"])
-def test_a_run_on_a_base_trains_and_saves_only_its_part(zygote, small, tiny, tokenizer, tmp_path, train):
+def test_a_run_on_a_base_trains_and_saves_only_its_part(launcher, small, tiny, tokenizer, tmp_path, train):
     towers = spec.init({k: v for k, v in llava.spec(tiny).items() if k != "projector"}, 9)
     manifest = checkpoint.Manifest(tiny, ("vision", "llama"), "square", "plain", None)
     checkpoint.save(tmp_path / "base", manifest, towers, None, tokenizer.model)
     based = replace(small, base=Path("base"), model=None, tokenizer=None, train=train)
-    status, log = zygote.run(tmp_path, "--config", write(tmp_path, based))
+    status, log = launcher.run(tmp_path, "--config", write(tmp_path, based))
     assert status == 0 and "random at the start: projector; starts" in log, log
     own = checkpoint.load(tmp_path / "run/checkpoints/000018")
     assert own.manifest.parts == ("projector", "llama")[: 1 + (train != "projector")]
@@ -375,7 +260,7 @@ def test_a_run_on_a_base_trains_and_saves_only_its_part(zygote, small, tiny, tok
     same(whole["vision"], towers["vision"])
     assert torch.equal(whole["llama", "embed"], towers["llama", "embed"]) == (train == "projector")
     (tmp_path / "base" / "SHA256SUMS").write_text("")
-    status, log = zygote.run(tmp_path, "--config", tmp_path / "my.json")
+    status, log = launcher.run(tmp_path, "--config", tmp_path / "my.json")
     assert status == 1 and log.startswith("error: base is damaged: SHA256SUMS does not agree with manifest.json,")
 
 
@@ -422,20 +307,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize("changes, args, env, said", WRONG, ids=lambda x: str(x)[:40])
-def test_wrong_input_ends_with_a_message_and_without_a_traceback(zygote, small, tmp_path, changes, args, env, said):
+def test_wrong_input_ends_with_a_message_and_without_a_traceback(launcher, small, tmp_path, changes, args, env, said):
     values = config.plain(small)
     for where, value in changes.items():
         change(values, where, value)
     (tmp_path / "my.json").write_text(json.dumps(values))
     first = [] if "--config" in args else ["--config", "my.json"]
-    status, log = zygote.run(tmp_path, *first, *args, **env)
+    status, log = launcher.run(tmp_path, *first, *args, **env)
     assert status not in (0, -signal.SIGKILL) and "Traceback" not in log, log
     assert re.search(said, log), log
     assert len(log) < 1500 and not (tmp_path / "run" / "checkpoints" / "000002").exists()
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "null", "\xff"])
-def test_a_config_file_that_is_no_config_is_refused_by_name(zygote, tmp_path, content):
+def test_a_config_file_that_is_no_config_is_refused_by_name(launcher, tmp_path, content):
     (tmp_path / "my.json").write_bytes(content.encode("latin-1"))
-    status, log = zygote.run(tmp_path, "--config", "my.json")
+    status, log = launcher.run(tmp_path, "--config", "my.json")
     assert status == 1 and log.startswith("my.json: ") and "Traceback" not in log, log

@@ -1,19 +1,19 @@
 """The recipe that converts weights, as a person runs it; what it leaves when it is stopped, and what it says."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import layouts
 import pytest
 import torch
 from layouts import C
-from test_mindspeed import data_json, model_json
+from mindspeed_files import mindspeed_json
+from warm import ENV, ROOT
+from warm import recipe as module
 
 from llava_fn import config, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -21,25 +21,15 @@ from llava_fn.launch import cli
 from llava_fn.weights import configs, export, model
 from llava_fn.weights.source import open_source
 
-ROOT = Path(__file__).parents[2]
-
-
-def loaded(recipe: str):
-    """The module of a recipe."""
-    found = importlib.util.spec_from_file_location(f"{recipe}_recipe", ROOT / f"recipes/{recipe}.py")
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-pretrain = loaded("pretrain")
-convert = loaded("convert")
+pretrain = module("pretrain")
+convert = module("convert")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 
 
-def recipe(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "recipes/convert.py", *args]
-    return subprocess.run([str(a) for a in command], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def recipe(warm):
+    """Runs the recipe with these words."""
+    return lambda *args: warm.run(["python", ROOT / "recipes/convert.py", *args], ROOT, ENV)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,7 @@ def seed(state, tokenizer, tmp_path_factory):
     return root
 
 
-def test_the_files_of_the_guide_become_a_model_and_go_out_to_transformers(seed, state, tmp_path):
+def test_the_files_of_the_guide_become_a_model_and_go_out_to_transformers(recipe, seed, state, tmp_path):
     files = [seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5", "mm_projector.bin")]
     done = recipe(*files, tmp_path / "weights/model")
     assert done.returncode == 0, done.stderr
@@ -82,31 +72,8 @@ def test_the_published_file_is_not_complained_of(seed, monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-def mindspeed_json(folder: Path, weights: list[Path], data: Path) -> list[Path]:
-    """model.json and data.json of the example, for this tiny model and a data set."""
-    v, t = C.vision, C.llama
-    model, train = model_json(), data_json()
-    heads = {"num_attention_heads": t.heads, "num_query_groups": t.kv_heads, "ffn_hidden_size": t.ffn}
-    sizes = {"num_layers": t.blocks, "hidden_size": t.width, "language_vocab_size": t.vocab}
-    model["text_decoder"] |= {**heads, **sizes, "ckpt_path": str(weights[1])}
-    encoder, projector = (model["image_encoder"][name] for name in ("vision_encoder", "vision_projector"))
-    encoder |= {"num_layers": v.blocks, "hidden_size": v.width, "num_attention_heads": v.heads, "image_size": v.image,
-                "num_query_groups": v.heads, "ffn_hidden_size": v.ffn, "ckpt_path": str(weights[0])}  # fmt: skip
-    projector |= {"input_size": v.width, "hidden_size": t.width, "ffn_hidden_size": t.width}
-    projector["ckpt_path"] = str(weights[2])
-    dataset = train["dataset_param"]
-    dataset["basic_parameters"] = {"data_path": str(data / "train.json"), "data_folder": str(data)}
-    dataset["tokenizer_config"]["from_pretrained"] = str(weights[0].parent)
-    dataset["preprocess_parameters"]["train_pipeline"] |= {
-        "crop_size": {"height": v.image, "width": v.image}, "size": {"shortest_edge": v.image},
-    }  # fmt: skip
-    for name, values in (("model.json", model), ("data.json", train)):
-        (folder / name).write_text(json.dumps(values))
-    return [folder / "model.json", folder / "data.json"]
-
-
 @pytest.mark.parametrize("trained", [False, True], ids=["converted", "save_dir"])
-def test_users_of_mindspeed_mm_move_in_one_command(trained, state, tokenizer, emojis, tmp_path):
+def test_users_of_mindspeed_mm_move_in_one_command(recipe, trained, state, tokenizer, emojis, tmp_path):
     weights = layouts.write_mindspeed(tmp_path / "ms", state, C.vision.blocks, tokenizer.model)
     sources = mindspeed_json(tmp_path, weights, emojis)
     if trained:
@@ -125,7 +92,7 @@ def test_users_of_mindspeed_mm_move_in_one_command(trained, state, tokenizer, em
     assert how.data.sources[0].records == emojis / "train.json"
 
 
-def test_what_a_person_can_set_right_is_one_line(seed, tmp_path):
+def test_what_a_person_can_set_right_is_one_line(recipe, seed, tmp_path):
     (tmp_path / "there").mkdir()
     words = {"tokenizer": seed / "vicuna-7b-v1.5/tokenizer.model"}
     projector, out = seed / "mm_projector.bin", tmp_path / "out"

@@ -10,8 +10,8 @@ import layouts
 import pytest
 import torch
 from layouts import C
+from memory import resident
 from safetensors.torch import load_file, save_file
-from test_archive import resident
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HFLlava
 
