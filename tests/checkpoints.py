@@ -64,3 +64,4 @@ def interrupted(saved, folder: Path, monkeypatch, save) -> Iterator[Path]:
         checkpoint.clean(new.parent)
         assert [p.name for p in new.parent.iterdir()] == ["000007"], (at, done[at])
         yield new
+    raise AssertionError("more than 200 file operations")

@@ -315,7 +315,6 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path, manife
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not write .*file/000001"):
         checkpoint.save(tmp_path / "file" / "000001", manifest, params, None, tokenizer.model)
-    raise AssertionError("more than 200 file operations")
 
 
 def test_an_interrupt_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(

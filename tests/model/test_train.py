@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import same_but_rounded
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
@@ -49,6 +50,10 @@ def same(a, b):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+def largest(tensors):
+    return max(x.abs().max().item() for x in tree.values(tensors))
+
+
 def run(params, model, batches, updates=3, **fields):
     state, task = begin(params, model, **fields)
     metrics = []
@@ -88,7 +93,8 @@ def test_rank_mean_has_the_gradient_of_the_mean_of_means(params, tiny, samples):
     _, grads = value_and_grad(lambda p: (sum(nll(p, b, tiny).mean() for b in batches) / 3, None))(params)
     state, _ = run(params, tiny, batches, 1, loss="rank_mean", optim=replace(OPTIM, clip=0.0))
     first = tree.rebuild(grads, [g * (1 - OPTIM.beta1) for g in tree.values(grads)])
-    close(state.moments.first, first, rtol=1e-4, atol=1e-7)
+    for a, b in zip(tree.values(state.moments.first), tree.values(first), strict=True):
+        same_but_rounded(a, b, scale=largest(first))
 
 
 def test_metrics_count_what_was_seen(params, tiny, samples):
@@ -125,7 +131,7 @@ def test_gradients_of_a_stage_are_those_of_the_whole_restricted_to_it(params, ti
     full, _ = run(params, tiny, grouped(samples, 12), 1, optim=free)
     part, _ = run(params, tiny, grouped(samples, 12), 1, optim=free, stage="projector")
     for path in tree.paths(part.params):
-        torch.testing.assert_close(part.moments.first[path], full.moments.first[path], rtol=1e-4, atol=1e-8)
+        same_but_rounded(part.moments.first[path], full.moments.first[path])
 
 
 def test_masters_stay_fp32_and_keep_updates_that_bf16_would_lose(params, tiny, samples):
