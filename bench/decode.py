@@ -38,8 +38,8 @@ from llava_fn.kernels import check
 from llava_fn.weights.model import from_state_dict
 
 TEXT = 45
-Clock = Callable[[], float]  # seconds, when all that was asked of the device is done
-Answer = Callable[[], tuple[list[list[int]], list[float]]]  # tokens of each step; clock: at first, one token, the end
+Clock = Callable[[], float]  # seconds, once the device is idle
+Answer = Callable[[], tuple[list[list[int]], list[float]]]  # tokens of each step; times of start, first token and end
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ def ours(m: Model, samples: list[Sample], n: int, clock: Clock) -> Answer:
 
 @dataclass(frozen=True)
 class Marks(BaseStreamer):
-    """What transformers hands its tokens to: the prompt, then one of each row a step."""
+    """The streamer that transformers calls with the prompt, and then with each step's tokens."""
 
     clock: Clock
-    said: list[list[int]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
     marks: list[float] = field(default_factory=list)
 
     def put(self, value: torch.Tensor) -> None:
         """Note the tokens, and the time of the first."""
-        self.said.append(value.tolist())
-        if len(self.said) == 2:
+        self.tokens.append(value.tolist())
+        if len(self.tokens) == 2:
             self.marks.append(self.clock())
 
     def end(self) -> None:
@@ -127,17 +127,17 @@ def theirs(peer: torch.nn.Module, samples: list[Sample], n: int, clock: Clock) -
     pixels, mask = vit.normalise(pixels).to(peer.dtype), torch.ones_like(ids)
 
     def answer() -> tuple[list[list[int]], list[float]]:
-        seen, began = Marks(clock), clock()
+        streamer, start = Marks(clock), clock()
         peer.generate(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=n,
-            min_new_tokens=n, cache_implementation="static", pad_token_id=0, streamer=seen,
+            min_new_tokens=n, cache_implementation="static", pad_token_id=0, streamer=streamer,
         )  # fmt: skip
-        return seen.said[1:], [began, *seen.marks, clock()]
+        return streamer.tokens[1:], [start, *streamer.marks, clock()]
 
     return answer
 
 
-def moved(p: TensorDict, samples: list[Sample], c: Bench) -> int:
+def step_bytes(p: TensorDict, samples: list[Sample], c: Bench) -> int:
     """Bytes that a step reads: the decoder without the embedding table, and the keys and values halfway through."""
     t = MODELS[c.model].llama
     keys = 2 * t.blocks * c.rows * (len(samples[0].ids) + c.new // 2) * t.kv_heads * t.head
@@ -145,23 +145,23 @@ def moved(p: TensorDict, samples: list[Sample], c: Bench) -> int:
     return (weights + keys) * getattr(torch, c.dtype).itemsize
 
 
-def measured(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[dict]:
+def measure(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[dict]:
     """A row for each of the two, and their ratio. size: bytes of a step; copy: bytes a second."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
     for _ in range(c.rounds):
         for name, answer in pair.items():
             a, b, end = answer()[1]
             times[name].append((b - a, (end - b) / (c.new - 1)))
-    found = []
+    table = []
     for name, rounds in times.items():
         prefill, one = (statistics.median(x) for x in zip(*rounds, strict=True))
         spread = [1e3 * f(x for _, x in rounds) for f in (min, max)]
-        found.append({
+        table.append({
             "who": name, "prefill ms": 1e3 * prefill, "step ms": 1e3 * one, "from": spread[0], "to": spread[1],
             "tokens/s": c.rows / one, "GB/s": size / one / 1e9, "share of copy": size / one / copy,
         })  # fmt: skip
-    ratio = {key: found[1][key] / found[0][key] for key in ("prefill ms", "step ms")}
-    return [*found, {"who": "ratio"} | ratio]
+    ratio = {key: table[1][key] / table[0][key] for key in ("prefill ms", "step ms")}
+    return [*table, {"who": "ratio"} | ratio]
 
 
 def main(c: Bench) -> list[dict]:
@@ -176,9 +176,9 @@ def main(c: Bench) -> list[dict]:
         "ours": ours(Model(p, model, step=decode.compiled_step(c.compile)), samples, c.new, clock),
         "transformers": theirs(peer, samples, c.new, clock),
     }
-    (mine, _), (other, _) = (answer() for answer in pair.values())
-    same = statistics.mean(a == b for x, y in zip(mine, other, strict=True) for a, b in zip(x, y, strict=True))
-    rows = measured(pair, c, moved(p, samples, c), ceilings(device, dtype)[0])
+    (one, _), (other, _) = (answer() for answer in pair.values())
+    same = statistics.mean(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    rows = measure(pair, c, step_bytes(p, samples, c), ceilings(device, dtype)[0])
     clocks = "CPU seconds" if clock is time.process_time else "wall seconds"
     about = check.machine(device) | asdict(replace(c, json=False)) | {"same tokens": same, "figure": clocks}
     print(json.dumps({"about": about, "rows": rows}) if c.json else f"{about}\n\n{check.show(rows)}")

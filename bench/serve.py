@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Bench:
-    """Who asks whom for how much."""
+    """How many clients ask for how many tokens."""
 
     weights: tuple[Path, ...]
     clients: int = 8
@@ -41,19 +41,19 @@ async def client(api: openai.AsyncOpenAI, c: Bench, number: int) -> int:
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": f"What is {j}?"}]
         messages = [{"role": "user", "content": content}]
-        got = await api.chat.completions.create(
+        answer = await api.chat.completions.create(
             model="m", messages=messages, max_tokens=c.tokens, temperature=2, top_p=1, seed=number
         )
-        tokens += got.usage.completion_tokens
+        tokens += answer.usage.completion_tokens
     return tokens
 
 
 async def measure(api: openai.AsyncOpenAI, c: Bench, clients: int) -> str:
     """A line of figures."""
     await client(api, c, 99)
-    began = time.perf_counter()
+    start = time.perf_counter()
     tokens = sum(await asyncio.gather(*(client(api, c, j) for j in range(clients))))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     rate = clients * c.requests / seconds
     return f"{clients:3} at once: {tokens / seconds:8.0f} tokens/s {rate:7.1f} requests/s ({tokens} tokens)"
 

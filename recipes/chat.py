@@ -8,7 +8,7 @@ What you type is a question, or one of these commands:
     /clear        begin a new conversation
     /save FILE    write the conversation as a record of LLaVA's schema
     /help, /exit
-Ctrl-C stops an answer and keeps what was said; at the prompt it ends the program.
+Ctrl-C stops an answer and keeps the part that is shown; at the prompt it ends the program.
 """
 
 from __future__ import annotations

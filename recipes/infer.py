@@ -3,9 +3,9 @@
     python recipes/infer.py --weights runs/emoji --image cat.jpg --prompt "What is shown?"
     python recipes/infer.py --weights runs/emoji --json questions.jsonl --out answers.jsonl
 
-A line holds {"prompt": text, "image": path, data URL or list of them, "id": anything}; image and id may be left out,
-and "conversations" in LLaVA's schema, ending with a question, may stand for prompt. Each answer is a line too. A bad
-line is named by its number and left out, and the exit status is 1. The same command goes on where it was stopped.
+A line holds {"prompt": text, "image": path, data URL or list of them, "id": anything}. image and id are optional;
+"conversations" in LLaVA's schema, ending with a question, may replace prompt. Each answer is a line too. A bad line is
+reported by its number and gets no answer, and the exit status is 1. The same command resumes a stopped one.
 
 A model too large for one device: `--quantise int8`, or several devices that share it,
 
@@ -35,7 +35,7 @@ class Infer:
 
     model: Annotated[ChatOptions, tyro.conf.arg(name="")]
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
-    prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
+    prompt: str = ""  # "<image>" in it places an image; without one, images stand in front
     image: tuple[Path, ...] = ()
     json: Path | None = None  # lines of questions instead; "-" is the standard input, read to its end
     images: Path = Path()  # the folder that paths in the lines are relative to
@@ -105,7 +105,7 @@ def answer_lines(a: Assistant, c: Infer, path: Path) -> None:
     with Progress(step, len(questions)) as progress:
         for batch in lines.batches(a, left, c.decoding, c.images, c.batch):
             if a.model.tp.axis.rank == 0:
-                write(c.out, lines.dump(batch.answers))
+                lines.write(c.out, batch.answers)
             for line, reason in batch.bad.items():
                 print(f"{path}, line {line.number}: {reason}", file=sys.stderr)
             step, wrong = step + len(batch.lines), wrong + len(batch.bad)
@@ -129,15 +129,6 @@ def settings(c: Infer) -> dict:
     dtype = Placement.of(c.model).precision
     model = replace(c.model, weights=tuple(map(newest, c.model.weights)), device="auto", dtype=dtype)
     return plain(replace(c, batch=1, tp=1, out=None, json=None, model=model))
-
-
-def write(out: Path | None, text: str) -> None:
-    """Add to a file, or print."""
-    if out is None:
-        print(text, end="", flush=True)
-    else:
-        with out.open("a", encoding="utf-8") as f:
-            f.write(text)
 
 
 if __name__ == "__main__":

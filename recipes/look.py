@@ -1,14 +1,14 @@
-"""Draw what the words of an answer look at: which patches of the picture each attends to.
+"""Draw what the words of an answer attend to: a map over the patches of the picture for each word.
 
     python recipes/look.py --weights runs/emoji --image cat.jpg --prompt "What is shown?" --out look.png
 
-The model answers with its most likely tokens, as recipes/infer.py does, or --answer gives the answer. Over the picture
-as the model sees it (padded or cropped), each word has its map: attention from the position that chooses the word,
-averaged over its tokens, over all heads and over all layers, for no layer is the right one for every model; --layers
-and --heads choose. Each map is bright from 0 to its own largest value. Below it stands what goes to the image, to the
-first token, where attention rests when it looks for nothing, and to all other text. The numbers of every word, layer
-and head are beside the picture, in an .npz file of the same name: numpy.load gives `words`, `patches` (word, layer,
-head, image, row, column), and the three shares `image`, `first` and `text` (word, layer, head).
+The model answers greedily, as recipes/infer.py does, or --answer gives the answer. Each word gets a map over the
+picture as the model sees it (padded or cropped): the attention of the position that predicts the word, averaged over
+its tokens, all heads and all layers (no layer is the right one for every model; --layers and --heads choose). The
+colours of a map go from 0 to its own maximum. Below each map stand the shares of attention to the image, to the first
+token (an attention sink), and to all other text. An .npz file of the same name holds the numbers of every word, layer
+and head: numpy.load gives `words`, `patches` (word, layer, head, image, row, column), and the three shares `image`,
+`first` and `text` (word, layer, head).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Draw:
 
     model: Annotated[ChatOptions, tyro.conf.arg(name="")]
     image: tuple[Path, ...]
-    out: Path  # a picture; its numbers stand beside it in an .npz file
+    out: Path  # the picture; its numbers are written beside it to an .npz file
     prompt: str = ""  # "<image>" in it places an image; without it, images stand in front
     answer: str = ""  # instead of the model's own
     words: tuple[str, ...] = ()  # of the answer; the first 23 unless given
@@ -58,13 +58,14 @@ def main(c: Draw) -> None:
         chat = replace(chat, feats=conversation.features(a, chat.pictures, {}))
         ((best,),) = conversation.answers(a, [chat], Decoding(tokens=c.tokens))
         ids, answer = best.ids, best.text
-    seen = look(a, chat, ids)
+    attention = look(a, chat, ids)
     print(answer)
-    n = draw(seen, [picture.pixels for picture in chat.pictures], answer, selection, c.out)
-    part = "" if c.words or n == len(seen.words) else f" (the first {WORDS} of {len(seen.words)}; see --words)"
+    n = draw(attention, [picture.pixels for picture in chat.pictures], answer, selection, c.out)
+    all_words = len(attention.words)
+    part = "" if c.words or n == all_words else f" (the first {WORDS} of {all_words}; see --words)"
     print(f"{c.out}: {n} words{part}")
-    numbers = {name: x.numpy() for name, x in {"patches": seen.patches, **seen.shares()}.items()}
-    arrays = {"words": np.array(seen.words), **numbers}
+    numbers = {name: x.numpy() for name, x in {"patches": attention.patches, **attention.shares()}.items()}
+    arrays = {"words": np.array(attention.words), **numbers}
     np.savez(c.out.with_suffix(".npz"), **arrays)  # pyright: ignore[reportArgumentType]  # none is its allow_pickle
     print(f"{c.out.with_suffix('.npz')}: {', '.join(f'{name} {x.shape}' for name, x in numbers.items())}")
 

@@ -2,8 +2,8 @@
 
     python recipes/serve.py --weights runs/emoji
 
-Requests are answered side by side in the slots of one cache. SIGINT or SIGTERM stops accepting, gives what is under way
-`--grace` seconds to finish, and ends with exit status 0.
+Requests are answered side by side, each in a slot of one cache. After SIGINT or SIGTERM the server accepts no more,
+gives the requests under way `--grace` seconds to finish, and ends with exit status 0.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Serve:
     """Which model, where, and how much a request may ask for."""
 
     model: Annotated[ChatOptions, tyro.conf.arg(name="")]
-    name: str | None = None  # of the model in requests; that of its folder, unless given
+    name: str | None = None  # of the model in requests; its folder's, unless given
     host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
     port: int = 8000  # 0: one that is free
-    api_key: str | None = None  # that requests must bring
-    slots: int = 8  # answers at a time; each has room for the context
+    api_key: str | None = None  # requests without it are refused
+    slots: int = 8  # answers at a time; each has room for a whole context
     limits: Limits = Limits()
-    grace: float = 10.0  # seconds to finish in
+    grace: float = 10.0  # seconds for requests under way after a signal
 
     def __post_init__(self) -> None:
         if self.api_key == "":
@@ -44,7 +44,7 @@ class Serve:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens. OSError names the address that cannot be had."""
+    """A socket bound to an address. OSError names the address if it is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

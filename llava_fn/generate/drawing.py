@@ -60,19 +60,20 @@ def _named(part: str, numbers: tuple[int, ...]) -> str:
     return f"{part}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else f"all {part}s"
 
 
-def draw(seen: Look, pixels: Sequence[Tensor], answer: str, chosen: Selection, path: Path) -> int:
+def draw(attention: Look, pixels: Sequence[Tensor], answer: str, chosen: Selection, path: Path) -> int:
     """Draw the maps of the chosen words and return their number. pixels: uint8[3, h, w] of each image."""
-    words = chosen.indices(seen.words)
-    maps = torch.cat(chosen.mean(seen.patches[words]).unbind(1), -1).numpy()  # several images beside each other
-    shares = zip(*(chosen.mean(x[words]).tolist() for x in seen.shares().values()), strict=True)
+    words = chosen.indices(attention.words)
+    maps = torch.cat(chosen.mean(attention.patches[words]).unbind(1), -1).numpy()  # several images beside each other
+    shares = zip(*(chosen.mean(x[words]).tolist() for x in attention.shares().values()), strict=True)
     notes = [
-        (seen.words[j], f"image {image:.0%}, brightest patch {top.max():.1%}\nfirst token {first:.0%}, text {text:.0%}")
-        for j, top, (image, first, text) in zip(words, maps, shares, strict=True)
+        f"image {image:.0%}, brightest patch {patches.max():.1%}\nfirst token {first:.0%}, text {text:.0%}"
+        for patches, (image, first, text) in zip(maps, shares, strict=True)
     ]
     images = torch.cat(list(pixels), -1).permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"Attention of each word of \u201c{answer}\u201d, mean over {chosen}"
-    _figure(images, maps, notes, title).savefig(path, dpi=110)
+    pairs = [(attention.words[j], note) for j, note in zip(words, notes, strict=True)]
+    _figure(images, maps, pairs, title).savefig(path, dpi=110)
     return len(words)
 
 

@@ -51,9 +51,7 @@ class Line:
         images = images if isinstance(images, list) else [images]
         if not isinstance(values.get("prompt", ""), str):
             raise BadRecord(f"'prompt' is {values['prompt']!r}; give a text")
-        if not isinstance(turns, list) or not all(
-            isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns
-        ):
+        if not isinstance(turns, list) or not all(map(_is_turn, turns)):
             raise BadRecord("'conversations' is no list of objects with 'from' and a text 'value'")
         if not all(isinstance(s, str) for s in images):
             raise BadRecord(f"'image' is {values['image']!r}; give a path, a data URL of base64, or a list of them")
@@ -61,7 +59,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Batch:
+class AnsweredLines:
     """Some lines: one object for each that has an answer, ready for JSON, and the reason for each that has none."""
 
     lines: Sequence[Line]
@@ -69,12 +67,16 @@ class Batch:
     bad: Mapping[Line, str]
 
 
+def _is_turn(turn: object) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
+
+
 def split(content: bytes) -> list[Line]:
     """The lines of a file of questions that are not blank."""
     return [Line(n, x.strip()) for n, x in enumerate(content.split(b"\n"), 1) if x.strip()]
 
 
-def batches(a: Assistant, lines: Sequence[Line], d: Decoding, folder: Path, size: int) -> Iterator[Batch]:
+def batches(a: Assistant, lines: Sequence[Line], d: Decoding, folder: Path, size: int) -> Iterator[AnsweredLines]:
     """Answers to lines, `size` at a time. folder: that paths of images are relative to."""
     known: dict[str, Tensor] = {}
     for i in range(0, len(lines), size):
@@ -89,7 +91,7 @@ def batches(a: Assistant, lines: Sequence[Line], d: Decoding, folder: Path, size
                 bad[line] = str(error)
                 del chats[line]
         texts = conversation.answers(a, list(chats.values()), d) if chats else []
-        yield Batch(batch, [_row(line, many, d) for line, many in zip(chats, texts, strict=True)], bad)
+        yield AnsweredLines(batch, [_row(line, many, d) for line, many in zip(chats, texts, strict=True)], bad)
 
 
 def _chats(a: Assistant, lines: Sequence[Line], folder: Path) -> tuple[dict[Line, Chat], dict[Line, str]]:
@@ -120,9 +122,14 @@ def _row(line: Line, texts: Sequence[Text], d: Decoding) -> dict:
     return out
 
 
-def dump(answers: Sequence[dict]) -> str:
-    """Answers as lines of JSON."""
-    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+def write(path: Path | None, answers: Sequence[dict]) -> None:
+    """Add answers to their file as lines of JSON, or print them."""
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if path is None:
+        print(text, end="", flush=True)
+    else:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(text)
 
 
 def resume(a: Assistant, path: Path, lines: Sequence[Line], options: dict) -> set[int]:

@@ -1,8 +1,8 @@
 """What the words of an answer attend to: the attention probabilities of the forward pass that gives the answer.
 
-    seen = look(a, chat, ids)     # ids of the answer
-    seen.maps[3].mean((0, 1))     # of its fourth word, over blocks and heads: one probability for each position
-    seen.patches[3, 20]           # of block 20: heads, images, and the patches of each in rows and columns
+    attention = look(a, chat, ids)      # ids of the answer
+    attention.maps[3].mean((0, 1))      # of its fourth word, over blocks and heads: a probability for each position
+    attention.patches[3, 20]            # of block 20: heads, images, and the patches of each in rows and columns
 
 A token is predicted at the position before it, so the attention of that position counts as the token's. A word's
 attention is the mean over its tokens, and sums to one too.

@@ -21,7 +21,7 @@ class ModelOptions:
     context: int = 4096  # tokens of a conversation at most, image positions included
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
-    quantise: Literal["int8"] | None = None  # the decoder's linears, to save memory
+    quantise: Literal["int8"] | None = None  # of the decoder's linears, to save memory
     compile: str = ""  # the backend of torch.compile for a step of decoding, e.g. inductor
 
     def __post_init__(self) -> None:
@@ -33,15 +33,14 @@ class ModelOptions:
 class ChatOptions(ModelOptions):
     """Which model answers, where it runs, and how questions reach it."""
 
-    preset: Literal["original", "hf"] | None = None  # prompt and pictures as LLaVA or as transformers has them
-    template: str | None = None  # of the prompt; what the weights say, unless given
-    image_mode: Literal["pad", "square"] | None = None  # what the weights say, unless given
+    preset: Literal["original", "hf"] | None = None  # prompts and pictures as in LLaVA's code or in transformers
+    template: str | None = None  # of the prompt; else the one that the weights name
+    image_mode: Literal["pad", "square"] | None = None  # else the one that the weights name
 
 
 @dataclass(frozen=True)
 class Form:
-    """How questions and pictures reach the model: a template (templates.py), an image mode (image.py) and, for
-    prompts of another code, that code's tokenization (text.py)."""
+    """How questions and pictures reach the model: templates.py, image.py, and compat of text.py."""
 
     template: str
     image_mode: str
@@ -56,19 +55,19 @@ PRESETS: Mapping[str, Form] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is chosen. ValueError names the value that cannot be."""
+    """How an answer is chosen. ValueError names an option with an illegal value."""
 
     tokens: int = 512  # at most, in an answer
     temperature: float = 0.0  # 0: always the most likely token
     top_k: int = 0  # sample from this many most likely tokens; 0: from all
     top_p: float = 1.0  # sample from the fewest most likely tokens that have this probability together
     min_p: float = 0.0  # sample from tokens at least this likely, in units of the most likely one
-    repetition_penalty: float = 1.0  # above 1: tokens that the prompt or the answer holds become less likely
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt or the answer become less likely
     beams: int = 1  # of beam search; 1: none
     length_penalty: float = 1.0  # of beams: a score is the log-probability over length ** this
     samples: int = 1  # answers to each prompt
-    seed: int = 0  # of the first sample; the next ones have the next seeds
-    stop: tuple[str, ...] = ()  # texts that end an answer and do not belong to it
+    seed: int = 0  # of the first sample; each further sample has the next seed
+    stop: tuple[str, ...] = ()  # texts that end an answer and are not part of it
     logprobs: bool = False  # give the log-probability of each token, under the model and not under these options
 
     def __post_init__(self) -> None:

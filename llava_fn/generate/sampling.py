@@ -1,7 +1,7 @@
-"""From scores to the next token: what the decoding options do to a row of logits, and the choice itself.
+"""From logits to the next token: the logits processors of the decoding options, and sampling.
 
-Each is a pure function of f32[b, v] and shapes never depend on values. Randomness comes in as numbers, drawn before the
-first token from a row's own seed: what a row says does not depend on the rows beside it.
+Pure functions of f32[b, v], whose shapes never depend on values. Random numbers are an argument: they are drawn from
+each row's own seed before the first token, so that a row's answer does not depend on the rest of the batch.
 Source: transformers generation/logits_process.py, whose order is kept: penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -16,14 +16,14 @@ from llava_fn.generate.options import Decoding
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """scores: f32[b, v]; seen: bool[b, v], tokens that the row holds. Source: Keskar et al. 2019, arXiv 1909.05858."""
+    """scores: f32[b, v]; seen: bool[b, v], tokens that occur in a row. Source: Keskar et al. 2019, arXiv 1909.05858."""
     if penalty == 1:
         return scores
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """-inf below the k-th highest score of each row; equals of it stay."""
+    """-inf below the k-th highest score of each row; ties with it stay."""
     lowest = scores.topk(min(k, scores.shape[-1]), -1).values[:, -1:]
     return scores.masked_fill(scores < lowest, -torch.inf)
 
@@ -43,7 +43,7 @@ def keep_min_p(scores: Tensor, p: float) -> Tensor:
 
 
 def warp(scores: Tensor, d: Decoding) -> Tensor:
-    """The scores whose softmax is sampled from. scores: f32[b, v]; d.temperature is above 0."""
+    """Temperature, top-k, top-p and min-p. scores: f32[b, v]; d.temperature is above 0."""
     scores = scores / d.temperature
     if d.top_k:
         scores = keep_top_k(scores, d.top_k)
@@ -60,12 +60,12 @@ def uniforms(seeds: Sequence[int], n: int) -> Tensor:
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """A sample of each row's softmax, by inverting its distribution. scores: f32[b, v]; uniform: f32[b] -> int64[b].
+    """Samples each row's softmax by inverse transform. scores: f32[b, v]; uniform: f32[b] -> int64[b].
 
     A token of probability 0 is never drawn: the sum rises at the token that is drawn.
     """
     total = scores.softmax(-1).cumsum(-1)
-    total = total.cummax(-1).values  # a parallel sum may fall by a rounding
+    total = total.cummax(-1).values  # rounding may make a parallel sum fall
     return (total > (uniform * total[:, -1])[:, None]).int().argmax(-1)
 
 
