@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import zipfile
 from importlib import resources
@@ -23,6 +24,8 @@ hypothesis.settings.register_profile("untimed", hypothesis.settings.default, dea
 hypothesis.settings.load_profile("untimed")
 # one: two workers run the tests, on the two cores of a small machine; another number checks what follows from it
 torch.set_num_threads(int(os.environ.get("LLAVA_FN_TEST_THREADS", "1")))
+# what ranks and workers of the data set import, once for all of them: see warm.ranks
+multiprocessing.set_forkserver_preload(["torch", "tensordict", "torchdata.nodes", "llava_fn.train"])
 CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
 LONGEST = ("test_docs.py", "test_npu_contract.py", "test_many.py")  # begin first, so that no worker ends alone
 

@@ -90,6 +90,16 @@ def rendezvous(world: int):
     return store, [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
+def ranks(worker: Callable, args: tuple, world: int) -> None:
+    """worker(rank, *args) in `world` processes, forked from one that has imported torch (conftest.py), to their end.
+
+    An exception in one ends the others and is raised here.
+    """
+    from torch.multiprocessing import start_processes
+
+    start_processes(worker, args, world, start_method="forkserver")
+
+
 def ended(pid: int) -> bool:
     """Whether a process that was started, and not waited for, has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 
 from llava_fn import config, llava, optim, spec, train, tree
 from llava_fn.batch import IMAGE, Sample, collate
@@ -154,7 +154,7 @@ def worker(rank, world, folder, cases, mistakes):
 def spawned(world, cases, mistakes):
     """What each rank has learned, by mesh and number of the case."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world, folder, cases, mistakes), world)
+        warm.ranks(worker, (world, folder, cases, mistakes), world)
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(world)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 
 from llava_fn import config, kernels, llama, spec, tree
 from llava_fn.batch import Stream
@@ -91,7 +91,7 @@ def worker(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (request.param, folder), request.param)
+        warm.ranks(worker, (request.param, folder), request.param)
         yield [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(request.param)]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 from warm import ENV, ROOT, recipe, rendezvous
 
 from llava_fn import config, linear, llama, llava, spec, tree
@@ -147,7 +147,7 @@ def image(emojis):
 def ranks(tmp_path_factory, weights, image):
     folder = tmp_path_factory.mktemp("ranks")
     store, variables = rendezvous(WORLD)
-    mp.spawn(worker, (str(folder), weights, image, variables), WORLD)
+    warm.ranks(worker, (str(folder), weights, image, variables), WORLD)
     del store  # which the ranks needed until now
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(WORLD)]
 
@@ -240,7 +240,7 @@ def test_as_many_processes_as_tp(weights, monkeypatch):
     processes.check_processes(2, started | {"WORLD_SIZE": "2"}, alone=True)
     with pytest.raises(ValueError, match="tp=2 but WORLD_SIZE=1: .* torchrun --nproc-per-node 2 RECIPE ... --tp 2"):
         infer.main(infer.Infer(options.ChatOptions((weights,), device="cpu"), prompt="x", tp=2))
-    monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "4"})
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="tp=1 but WORLD_SIZE=4: .* without torchrun, or with --tp 4"):
         infer.main(infer.Infer(options.ChatOptions((weights,), device="cpu"), prompt="x"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,7 +78,7 @@ def worker(rank, world, folder):
 @pytest.fixture(scope="module")
 def ranks():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (2, folder), 2)
+        warm.ranks(worker, (2, folder), 2)
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(2)]
 
 
