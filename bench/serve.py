@@ -1,6 +1,6 @@
 """Tokens a second of the server, over HTTP: one client alone, and several at once.
 
-    python bench/serve.py --weights runs/emoji --clients 8
+python bench/serve.py --weights runs/emoji --clients 8
 """
 
 from __future__ import annotations

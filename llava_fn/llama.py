@@ -104,9 +104,7 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
 
-def prefill(
-    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()
-) -> tuple[Tensor, Cache]:
+def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
     """`decode` that also writes the keys and values of its tokens into the cache. x: t d -> r d and the cache.
 
     Segment j of the stream belongs to row j of the cache. Where the cache holds a prefix of the row already, the stream

@@ -3,7 +3,7 @@
     python recipes/convert.py clip.pt vicuna-7b-v1.5 weights/base
     python recipes/convert.py weights/model out/hf --to llava-hf
 
-What a source is, is told from its tensors and configs. Several sources are put together into one model.
+The layout of a source follows from its tensors and configs. Several sources make one model together.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.data.tokenizer import read_tokenizer
 from llava_fn.launch import cli
-from llava_fn.runs.progress import Bytes
-from llava_fn.weights import export, mindspeed, model
-from llava_fn.weights.source import Weights, open_source
+
+if TYPE_CHECKING:
+    from llava_fn.weights.mindspeed import Moved
+    from llava_fn.weights.source import Weights
 
 OPENAI = {"ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}  # clip/clip.py
 
@@ -73,8 +72,10 @@ def is_json(path: Path) -> bool:
         return f.read(64).lstrip().startswith(b"{")
 
 
-def moved_sources(moved: mindspeed.Moved, given: list[Weights]) -> list[Weights]:
+def moved_sources(moved: Moved, given: list[Weights]) -> list[Weights]:
     """The files that MindSpeed-MM's JSON names, but for parts that a source on the command line brings."""
+    from llava_fn.weights.source import open_source
+
     out = []
     for path in moved.weights:
         source = open_source(path, moved.model)
@@ -86,16 +87,20 @@ def moved_sources(moved: mindspeed.Moved, given: list[Weights]) -> list[Weights]
     return out
 
 
-def read(c: Convert) -> tuple[Weights, mindspeed.Moved | None]:
+def read(c: Convert) -> tuple[Weights, Moved | None]:
     """All sources put together. ValueError names what is missing, has no place, or does not fit."""
+    from llava_fn.data.tokenizer import read_tokenizer
+    from llava_fn.weights import mindspeed, model
+    from llava_fn.weights.source import open_source
+
     texts = [path for path in c.sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
     given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
     source = model.merge(given + (moved_sources(moved, given) if moved else []), c.merge_lora)
-    words = c.tokenizer or (moved and moved.tokenizer)
-    if words and (c.tokenizer or source.tokenizer is None):
-        words = words / "tokenizer.model" if words.is_dir() else words
-        source = dataclasses.replace(source, tokenizer=read_tokenizer(words).model)
+    tokenizer = c.tokenizer or (moved and moved.tokenizer)
+    if tokenizer and (c.tokenizer or source.tokenizer is None):
+        tokenizer = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer
+        source = dataclasses.replace(source, tokenizer=read_tokenizer(tokenizer).model)
     return dataclasses.replace(
         source,
         image_mode=c.image_mode or (moved and moved.image_mode) or source.image_mode,
@@ -105,6 +110,11 @@ def read(c: Convert) -> tuple[Weights, mindspeed.Moved | None]:
 
 def main(c: Convert) -> None:
     """Read the sources, write the one model that they make. ValueError names what is missing or has no place."""
+    # imports stand where they are used: torch takes seconds, and --help does without
+    from llava_fn.checkpoint import folder as checkpoint
+    from llava_fn.runs.progress import Bytes
+    from llava_fn.weights import export, mindspeed
+
     if c.out.exists():
         raise ValueError(f"{c.out} exists; name another place, or remove it")
     for path in c.sources:
@@ -125,12 +135,12 @@ def main(c: Convert) -> None:
 
 def summary(source: Weights, parts: tuple[str, ...]) -> str:
     """What these parts are, in one line."""
-    said = {
-        "vision": lambda: f"{source.vision.used} of {source.vision.blocks} blocks of CLIP",
-        "projector": lambda: "projector",
-        "llama": lambda: f"{source.llama.blocks} blocks of Llama, {source.llama.vocab} pieces",
-    }
-    return ", ".join(said[part]() for part in parts)
+    vision, llama, texts = source.vision, source.llama, {"projector": "projector"}
+    if vision:
+        texts["vision"] = f"{vision.used} of {vision.blocks} blocks of CLIP"
+    if llama:
+        texts["llama"] = f"{llama.blocks} blocks of Llama, {llama.vocab} pieces"
+    return ", ".join(texts[part] for part in parts)
 
 
 if __name__ == "__main__":

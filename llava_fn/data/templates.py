@@ -102,27 +102,30 @@ _TAGGED = f"<Image>{MARK}</Image>"
 
 # Each is named as in LLaVA conversation.py, but for "hf", the prompt of transformers' documentation. LLaVA's trainer
 # wrote the two "v0" layouts differently ("### Human: "); here they are as it served them.
-TEMPLATES: Mapping[str, Template] = MappingProxyType({
-    "plain": _PLAIN,
-    "v0_plain": _PLAIN,
-    "vicuna_v1": _roles(_CURIOUS_USER),
-    "v1": _roles(_CURIOUS_USER),
-    "llava_v1": _roles(_CURIOUS_HUMAN),
-    "hf": Template(
-        "USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>"), around=("", " USER: ")
-    ),
-    "v1_mmtag": _roles(_TAGS, _TAGGED),
-    "llava_v0": _hashes(_CURIOUS_HUMAN),
-    "v0_mmtag": _hashes(_TAGS, _TAGGED),
-    "llama_2": _inst(_SAFE, "<s>"),
-    "llava_llama_2": _inst(_VISION, "<s>"),
-    "mistral_instruct": _inst("", ""),
-    "chatml_direct": _chatml("Answer the questions."),
-    "mistral_direct": _chatml("Answer the questions."),
-    "mpt": _chatml(
-        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-    ),
-})
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        "plain": _PLAIN,
+        "v0_plain": _PLAIN,
+        "vicuna_v1": _roles(_CURIOUS_USER),
+        "v1": _roles(_CURIOUS_USER),
+        "llava_v1": _roles(_CURIOUS_HUMAN),
+        "hf": Template(
+            "USER: ", "USER: ", " ASSISTANT:", " ", "</s>", (" ASSISTANT: ", "</s>"), around=("", " USER: ")
+        ),
+        "v1_mmtag": _roles(_TAGS, _TAGGED),
+        "llava_v0": _hashes(_CURIOUS_HUMAN),
+        "v0_mmtag": _hashes(_TAGS, _TAGGED),
+        "llama_2": _inst(_SAFE, "<s>"),
+        "llava_llama_2": _inst(_VISION, "<s>"),
+        "mistral_instruct": _inst("", ""),
+        "chatml_direct": _chatml("Answer the questions."),
+        "mistral_direct": _chatml("Answer the questions."),
+        "mpt": _chatml(
+            "A conversation between a user and an LLM-based AI assistant. "
+            "The assistant gives helpful and honest answers."
+        ),
+    }
+)
 
 
 def template_of(name: str) -> Template:

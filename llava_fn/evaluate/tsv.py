@@ -27,12 +27,14 @@ from llava_fn.evaluate.records import Dataset, Kind, Question
 KNOWN: Mapping[str, Kind] = MappingProxyType({
     "AI2D_TEST": "choice", "ChartQA_TEST": "chartqa", "DocVQA_VAL": "docvqa", "MMMU_DEV_VAL": "mmmu",
 })  # fmt: skip
-MD5 = MappingProxyType({
-    "AI2D_TEST": "0f593e0d1c7df9a3d69bf1f947e71975",
-    "ChartQA_TEST": "c902e0aa9be5582a7aad6dcf52734b42",
-    "DocVQA_VAL": "d5ee77e1926ff10690d469c56b73eabf",
-    "MMMU_DEV_VAL": "585e8ad75e73f75dcad265dfd0417d64",
-})  # of the files that VLMEvalKit downloads
+MD5 = MappingProxyType(
+    {
+        "AI2D_TEST": "0f593e0d1c7df9a3d69bf1f947e71975",
+        "ChartQA_TEST": "c902e0aa9be5582a7aad6dcf52734b42",
+        "DocVQA_VAL": "d5ee77e1926ff10690d469c56b73eabf",
+        "MMMU_DEV_VAL": "585e8ad75e73f75dcad265dfd0417d64",
+    }
+)  # of the files that VLMEvalKit downloads
 REFERENCE = 64  # characters up to which an image cell is the index of another row
 SHOWN = 10  # problems that an error lists
 LONGEST_LIST = 100_000  # characters of a list of paths

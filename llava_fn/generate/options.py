@@ -47,10 +47,12 @@ class Form:
     compat: str | None = None
 
 
-PRESETS: Mapping[str, Form] = MappingProxyType({
-    "original": Form("llava_v1", "pad"),  # LLaVA's own command line and web page
-    "hf": Form("hf", "square", "hf"),  # transformers' processor and the prompt of its documentation
-})
+PRESETS: Mapping[str, Form] = MappingProxyType(
+    {
+        "original": Form("llava_v1", "pad"),  # LLaVA's own command line and web page
+        "hf": Form("hf", "square", "hf"),  # transformers' processor and the prompt of its documentation
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """A run and its folder: what is in it, and how a run saves and goes on after it was stopped at any instant.
 
-    run/config.json          the config; `--config run/config.json` starts from it
-    run/environment.json     versions, device, Ascend variables
-    run/metrics.jsonl        one row an update
-    run/skipped.jsonl        one row a record that was left out
-    run/checkpoints/000100   see llava_fn/checkpoint/folder.py
-    run/log/rank-00001.log   what a process other than the first one prints
+run/config.json          the config; `--config run/config.json` starts from it
+run/environment.json     versions, device, Ascend variables
+run/metrics.jsonl        one row an update
+run/skipped.jsonl        one row a record that was left out
+run/checkpoints/000100   see llava_fn/checkpoint/folder.py
+run/log/rank-00001.log   what a process other than the first one prints
 """
 
 from __future__ import annotations

@@ -104,20 +104,22 @@ def _stream_options(value: object) -> bool:
 
 
 _COUNT = _within(int, 1, 2**62, "a whole number of at least 1")
-FIELDS: Mapping[str, Callable[[object], object]] = MappingProxyType({
-    "model": _is(str, "a text"),
-    "messages": _is(list, "a list"),
-    "stream": _is(bool, "true or false"),
-    "stream_options": _stream_options,
-    "n": _COUNT,
-    "max_tokens": _COUNT,
-    "max_completion_tokens": _COUNT,
-    "temperature": _within((int, float), 0, 2, "from 0 to 2"),
-    "top_p": _within((int, float), 1e-6, 1, "above 0 and at most 1"),
-    "stop": _stop,
-    "seed": _within(int, 0, 2**62, "a whole number from 0 to 2**62"),
-    "logprobs": _is(bool, "true or false"),
-})
+FIELDS: Mapping[str, Callable[[object], object]] = MappingProxyType(
+    {
+        "model": _is(str, "a text"),
+        "messages": _is(list, "a list"),
+        "stream": _is(bool, "true or false"),
+        "stream_options": _stream_options,
+        "n": _COUNT,
+        "max_tokens": _COUNT,
+        "max_completion_tokens": _COUNT,
+        "temperature": _within((int, float), 0, 2, "from 0 to 2"),
+        "top_p": _within((int, float), 1e-6, 1, "above 0 and at most 1"),
+        "stop": _stop,
+        "seed": _within(int, 0, 2**62, "a whole number from 0 to 2**62"),
+        "logprobs": _is(bool, "true or false"),
+    }
+)
 # Fields of OpenAI's that this server has nothing for: they may say so, and nothing else.
 OFF: Mapping[str, object] = MappingProxyType({
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "store": False, "tools": [],

@@ -121,6 +121,4 @@ def _split(row: Rule, t: Tensor, ours: Shapes, wrong: list[str]) -> dict[str, Le
     if t.dtype not in SAFETENSORS:
         wrong.append(f"wrong dtype: {row.theirs} is {t.dtype}; weights are {', '.join(map(str, SAFETENSORS))}")
         return {}
-    return {
-        path: Leaf(ours[path], t.dtype, lambda j=j: row.how.split(t)[j]) for j, path in enumerate(row.ours)
-    }
+    return {path: Leaf(ours[path], t.dtype, lambda j=j: row.how.split(t)[j]) for j, path in enumerate(row.ours)}

@@ -102,9 +102,7 @@ def _trim(source: Weights, values: configs.Values) -> Weights:
         if path in leaves:
             whole = leaves[path]
             leaves[path], spare[path] = whole.then(lambda t: t[:first]), whole.then(lambda t: t[first:])
-    return dataclasses.replace(
-        source, leaves=leaves, spare=spare, llama=dataclasses.replace(source.llama, vocab=first)
-    )
+    return dataclasses.replace(source, leaves=leaves, spare=spare, llama=dataclasses.replace(source.llama, vocab=first))
 
 
 def open_source(path: Path, given: Llava | None = None) -> Weights:

@@ -239,8 +239,11 @@ def sample_lists(draw):
         images = draw(st.integers(0, 2))
         prompt = draw(st.lists(st.integers(3, 20), min_size=0, max_size=4))
         label = draw(st.lists(st.booleans(), min_size=1, max_size=6).filter(any))
-        ids = [1] + [IMAGE] * PATCHES * images + prompt + draw(
-            st.lists(st.integers(3, 20), min_size=len(label), max_size=len(label))
+        ids = (
+            [1]
+            + [IMAGE] * PATCHES * images
+            + prompt
+            + draw(st.lists(st.integers(3, 20), min_size=len(label), max_size=len(label)))
         )
         label = [False] * (len(ids) - len(label)) + label
         pixels = torch.full((images, 3, 2, 2), j, dtype=torch.uint8)

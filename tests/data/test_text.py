@@ -210,11 +210,17 @@ def test_history_oracle_has_the_golden_ids(compat):
 
 WORDS = ["a", "cat", " ", "  ", "\n", "12", "dog.", "USER", ":", "<", ">", "    x", "The", "\u732b", "\U0001f600"]
 ORDINARY = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join).filter(str.strip)
-HOSTILE = st.lists(
-    st.sampled_from(WORDS + ["</s>", "<s>", "<unk>", "<0x0A>", "[INST]", " ASSISTANT: ", "<|im_end|>", "###", SPACE]),
-    min_size=1,
-    max_size=8,
-).map("".join).filter(lambda text: text.replace(SPACE, " ").strip())
+HOSTILE = (
+    st.lists(
+        st.sampled_from(
+            WORDS + ["</s>", "<s>", "<unk>", "<0x0A>", "[INST]", " ASSISTANT: ", "<|im_end|>", "###", SPACE]
+        ),
+        min_size=1,
+        max_size=8,
+    )
+    .map("".join)
+    .filter(lambda text: text.replace(SPACE, " ").strip())
+)
 
 
 def conversations(questions, answers):
@@ -467,7 +473,10 @@ def test_one_image_of_a_question_moves_to_its_front_as_llava_trained(question, p
 def test_text_without_an_image_and_several_images_stay_as_they_are():
     two = " <image> or <image> "
     assert turns_of(record(two, " b ", " c ", "d", image=["a", "b"])) == [
-        ("human", two), ("gpt", " b "), ("human", " c "), ("gpt", "d")
+        ("human", two),
+        ("gpt", " b "),
+        ("human", " c "),
+        ("gpt", "d"),
     ]
     assert turns_of(record("<image>a", "b", "c<image>", "d", image=["a", "b"]))[2] == ("human", "<image>\nc")
 
@@ -525,7 +534,8 @@ def test_tokenizer_loads_from_its_file_and_survives_pickling(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"version": "1.0", "model": {}}', b"IQ== 0\nIg== 1\n", b"version https://git-lfs.github.com/spec/v1\n"]
+    "content",
+    [b"", b'{"version": "1.0", "model": {}}', b"IQ== 0\nIg== 1\n", b"version https://git-lfs.github.com/spec/v1\n"],
 )
 def test_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path, content):
     path = tmp_path / "tokenizer.json"
