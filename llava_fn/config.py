@@ -97,7 +97,7 @@ LLAVA_7B = Llava()
 LLAVA_13B = Llava(llama=Llama(width=5120, blocks=40, heads=40, kv_heads=40, ffn=13824))
 LLAVA_EMOJI = Llava(
     Vision(image=32, patch=8, width=128, blocks=5, heads=4, ffn=512),
-    Llama(vocab=512, width=128, blocks=4, heads=4, kv_heads=4, ffn=384),
+    Llama(vocab=512, width=128, blocks=2, heads=4, kv_heads=4, ffn=384),
 )  # small enough to learn from nothing in minutes on a laptop
 
 Stage = Literal["projector", "projector+llama", "all"]

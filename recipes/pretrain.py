@@ -52,8 +52,8 @@ class Pretrain:
 
 EMOJI = Pretrain(
     run_dir=Path("runs/emoji"),
-    data=Data((Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=64, epochs=22.0, workers=1, max_tokens=64),
-    optim=Optim(lr=3e-3, warmup=0.05, beta2=0.98, weight_decay=1.0),
+    data=Data((Source(EMOJI_DATA / "train.json", EMOJI_DATA),), samples=32, epochs=30.0, workers=1, max_tokens=64),
+    optim=Optim(lr=2e-3, warmup=0.05, beta2=0.98, weight_decay=2.0),
     train="all",
     model=LLAVA_EMOJI,
     tokenizer=EMOJI_DATA / "tokenizer.model",
