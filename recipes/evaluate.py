@@ -19,18 +19,18 @@ from llava_fn.evaluate.options import Evaluate
 from llava_fn.launch import cli
 
 if TYPE_CHECKING:
-    from llava_fn.evaluate.task import Task
+    from llava_fn.evaluate.task import Assignment
     from llava_fn.evaluate.tsv import Table
     from llava_fn.parallel.mesh import Axis
 
 
-def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Task]:
+def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Assignment]:
     """Answer every question that has no answer yet; the processes of the axis share them. Returns a task a file.
 
     Processes wait for each other before the first and after the last answer, and not in between.
     """
     from llava_fn.evaluate import folder, run
-    from llava_fn.evaluate.task import backlog, begin, open_task, settings
+    from llava_fn.evaluate.task import backlog, begin, open_assignment, settings
     from llava_fn.generate import assistant
     from llava_fn.launch import processes
 
@@ -39,7 +39,7 @@ def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Task]:
         begin(c, tables, settings(c, weights, folder.fingerprint(c.model.weights)))
     processes.meet(axis)
 
-    tasks = [open_task(c.folder(table.dataset.name), table) for table in tables]
+    tasks = [open_assignment(c.folder(table.dataset.name), table) for table in tables]
     placement = assistant.Placement.of(c.model)
     model = assistant.place(weights, tasks[0].settings.style.form, placement, c.model.context)
     if warning := assistant.warning(model):
@@ -69,7 +69,7 @@ def main(c: Evaluate) -> None:
     # imports stand where they are used: torch takes seconds, and --help does without
     from llava_fn.evaluate import folder
     from llava_fn.evaluate.finish import check_failed, finish
-    from llava_fn.evaluate.task import dry_run, open_task, read_tables
+    from llava_fn.evaluate.task import dry_run, open_assignment, read_tables
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import replicas
 
@@ -81,7 +81,7 @@ def main(c: Evaluate) -> None:
         for table in tables if c.compare else ():
             folder.read_provenance(c.other_folder(table.dataset.name))  # a missing run is named before the work
         if c.score_only:
-            tasks = [open_task(c.folder(table.dataset.name), table) for table in tables]
+            tasks = [open_assignment(c.folder(table.dataset.name), table) for table in tables]
         else:
             tasks = answer(c, tables, axis)
         failed = [line for task in tasks for line in finish(c, task)] if axis.rank == 0 else []

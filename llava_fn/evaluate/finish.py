@@ -9,12 +9,12 @@ from llava_fn.evaluate import folder, results, tally
 from llava_fn.evaluate.options import Evaluate
 from llava_fn.evaluate.records import Prediction
 from llava_fn.evaluate.tally import Summary
-from llava_fn.evaluate.task import Task, open_task
+from llava_fn.evaluate.task import Assignment, open_assignment
 
 SHOWN = 20  # rows without an answer that an error lists
 
 
-def finish(c: Evaluate, task: Task) -> list[str]:
+def finish(c: Evaluate, task: Assignment) -> list[str]:
     """Write the results of a file. Returns a line for each question that failed.
 
     ValueError if questions have no answer yet, unless partial results are allowed.
@@ -33,7 +33,7 @@ def finish(c: Evaluate, task: Task) -> list[str]:
     results.write(c.out, summary, task.table)
     print(summary)
     if c.compare:
-        other = open_task(c.other_folder(dataset.name), task.table)
+        other = open_assignment(c.other_folder(dataset.name), task.table)
         other_answers = folder.read(other.folder, other.keys)
         other_summary = summarise(other, other_answers, Path(c.compare).name, rules)
         print(results.compare(c.out, summary, other_summary, task.table))
@@ -41,14 +41,14 @@ def finish(c: Evaluate, task: Task) -> list[str]:
     return [f"{dataset.name} index {p.index}: {p.error}" for p in failed]
 
 
-def summarise(task: Task, answers: Mapping[str, Prediction], model: str, rules: str) -> Summary:
+def summarise(task: Assignment, answers: Mapping[str, Prediction], model: str, rules: str) -> Summary:
     """The scores of a run by some rules. model: its name in reports."""
     table = task.table
     rows = tally.score_rows(table.dataset, table.questions, answers, rules)
     return tally.summarise(model, table.dataset, rows, rules, _about(task), len(answers) < len(table.pictures))
 
 
-def _about(task: Task) -> dict[str, str]:
+def _about(task: Assignment) -> dict[str, str]:
     """What reports say of how the answers were made; nothing in it depends on how many processes there were."""
     s = task.settings
     return {

@@ -86,7 +86,7 @@ def dry_run(c: Evaluate, tables: Sequence[Table]) -> None:
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """A file, and the folder of its answers. prompts: index -> prompt; keys: index -> key of the answer."""
 
     table: Table
@@ -101,18 +101,18 @@ class Task:
         return self.provenance.settings
 
 
-def open_task(at: Path, table: Table) -> Task:
+def open_assignment(at: Path, table: Table) -> Assignment:
     """The task of a run that was begun in the folder `at`, with its settings. ValueError if none was."""
     provenance = folder.read_provenance(at)
     cut = run.parts(table, provenance.settings)
-    return Task(table, at, provenance, cut, run.keys(table, provenance.settings, cut))
+    return Assignment(table, at, provenance, cut, run.keys(table, provenance.settings, cut))
 
 
 @dataclass(frozen=True)
 class Backlog:
     """The questions of a task that have no answer yet. lines: what all processes had written when this was read."""
 
-    task: Task
+    task: Assignment
     queries: Sequence[Query]
     lines: int
 
@@ -138,7 +138,7 @@ class Backlog:
                 time.sleep(POLL)
 
 
-def backlog(task: Task, a: Assistant) -> Backlog:
+def backlog(task: Assignment, a: Assistant) -> Backlog:
     """The questions of a task that have no answer yet. A question whose answer is an error is tried again."""
     lines, answers = folder.count(task.folder), folder.read(task.folder, task.keys)
     queries = run.queries(task.table, task.settings, task.prompts, a.tokenizer, a.config.vision.patches)
