@@ -31,6 +31,7 @@ def _integer(name: str, low: int, high: int | None, default: str, meaning: str) 
 
 
 def is_integer(value: str, low: int, high: int | None = None) -> bool:
+    """Whether the text is a whole number from `low` to `high`, without a sign."""
     return bool(re.fullmatch("[0-9]{1,18}", value)) and low <= int(value) and (high is None or int(value) <= high)
 
 
