@@ -237,7 +237,7 @@ def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     assert status == 1 and log.splitlines() == [
         "error: run/checkpoints/000018 belongs to another config; choose another run folder, or undo these:",
         "  recipe.data.seed: 42 -> 43",
-        "  recipe.optim.lr: 0.003 -> 0.5",
+        "  recipe.optim.lr: 0.002 -> 0.5",
     ]
 
 
