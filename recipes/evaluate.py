@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def answer(c: Evaluate, tables: Sequence[Table], axis: Axis) -> list[Assignment]:
-    """Answer every question that has no answer yet; the processes of the axis share them. Returns a task a file.
+    """Answer what has no answer yet; the processes of the axis share it. Returns an assignment for each file.
 
     Processes wait for each other before the first and after the last answer, and not in between.
     """
