@@ -73,7 +73,7 @@ def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
     mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), trains(c.stage))
     mine = tree.rebuild(mine, [leaf.to(device) for leaf in tree.values(zero.store(mine))])
     frozen = tree.rebuild(frozen, [leaf.to(device, dtype) for leaf in tree.values(frozen)])
-    run = llava.execution(c.recompute, "", zero, {path[0] for path in tree.paths(mine)})
+    run = llava.execution(c.recompute, "", zero, {path[0] for path in tree.paths(mine)}, model.vision)
     task = Task(frozen, model, optim.Optim(lr=1e-4), 100, zero, run=run)
     state = [TrainState(0, mine, optim.init(mine))]
     batch = collate(make_samples(model, c.stage, c.samples), mesh.tp.size).to(device)

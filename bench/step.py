@@ -132,7 +132,14 @@ def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o:
     dtype = getattr(torch, c.dtype)
     mine, frozen = tree.split(params, trains(c.stage))
     mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
-    task = Task(tree.cast(frozen, dtype), model, o, 100, Zero(dtype=dtype), run=llava.execution(backend=c.compile))
+    task = Task(
+        tree.cast(frozen, dtype),
+        model,
+        o,
+        100,
+        Zero(dtype=dtype),
+        run=llava.execution(backend=c.compile, vision=model.vision),
+    )
     state = [TrainState(0, mine, optim.init(mine))]
 
     def step(number: int) -> float:

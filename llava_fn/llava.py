@@ -32,22 +32,30 @@ def tower(c: Vision) -> ModuleType:
 class Execution:
     """How the blocks of both transformers run. It changes time and memory, never what is computed.
 
-    tower_blocks, llama_blocks: grad.scan of the tower's and of the decoder's `block`, or a form that computes the same.
+    tower_blocks, llama_blocks: grad.scan of a `block`, or a form that computes the same. None: the block of the model's
+    own tower.
     """
 
-    tower_blocks: Callable = scan(vit.block)
+    tower_blocks: Callable | None = None
     llama_blocks: Callable = scan(llama.block)
     tp: TP = TP()
     min_images: int = 0  # with ZeRO 3 a rank without images runs the tower on black ones, to join its all-gathers
 
 
-def execution(recompute: bool = False, backend: str = "", zero: Zero = Zero(), train: Sequence[str] = ()) -> Execution:
+def execution(
+    recompute: bool = False,
+    backend: str = "",
+    zero: Zero = Zero(),
+    train: Sequence[str] = (),
+    vision: Vision = Vision(),
+) -> Execution:
     """recompute: keep only each block's input for the backward pass.
 
     backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how the trained
-    parts, `train`, are kept. ValueError if its level needs recompute and that is off, or if there is no such backend.
+    parts, `train`, are kept. vision: config of the model's tower, whose blocks run. ValueError if the level of `zero`
+    needs recompute and that is off, or if there is no such backend.
     """
-    blocks = [compiled(b, backend, dynamic=True) for b in (vit.block, llama.block)]
+    blocks = [compiled(b, backend, dynamic=True) for b in (tower(vision).block, llama.block)]
     if zero.level == 3 and not recompute:
         raise ValueError("zero=3 gathers a block's weights again in the backward pass; it needs recompute")
     sharded = [zero.level == 3 and part in train for part in ("vision", "llama")]
@@ -85,7 +93,8 @@ def features(p: TensorDict, pixels: Tensor, c: Llava, run: Execution = Execution
     black = pixels.new_zeros(max(run.min_images - i, -i % size), *pixels.shape[1:])
     pixels = run.tp.split(torch.cat([pixels, black]) if len(black) else pixels)
     vision = tower(c.vision)
-    x = vision.encode(p["vision"], vision.normalise(pixels), c.vision, run.tower_blocks)
+    blocks = run.tower_blocks or scan(vision.block)
+    x = vision.encode(p["vision"], vision.normalise(pixels), c.vision, blocks)
     x = projector.project(p["projector"], x)
     return rearrange(run.tp.join(x)[:i], "i p d -> (i p) d")
 

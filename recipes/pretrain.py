@@ -116,7 +116,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     spec = llava.spec(origin.model)
     zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead)
     params, frozen = origin.parameters(c.train, c.seed, zero, world.device)
-    execution = llava.execution(c.recompute, c.compile, zero, STAGES[c.train])
+    execution = llava.execution(c.recompute, c.compile, zero, STAGES[c.train], vision)
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution)
 
     manifest = Manifest(

@@ -36,7 +36,6 @@ BINS = 24
 LONG = 16  # bars above which a table takes the whole width
 GROUPS = ("category", "l2-category")  # columns: few bars first
 VERDICTS = ("right", "wrong", "unparsed", "failed", "missing")
-CHANGES = ("better", "worse", "same")
 
 
 def report(s: Summary, table: Table) -> str:

@@ -102,7 +102,7 @@ class Assignment:
 
 
 def open_assignment(at: Path, table: Table) -> Assignment:
-    """The task of a run that was begun in the folder `at`, with its settings. ValueError if none was."""
+    """The assignment of a run that was begun in the folder `at`, with its settings. ValueError if none was."""
     provenance = folder.read_provenance(at)
     cut = run.parts(table, provenance.settings)
     return Assignment(table, at, provenance, cut, run.keys(table, provenance.settings, cut))
@@ -110,7 +110,7 @@ def open_assignment(at: Path, table: Table) -> Assignment:
 
 @dataclass(frozen=True)
 class Backlog:
-    """The questions of a task that have no answer yet. lines: what all processes had written when this was read."""
+    """The questions of an assignment that have no answer yet. lines: number of lines that all processes had written."""
 
     task: Assignment
     queries: Sequence[Query]
@@ -139,7 +139,7 @@ class Backlog:
 
 
 def backlog(task: Assignment, a: Assistant) -> Backlog:
-    """The questions of a task that have no answer yet. A question whose answer is an error is tried again."""
+    """The questions of an assignment that have no answer yet. A question whose answer is an error is tried again."""
     lines, answers = folder.count(task.folder), folder.read(task.folder, task.keys)
     queries = run.queries(task.table, task.settings, task.prompts, a.tokenizer, a.config.vision.patches)
     answered = {index for index, prediction in answers.items() if not prediction.error}

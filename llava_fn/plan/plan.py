@@ -98,7 +98,7 @@ def check(c: PlanOptions, model: Llava) -> None:
     llama.check_tp(model.llama, c.parallel.tp)
     whole = llava.spec(model)
     parts = [name for name in whole if train.trains(c.train)((name,))]
-    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts)
+    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts, model.vision)
     Data(samples=c.data.samples, accumulate=c.data.accumulate)
     for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):
         if value is not None and value < least:

@@ -275,7 +275,7 @@ def _start(job: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     trainable, frozen = tree.split(params, train.trains(job.train))
     kept: TensorDict = zero.store(trainable)
     parts = tuple(dict.fromkeys(path[0] for path in tree.paths(trainable)))
-    run = llava.execution(job.recompute, "", zero, parts)
+    run = llava.execution(job.recompute, "", zero, parts, job.model.vision)
     task = train.Task(tree.cast(frozen, job.dtype), job.model, optim.Optim(), 100, zero, run=run)
     return train.TrainState(0, kept, optim.init(kept)), task
 

@@ -49,7 +49,7 @@ class Origin:
         """ValueError on every process for sizes that this launch cannot run, before any process waits for another."""
         count = check_processes(parallel.tp)
         llama.check_tp(self.model.llama, parallel.tp)
-        llava.execution(recompute, backend, Zero(level=parallel.zero))
+        llava.execution(recompute, backend, Zero(level=parallel.zero), vision=self.model.vision)
         if not data.tokens:
             check_share(data.samples, data.accumulate, count, parallel.tp)
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -116,6 +117,12 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_every_page_of_docs_is_tested():
     pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     assert pages == {page for page in PAGES if page.startswith("docs/")}
+
+
+def test_layers_of_the_architecture_are_those_that_the_linter_holds():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert "```\n" + "\n".join(contract["layers"]) + "\n```" in text
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,7 +3,9 @@
 import ast
 import gc
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from rounding import same_but_rounded
 from tensordict import TensorDict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llava_fn import config, llama, llava, spec, tree
+from llava_fn import config, llama, llava, spec, tree, vit
 from llava_fn.batch import IMAGE, Sample, collate
-from llava_fn.grad import remat, value_and_grad
+from llava_fn.grad import remat, scan, value_and_grad
 from llava_fn.parallel.mesh import Axis, Mesh
 
 C = config.Llava(
@@ -200,6 +202,26 @@ def test_image_tokens_that_do_not_match_the_images_are_refused(params):
 def test_a_sample_without_a_label_is_refused_by_name():
     with pytest.raises(ValueError, match="records without a single labelled token: lonely"):
         collate([Sample("lonely", (1, 2), (False, False), torch.zeros(0, 3, 8, 8, dtype=torch.uint8))])
+
+
+@pytest.mark.parametrize("run", ["default", "execution"])
+def test_the_blocks_that_run_are_those_of_the_tower_that_the_config_names(params, monkeypatch, run):
+    """Another tower with CLIP's leaves: CLIP's own block would run on them without an error."""
+
+    @dataclass(frozen=True)
+    class Other(config.Vision):
+        pass
+
+    def block(p, x, segments, c):
+        return vit.block(p, x, segments, c) + 1
+
+    monkeypatch.setitem(llava.TOWERS, Other, SimpleNamespace(**vars(vit) | {"block": block}))
+    c = replace(C, vision=Other(**config.plain(C.vision)))
+    pixels = make_batch().pixels
+    ours = {"default": llava.Execution(), "execution": llava.execution(recompute=True, vision=c.vision)}[run]
+    want = llava.features(params, pixels, C, llava.Execution(tower_blocks=scan(block)))
+    assert torch.equal(llava.features(params, pixels, c, ours), want)
+    assert not torch.equal(want, llava.features(params, pixels, C))
 
 
 def test_functions_fit_on_a_screen():
