@@ -17,7 +17,7 @@ import torch
 import tyro
 from step import MODELS, Bench, make_samples, our_step
 
-from llava_fn import llava, optim, spec, tree
+from llava_fn import config, llava, optim, spec, tree
 from llava_fn.batch import collate
 from llava_fn.grad import value_and_grad
 from llava_fn.train import trains
@@ -49,7 +49,7 @@ def main(c: Bench) -> None:
     torch.set_num_threads(1)
     model = MODELS[c.model]
     params = spec.init(llava.spec(model), 0)
-    mine, frozen = tree.split(params, trains(c.stage))
+    mine, frozen = tree.split(params, trains(config.STAGES[c.stage]))
     step = our_step(params, collate(make_samples(model, c.stage, c.samples)), model, c, optim.Optim(lr=1e-4))
     whole = median_seconds(step, c.rounds)
     trees = median_seconds(lambda _: value_and_grad(walk)(mine, frozen), 5 * c.rounds)

@@ -21,7 +21,7 @@ import tyro
 from step import MODELS, make_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_fn import llava, optim, spec, tree
+from llava_fn import config, llava, optim, spec, tree
 from llava_fn.batch import collate
 from llava_fn.launch import processes
 from llava_fn.launch.device import pick_device
@@ -69,11 +69,11 @@ def counted(step: Callable[[], float]) -> Operations:
 def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
     """A step on this mesh, which returns its seconds."""
     model, device, dtype = MODELS[c.model], torch.device(c.device), getattr(torch, c.dtype)
-    zero = Zero(llava.spec(model), mesh, level, dtype)
-    mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), trains(c.stage))
+    zero = Zero(llava.spec(model), mesh, level, dtype, train=config.STAGES[c.stage])
+    mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), trains(config.STAGES[c.stage]))
     mine = tree.rebuild(mine, [leaf.to(device) for leaf in tree.values(zero.store(mine))])
     frozen = tree.rebuild(frozen, [leaf.to(device, dtype) for leaf in tree.values(frozen)])
-    run = llava.execution(c.recompute, "", zero, {path[0] for path in tree.paths(mine)}, model.vision)
+    run = llava.execution(c.recompute, "", zero, model.vision)
     task = Task(frozen, model, optim.Optim(lr=1e-4), 100, zero, run=run)
     state = [TrainState(0, mine, optim.init(mine))]
     batch = collate(make_samples(model, c.stage, c.samples), mesh.tp.size).to(device)

@@ -130,7 +130,7 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
 def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o: optim.Optim) -> Callable[[int], float]:
     """One step of ours, from its number to its loss."""
     dtype = getattr(torch, c.dtype)
-    mine, frozen = tree.split(params, trains(c.stage))
+    mine, frozen = tree.split(params, trains(config.STAGES[c.stage]))
     mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
     task = Task(
         tree.cast(frozen, dtype),

@@ -6,7 +6,9 @@ Nothing here imports torch, so that a recipe can show its options at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -100,6 +102,42 @@ LLAVA_EMOJI = Llava(
     Llama(vocab=512, width=128, blocks=2, heads=4, kv_heads=4, ffn=384),
 )  # small enough to learn from nothing in minutes on a laptop
 
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Defaults: LLaVA's targets, every linear of the decoder."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the adapter's product is scaled by alpha / rank
+    rslora: bool = False  # scaled by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)
+    targets: tuple[str, ...] = (r"llama/blocks/.*",)  # regular expressions; the linears whose whole path one matches
+    dropout: float = 0.0  # of an adapter's input
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank}; it must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha={self.alpha}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout}; it must be at least 0 and below 1")
+        for pattern in self.targets:
+            _check_pattern("lora.targets", pattern)
+            if self.dropout and not pattern.startswith("llama/blocks/"):
+                raise ValueError(f"lora.targets: {pattern!r}: a dropout is of adapters of llama/blocks/ alone")
+
+    @property
+    def scale(self) -> float:
+        """Of the adapters' product."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+
+
 Stage = Literal["projector", "projector+llama", "all"]
 STAGES: Mapping[str, tuple[str, ...]] = {  # the parts that a stage trains; the other parts are frozen
     "projector": ("projector",),  # LLaVA's pre-training
@@ -113,6 +151,8 @@ class Optim:
     """Hyperparameters. Defaults: LLaVA-1.5 pre-training (scripts/v1_5/pretrain.sh, HF Trainer)."""
 
     lr: float = 1e-3  # peak
+    rates: tuple[tuple[str, float], ...] = ()  # (path or regular expression of paths, its peak) in place of lr
+    decays: tuple[tuple[str, float], ...] = ()  # likewise in place of weight_decay
     warmup: float = 0.03  # share of all steps, rounded up
     min_lr: float = 0.0  # share of the peak that the cosine ends at
     beta1: float = 0.9
@@ -120,6 +160,33 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0  # of weights and embeddings; never of norms and biases
     clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        for field in ("rates", "decays"):
+            for pattern, value in getattr(self, field):
+                _check_pattern(f"optim.{field}", pattern)
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"optim.{field}: {pattern}: {value}; it must be at least 0")
+
+        if self.rates and not self.lr:
+            raise ValueError("optim.lr=0 has no schedule that optim.rates could follow; give it a rate above 0")
+
+    def rate(self, path: Sequence[str]) -> float:
+        """The peak rate of a parameter: that of the first pattern that its path, or the front of it, matches."""
+        return _first(self.rates, path, self.lr)
+
+    def decay(self, path: Sequence[str], dims: int) -> float:
+        """The weight decay of a parameter of so many dims. Norms and biases have one, and decay only by a pattern."""
+        return _first(self.decays, path, self.weight_decay if dims > 1 else 0.0)
+
+
+def _first(rules: Sequence[tuple[str, float]], path: Sequence[str], default: float) -> float:
+    return next((value for pattern, value in rules if matches(pattern, path)), default)
+
+
+def matches(pattern: str, path: Sequence[str]) -> bool:
+    """Whether a regular expression matches a path, or whole names at the front of it."""
+    return re.fullmatch(f"(?:{pattern})(?:/.*)?", "/".join(path)) is not None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -46,19 +46,18 @@ def execution(
     recompute: bool = False,
     backend: str = "",
     zero: Zero = Zero(),
-    train: Sequence[str] = (),
     vision: Vision = Vision(),
 ) -> Execution:
     """recompute: keep only each block's input for the backward pass.
 
-    backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how the trained
-    parts, `train`, are kept. vision: config of the model's tower, whose blocks run. ValueError if the level of `zero`
+    backend: compile blocks by that of torch.compile; one graph serves all blocks and all batches. zero: how
+    the trained parts are kept. vision: config of the model's tower, whose blocks run. ValueError if the level of `zero`
     needs recompute and that is off, or if there is no such backend.
     """
     blocks = [compiled(b, backend, dynamic=True) for b in (tower(vision).block, llama.block)]
     if zero.level == 3 and not recompute:
         raise ValueError("zero=3 gathers a block's weights again in the backward pass; it needs recompute")
-    sharded = [zero.level == 3 and part in train for part in ("vision", "llama")]
+    sharded = [zero.sharded(part) for part in ("vision", "llama")]
     run = [
         zero.scan(b, part) if gathered_late else scan(remat(b) if recompute else b)
         for b, part, gathered_late in zip(blocks, ("vision", "llama"), sharded, strict=True)

@@ -45,18 +45,26 @@ def clip(grads: TensorDict, norm: Tensor, limit: float) -> None:
         torch._foreach_mul_(tree.values(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
+def groups(c: Optim, params: TensorDict) -> dict[tuple[float, float], list[int]]:
+    """(peak rate, weight decay) -> the leaves that have them, numbered in the order of `tree.values`.
+
+    By default there are two groups: tensors of two or more dims decay, norms and biases do not.
+    """
+    out: dict[tuple[float, float], list[int]] = {}
+    for i, (path, p) in enumerate(zip(tree.paths(params), tree.values(params), strict=True)):
+        out.setdefault((c.rate(path), c.decay(path, p.ndim)), []).append(i)
+    return out
+
+
 def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr: float, c: Optim) -> None:
     """Update number `step` (from 1), in place: params and moments are consumed.
 
-    Two groups: tensors of two or more dims decay, norms and biases do not.
+    lr: what `learning_rate` says; leaves with a peak of their own have a rate in proportion.
+
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
-    for decays in (True, False):
-        group = [p.ndim > 1 for p in tree.values(params)]
-        p, g, first, second = (
-            [x for x, decaying in zip(tree.values(t), group, strict=True) if decaying == decays]
-            for t in (params, grads, moments.first, moments.second)
-        )
-        if p:
-            decay = c.weight_decay if decays else 0.0
-            kernels.adamw(p, g, first, second, step, kernels.Coefficients(lr, c.beta1, c.beta2, c.eps, decay))
+    trees = [tree.values(t) for t in (params, grads, moments.first, moments.second)]
+    for (rate, decay), group in groups(c, params).items():
+        p, g, first, second = ([leaves[i] for i in group] for leaves in trees)
+        own = lr if rate == c.lr else lr * (rate / c.lr)
+        kernels.adamw(p, g, first, second, step, kernels.Coefficients(own, c.beta1, c.beta2, c.eps, decay))

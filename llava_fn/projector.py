@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn.functional import linear
 
 from llava_fn.kernels import gelu
+from llava_fn.linear import linear
 from llava_fn.spec import Spec, bias
 from llava_fn.spec import linear as weight
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Union
 
@@ -48,6 +48,21 @@ def leaves(spec: Spec, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     """(path, Param) of every parameter, in the order of declaration."""
     for name, node in spec.items():
         yield from [((*path, name), node)] if isinstance(node, Param) else leaves(node, (*path, name))
+
+
+def under(path: Sequence[str], parts: Iterable[str]) -> bool:
+    """Whether a path is one of these parts or lies in one. A part: "llama", "vision/blocks/22"."""
+    return any(tuple(path[: len(part)]) == part for part in (tuple(part.split("/")) for part in parts))
+
+
+def only(spec: Spec, parts: Sequence[str], path: tuple[str, ...] = ()) -> Spec:
+    """The parameters of `spec` that lie in one of the parts."""
+    inner = {
+        name: node if isinstance(node, Param) else only(node, parts, (*path, name))
+        for name, node in spec.items()
+        if not isinstance(node, Param) or under((*path, name), parts)
+    }
+    return {name: node for name, node in inner.items() if node}
 
 
 def count(spec: Spec) -> int:

@@ -9,14 +9,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import llava, optim, tree
+from llava_fn import llava, lora, optim, tree
 from llava_fn.batch import Batch
-from llava_fn.config import STAGES, Llava, Optim, Stage
+from llava_fn.config import Llava, Lora, Optim
+from llava_fn.dropout import Keys
 from llava_fn.errors import NonFinite
 from llava_fn.grad import value_and_grad
 from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.parallel import collectives
 from llava_fn.parallel.zero import Zero
+from llava_fn.spec import under
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Task:
     zero: Zero = Zero()  # and the mesh, and the dtype of the computation
     loss: str = "token_mean"  # or "rank_mean"
     run: llava.Execution = llava.Execution()
+    lora: Lora | None = None  # how the part `lora` of the parameters adapts the others
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,27 @@ class Metrics:
     samples: int
 
 
-def trains(stage: Stage) -> Callable[[tree.Path], bool]:
-    """Whether a path is one that `stage` trains; for tree.split."""
-    return lambda path: path[0] in STAGES[stage]
+def trains(parts: Sequence[str]) -> Callable[[tree.Path], bool]:
+    """Whether a path lies in one of the trained parts; for tree.split."""
+    return lambda path: under(path, parts)
 
 
-def loss(weights: TensorDict, batch: Batch, share: float, task: Task):
-    """This micro-batch's part of the update's loss, and nothing else.
+def loss(weights: TensorDict, batch: Batch, step: int, share: float, task: Task):
+    """This micro-batch's part of the loss of update `step`, and nothing else.
 
     share: what one labelled token weighs. token_mean: 1 / labelled tokens of the whole update, so that the loss does
     not depend on how samples are grouped. rank_mean: 1 / (labelled tokens of this micro-batch * micro-batches), the
     original's mean of means (HF Trainer).
     """
-    return llava.nll(tree.merge(weights, task.frozen), batch, task.model, task.run).sum() * share, None
+    p = lora.attach(tree.merge(weights, task.frozen), task.lora, _dropout(batch, step, task))
+    return llava.nll(p, batch, task.model, task.run).sum() * share, None
+
+
+def _dropout(batch: Batch, step: int, task: Task) -> Keys | None:
+    """The keys of the adapters' dropout, if there is one."""
+    if task.lora is None or not task.lora.dropout:
+        return None
+    return Keys.make(batch, step, task.lora.dropout, task.model.llama.blocks, task.zero.mesh.tp)
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple[TrainState, Metrics]:
@@ -81,7 +92,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple
     weights, losses, sums = zero.fetch(state.params), [], []
     for batch in batches:
         share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * micro_batches)
-        (part, _), new = value_and_grad(loss)(weights, batch, share, task)
+        (part, _), new = value_and_grad(loss)(weights, batch, step, share, task)
         new = tree.values(new)  # the tree would keep what _add frees
         losses, sums = [*losses, part], _add(sums, new)
     grads = zero.reduce(tree.rebuild(weights, sums))

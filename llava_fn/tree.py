@@ -32,6 +32,11 @@ def rebuild(like: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
     return tree.lock_()
 
 
+def each(fn: Callable[[Tensor], Tensor], leaf: Tensor | TensorDict) -> Tensor | TensorDict:
+    """fn of a leaf, or of every leaf of a tree."""
+    return fn(leaf) if isinstance(leaf, Tensor) else rebuild(leaf, [fn(x) for x in values(leaf)])
+
+
 def split(tree: TensorDict, wanted: Callable[[Path], bool]) -> tuple[TensorDict, TensorDict]:
     """(leaves whose path is wanted, the others). Freezing is splitting: there are no flags on tensors."""
     parts = TensorDict({}), TensorDict({})

@@ -8,11 +8,11 @@ import torch
 from einops import rearrange, repeat
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn.functional import linear
 
 from llava_fn.config import Vision
 from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention, gelu, layer_norm, patch_embedding, quick_gelu
+from llava_fn.linear import linear
 from llava_fn.spec import Param, Spec, bias, norm
 from llava_fn.spec import linear as weight
 

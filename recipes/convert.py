@@ -96,7 +96,8 @@ def read(c: Convert) -> tuple[Weights, Moved | None]:
     texts = [path for path in c.sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
     given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
-    source = model.merge(given + (moved_sources(moved, given) if moved else []), c.merge_lora)
+    source = model.merge(given + (moved_sources(moved, given) if moved else []))
+    source = model.merge_lora(source) if c.merge_lora else source
     tokenizer = c.tokenizer or (moved and moved.tokenizer)
     if tokenizer and (c.tokenizer or source.tokenizer is None):
         tokenizer = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer

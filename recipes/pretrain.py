@@ -114,13 +114,14 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     heldout = [records.sample(record, preparation) for record in records.read(c.heldout)] if c.heldout else []
 
     spec = llava.spec(origin.model)
-    zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead)
-    params, frozen = origin.parameters(c.train, c.seed, zero, world.device)
-    execution = llava.execution(c.recompute, c.compile, zero, STAGES[c.train], vision)
+    dtype, parts = getattr(torch, c.dtype), STAGES[c.train]
+    zero = Zero(spec, world.mesh, c.parallel.zero, dtype, c.parallel.ahead, parts)
+    params, frozen = origin.parameters(zero, c.seed, world.device)
+    execution = llava.execution(c.recompute, c.compile, zero, vision)
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution)
 
     manifest = Manifest(
-        origin.model, STAGES[c.train], c.data.image_mode, c.data.template, c.data.compat,
+        origin.model, parts, c.data.image_mode, c.data.template, c.data.compat,
         base=origin.record, recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources),
     )  # fmt: skip
     run = Run(c.run_dir, c.saving, manifest, tokenizer.model, zero, world, watch)

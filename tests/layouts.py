@@ -288,7 +288,7 @@ def write_lora(folder: Path, state: Tensors, rank: int, alpha: int, c: Llava = C
             a, b = torch.randn(rank, w.shape[1]) * 0.1, torch.randn(w.shape[0], rank) * 0.1
             where = f"base_model.model.model.{name.removesuffix('.weight')}"
             adapters |= {f"{where}.lora_A.weight": a, f"{where}.lora_B.weight": b}
-            merged[f"language_model.model.{name}"] = w + ((b @ a) * (alpha / rank)).to(w.dtype)
+            merged[f"language_model.model.{name}"] = (w.float() + (b @ a) * (alpha / rank)).to(w.dtype)
     save_file(adapters, folder / "adapter_model.safetensors")
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.05, "bias": "none",
              "task_type": "CAUSAL_LM", "modules_to_save": None, "use_rslora": False, "use_dora": False,

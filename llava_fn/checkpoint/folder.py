@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from llava_fn import llava, tree
+from llava_fn import llava, lora, tree
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint.boxes import digest
-from llava_fn.config import Llava, plain, structure
+from llava_fn.config import Llava, Lora, plain, structure
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".part-"  # prefix of a folder that was never finished, or is being removed
@@ -43,7 +43,7 @@ ASIDE = ".old-"  # prefix of a whole checkpoint while another one takes its plac
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that holds the parts which a run did not train."""
+    """The checkpoint that holds the parameters which a run did not train."""
 
     path: str
     fingerprint: str
@@ -54,7 +54,7 @@ class Manifest:
     """The content of manifest.json."""
 
     model: Llava
-    parts: tuple[str, ...]  # parts of the model that this checkpoint holds: vision, projector, llama
+    parts: tuple[str, ...]  # of the model that this checkpoint holds: vision, llama/blocks/3, lora, ...
     image_mode: str
     template: str
     compat: str | None
@@ -62,6 +62,7 @@ class Manifest:
     base: Base | None = None
     recipe: dict | None = None  # the fields of the run's config that its numbers depend on
     data: list | None = None  # fingerprints of the records' files
+    lora: Lora | None = None  # of the part `lora`
     format: int = 1
 
 
@@ -88,9 +89,9 @@ class Checkpoint:
         check_base(self.manifest.base)
         return open_checkpoint(Path(self.manifest.base.path), self.verified)
 
-    def holders(self) -> dict[str, Checkpoint]:
-        """Part of the model -> the checkpoint that holds it: this one, else its base."""
-        return (self.base.holders() if self.base else {}) | dict.fromkeys(self.manifest.parts, self)
+    def holder(self, path: tree.Path) -> Checkpoint | None:
+        """The checkpoint that holds a parameter: this one, else its base, else None."""
+        return self if specs.under(path, self.manifest.parts) else self.base and self.base.holder(path)
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def spec_of(manifest: Manifest) -> specs.Spec:
     """The parameters that a checkpoint holds."""
-    return {name: part for name, part in llava.spec(manifest.model).items() if name in manifest.parts}
+    return specs.only(lora.extended(llava.spec(manifest.model), manifest.lora), manifest.parts)
 
 
 def open_checkpoint(folder: Path, verified: bool = False) -> Checkpoint:
@@ -313,7 +314,8 @@ def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snap
         return own
     check_base(own.manifest.base)
     base = load_model(Path(own.manifest.base.path), device).params
-    return dataclasses.replace(own, params=tree.merge(base.exclude(*own.manifest.parts), own.params))
+    _, rest = tree.split(base, lambda path: specs.under(path, own.manifest.parts))
+    return dataclasses.replace(own, params=tree.merge(rest, own.params))
 
 
 def check_base(base: Base) -> None:

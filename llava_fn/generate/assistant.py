@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llava_fn import linear, llama, tree
+from llava_fn import linear, llama, lora, tree
 from llava_fn.config import Llava
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer
@@ -16,6 +16,7 @@ from llava_fn.generate.decode import compiled_step
 from llava_fn.generate.options import PRESETS, ChatOptions, Decoding, Form, ModelOptions
 from llava_fn.generate.types import Model, Vocabulary
 from llava_fn.launch.device import pick_device
+from llava_fn.linear import Kind
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
@@ -45,7 +46,7 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     mesh: Mesh = Mesh()
-    int8: bool = False  # quantise the decoder's linears; see linear.py
+    quantise: Kind | None = None  # the decoder's linears; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
     @staticmethod
@@ -53,7 +54,7 @@ class Placement:
         """What the options ask for. ValueError if the device is not there."""
         device = pick_device(m.device)
         name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-        return Placement(device, getattr(torch, name), mesh, m.quantise == "int8", m.compile)
+        return Placement(device, getattr(torch, name), mesh, m.quantise, m.compile)
 
     @property
     def precision(self) -> str:
@@ -94,10 +95,11 @@ def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> A
     llama.check_tp(c.llama, axis.size)
     step = compiled_step(to.compile)
     params = model.load(weights, to.mesh)
-    if to.int8:
-        params = linear.quantise(params, to.device, to.dtype, axis)
+    if to.quantise:
+        params = linear.quantise(params, to.quantise, to.device, to.dtype, axis)
     else:
         params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
+    params = lora.attached(params, model.adapters(weights, to.mesh, to.device, to.dtype))
     assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)
     m = Model(params, c, TP(axis, sequence=False), step)

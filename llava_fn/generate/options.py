@@ -21,7 +21,7 @@ class ModelOptions:
     context: int = 4096  # tokens of a conversation at most, image positions included
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere
-    quantise: Literal["int8"] | None = None  # of the decoder's linears, to save memory
+    quantise: Literal["int8", "nf4"] | None = None  # of the decoder's linears, to save memory
     compile: str = ""  # the backend of torch.compile for a step of decoding, e.g. inductor
 
     def __post_init__(self) -> None:

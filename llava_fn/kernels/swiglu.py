@@ -32,6 +32,11 @@ def cpu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     return F.silu(linear(x, w_gate), inplace=True).mul_(linear(x, w_up))
 
 
+def swiglu_products(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` of the two products, both ... f, where a weight is no plain tensor."""
+    return choose(gate, gated, npu=npu_products)(gate, up)
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
@@ -49,6 +54,10 @@ def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     )
     if x.numel() > x.shape[-1] ** 2:
         both = linear(x, torch.cat([w_gate, w_up]))
-    else:
-        both = torch.cat([linear(x, w_gate), linear(x, w_up)], -1)
-    return npu_op("npu_swiglu")(both, -1)
+        return npu_op("npu_swiglu")(both, -1)
+    return npu_products(linear(x, w_gate), linear(x, w_up))
+
+
+def npu_products(gate: Tensor, up: Tensor) -> Tensor:
+    """npu_swiglu of the two products, joined along the last dim."""
+    return npu_op("npu_swiglu")(torch.cat([gate, up], -1), -1)

@@ -5,8 +5,8 @@ Of its tensor-parallel block of a leaf, a rank keeps by level
 
     0   the whole block, a replica of which every rank of the owner has
     1   a shard along dim 0, fp32; all shards are all-gathered once for an update
-    3   the same shard; a transformer block's leaves are all-gathered where that block runs, and again in the backward
-        pass, which recomputes it
+    3   the same shard; the leaves of a transformer's blocks are all-gathered where a block runs, and again in the
+        backward pass, which recomputes it. So are the frozen ones of these blocks, in the dtype in which they are kept
 
 Padding rows of zeros make dim 0 divide; they stay zero. At levels 1 and 3 one rank keeps each number, so that replicas
 cannot drift apart. AdamW's moments are sharded like the parameters.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class Zero:
     """How a trained tree is sharded. spec: of the model, which one process at level 0 does without.
 
     dtype: of the weights that the model reads. ahead: level 3 prefetches the next block's leaves while a block runs.
+    train: the trained parts, as in config.STAGES.
     """
 
     spec: Spec = field(default_factory=dict)
@@ -45,15 +47,16 @@ class Zero:
     level: int = 0
     dtype: torch.dtype = torch.float32
     ahead: bool = True
+    train: tuple[str, ...] = ("vision", "projector", "llama")
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"zero={self.level}: must be one of {', '.join(map(str, LEVELS))}")
 
     def params(self, like: TensorDict) -> list[Param]:
-        """The Param of each leaf, in the order of `tree.values`."""
+        """The Param of each leaf, in the order of `tree.values`; of a leaf of a compressed weight, the weight's."""
         params = dict(leaves(self.spec))
-        return [params[path] for path in tree.paths(like)]
+        return [params[path if path in params else path[:-1]] for path in tree.paths(like)]
 
     def store(self, blocks: TensorDict) -> TensorDict:
         """This rank's tensor-parallel blocks -> its shards of them, in memory of their own."""
@@ -88,9 +91,19 @@ class Zero:
             out.append(torch.cat([rows, rows.new_zeros(len(x) - len(rows), *rows.shape[1:])]).to(x.device))
         return tree.rebuild(like, out)
 
+    def sharded(self, part: str) -> bool:
+        """Whether level 3 shards all blocks of this part, since some of their weights or adapters are trained."""
+        trained = [name.partition("/")[0] for name in self.train]
+        adapted = "lora" in trained and any(path[:2] == ("lora", part) for path, _ in leaves(self.spec))
+        return self.level == 3 and (part in trained or adapted)
+
+    def late(self, path: tree.Path) -> bool:
+        """Whether a leaf is gathered where its block runs."""
+        return path[1] == "blocks" and self.sharded(path[0])
+
     def _now(self, like: TensorDict) -> list[int]:
-        """Indices of the leaves that are gathered before the model runs; at level 3 blocks gather their own."""
-        return [i for i, path in enumerate(tree.paths(like)) if self.level < 3 or "blocks" not in path]
+        """Indices of the leaves that are gathered before the model runs."""
+        return [i for i, path in enumerate(tree.paths(like)) if not self.late(path)]
 
     def fetch(self, stored: TensorDict) -> TensorDict:
         """Shards -> the tree that the loss is differentiated by: whole weights in `dtype`.
@@ -130,10 +143,10 @@ class Zero:
 
     def scan(self, block: Callable, part: str) -> Callable:
         """grad.scan of a block of the model's `part` whose leaves are sharded: level 3."""
-        params = [p for path, p in leaves(self.spec) if path[:3] == (part, "blocks", "0")]
+        params = {path[3:]: p for path, p in leaves(self.spec) if path[:3] == (part, "blocks", "0")}
 
         def call(shards: Sequence[TensorDict], x: Tensor, rests: Sequence[tuple]) -> Tensor:
-            work = _Blocks(block, tree.paths(shards[0]), params, rests, self)
+            work = _Blocks(block, [tree.paths(s) for s in shards], params, rests, self)
             return _Scan.apply(work, x, *(leaf for s in shards for leaf in tree.values(s)))
 
         return call
@@ -189,24 +202,46 @@ def summing(grads: Sequence[Tensor], params: Sequence[Param], mesh: Mesh) -> Wai
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of one transformer, of whose leaves each rank holds shards."""
+    """The blocks of one transformer, of whose weights each rank holds shards, and of whose adapters the whole.
+
+    paths: of each block's leaves. params: name of a weight in a block -> its Param.
+    """
 
     block: Callable
-    paths: list[tree.Path]
-    params: list[Param]
+    paths: Sequence[list[tree.Path]]
+    params: dict[tree.Path, Param]
     rests: Sequence[tuple]
     zero: Zero
 
+    def own(self, flat: Sequence[Any], i: int) -> list[Any]:
+        """What belongs to block i of a list with one item for each leaf of all blocks."""
+        first = sum(map(len, self.paths[:i]))
+        return list(flat[first : first + len(self.paths[i])])
+
+    def sharded(self, i: int) -> list[int]:
+        """The leaves of block i that are shards."""
+        return [j for j, path in enumerate(self.paths[i]) if "lora" not in path]
+
+    def param(self, i: int, j: int) -> Param:
+        """Of the weight that leaf j of block i is, or is a leaf of."""
+        return self.params[self.paths[i][j][:1]]
+
     def gather(self, flat: Sequence[Tensor], i: int) -> Wait:
-        """Start the all-gather of block i. flat: the shards of all blocks."""
-        n = len(self.paths)
-        shards = [x.to(self.zero.dtype) for x in flat[i * n : (i + 1) * n]]
-        return gathering(shards, self.params, self.zero.mesh)
+        """Start the all-gather of block i. flat: the leaves of all blocks, of which the trained ones are fp32."""
+        leaves, late = self.own(flat, i), self.sharded(i)
+        shards = [leaves[j].to(self.zero.dtype) if leaves[j].requires_grad else leaves[j] for j in late]
+        ready = gathering(shards, [self.param(i, j) for j in late], self.zero.mesh)
+
+        def wait() -> list[Tensor]:
+            whole = dict(zip(late, ready(), strict=True))
+            return [whole[j] if j in whole else leaf for j, leaf in enumerate(leaves)]
+
+        return wait
 
     def run(self, weights: Sequence[Tensor], x: Tensor, i: int) -> Tensor:
         """Block i."""
         p = TensorDict({})
-        for path, leaf in zip(self.paths, weights, strict=True):
+        for path, leaf in zip(self.paths[i], weights, strict=True):
             p[path] = leaf
         return self.block(p, x, *self.rests[i])
 
@@ -220,6 +255,19 @@ class _Blocks:
             yield i, weights
             if not self.zero.ahead and after is not None:
                 pending = self.gather(flat, after)
+
+    def scatter(self, grads: Sequence[Tensor | None], i: int) -> Callable[[], list[Tensor | None]]:
+        """Start the reduce-scatter of the gradients of block i's shards. What is frozen has None, and keeps it."""
+        late = [j for j in self.sharded(i) if grads[j] is not None]
+        begun = [at_least_fp32(g) for j, g in enumerate(grads) if g is not None and j in late]
+        ready = scattering(begun, [self.param(i, j) for j in late], self.zero.mesh)
+        rest = [None if j in late else g for j, g in enumerate(grads)]  # not `grads`, which keeps what is scattered
+
+        def wait() -> list[Tensor | None]:
+            shards = dict(zip(late, ready(), strict=True))
+            return [shards.get(j, g) for j, g in enumerate(rest)]
+
+        return wait
 
 
 class _Scan(torch.autograd.Function):
@@ -240,14 +288,18 @@ class _Scan(torch.autograd.Function):
         (g,) = grads_out
         work, n = ctx.work, len(ctx.work.rests)
         inputs, flat = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        grads: list[Tensor] = []  # of the shards, from the last block to the first
-        previous: Wait = list
+        grads: list[Tensor | None] = []  # of the leaves, from the last block to the first
+        previous: Callable[[], list[Tensor | None]] = list
         for i, weights in work.walk(flat, range(n - 1, -1, -1)):
+            wanted = [j for j, need in enumerate(work.own(ctx.needs_input_grad[2:], i)) if need]
             with torch.enable_grad():
-                x, *weights = [t.detach().requires_grad_() for t in (inputs[i], *weights)]
+                x = inputs[i].detach().requires_grad_()
+                for j in wanted:
+                    weights[j] = weights[j].detach().requires_grad_()
                 out = work.run(weights, x, i)
-            g, *new = torch.autograd.grad(out, (x, *weights), g)
-            begun = scattering([at_least_fp32(d) for d in new], work.params, work.zero.mesh)
+            g, *new = torch.autograd.grad(out, (x, *(weights[j] for j in wanted)), g)
+            by_leaf = dict(zip(wanted, new, strict=True))
+            begun = work.scatter([by_leaf.get(j) for j in range(len(weights))], i)
             grads = previous() + grads
             previous = begun
         return None, g, *(previous() + grads)

@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from llava_fn import config, llama, llava, train
+from llava_fn import config, llama, llava
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.config import Llava, plain
 from llava_fn.data import records as data
@@ -97,8 +97,7 @@ def check(c: PlanOptions, model: Llava) -> None:
     check_world(c.world, c.parallel.tp, min(c.world, c.machine))
     llama.check_tp(model.llama, c.parallel.tp)
     whole = llava.spec(model)
-    parts = [name for name in whole if train.trains(c.train)((name,))]
-    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), parts, model.vision)
+    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), model.vision)
     Data(samples=c.data.samples, accumulate=c.data.accumulate)
     for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):
         if value is not None and value < least:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import Batch
-from llava_fn.config import Llava, Parallel, Stage
+from llava_fn.config import STAGES, Llava, Parallel, Stage
 from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 
@@ -270,12 +270,11 @@ def update(job: Workload, batches: Sequence[Batch]) -> Traced:
 def _start(job: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     """As runs.start makes them, without memory."""
     whole = llava.spec(job.model)
-    zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead)
+    zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead, STAGES[job.train])
     params = spec.build(whole, lambda path, p: torch.empty([s.stop - s.start for s in spec.shard(p, mesh)]))
-    trainable, frozen = tree.split(params, train.trains(job.train))
+    trainable, frozen = tree.split(params, train.trains(STAGES[job.train]))
     kept: TensorDict = zero.store(trainable)
-    parts = tuple(dict.fromkeys(path[0] for path in tree.paths(trainable)))
-    run = llava.execution(job.recompute, "", zero, parts, job.model.vision)
+    run = llava.execution(job.recompute, "", zero, job.model.vision)
     task = train.Task(tree.cast(frozen, job.dtype), job.model, optim.Optim(), 100, zero, run=run)
     return train.TrainState(0, kept, optim.init(kept)), task
 

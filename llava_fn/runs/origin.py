@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import llama, llava, spec, tree
+from llava_fn import linear, llama, llava, lora, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Checkpoint
-from llava_fn.config import STAGES, Llava, Parallel, Stage
+from llava_fn.config import Llava, Parallel
 from llava_fn.data.options import Data
 from llava_fn.data.records import check_share
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.launch.processes import check_processes
+from llava_fn.linear import Kind
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import trains
 
@@ -35,15 +35,15 @@ class Origin:
         """What a manifest says of the base."""
         return Base(str(self.base.folder.resolve()), self.base.fingerprint) if self.base else None
 
-    @cached_property
-    def holders(self) -> dict[str, Checkpoint]:
-        """Part of the model -> the checkpoint that holds it: the base, or the base's own base."""
-        return self.base.holders() if self.base else {}
+    def holder(self, path: tree.Path) -> Checkpoint | None:
+        """The checkpoint that holds a parameter: the base, or the base's own base. None: it starts at random."""
+        return self.base and self.base.holder(path)
 
     @property
     def random(self) -> tuple[str, ...]:
         """The parts that begin with random weights."""
-        return tuple(part for part in llava.spec(self.model) if part not in self.holders)
+        whole = llava.spec(self.model)
+        return tuple(dict.fromkeys(path[0] for path, _ in spec.leaves(whole) if self.holder(path) is None))
 
     def check(self, data: Data, parallel: Parallel, recompute: bool, backend: str) -> None:
         """ValueError on every process for sizes that this launch cannot run, before any process waits for another."""
@@ -61,24 +61,32 @@ class Origin:
             raise ValueError(f"the tokenizer has {have} pieces, but llama.vocab is only {room}")
         return words
 
-    def parameters(self, train: Stage, seed: int, zero: Zero, device: torch.device) -> tuple[TensorDict, TensorDict]:
+    def parameters(
+        self, zero: Zero, seed: int, device: torch.device, kind: Kind | None = None
+    ) -> tuple[TensorDict, TensorDict]:
         """(trainable, frozen): this rank's share of the base's weights, and of random ones for the parts it lacks.
 
-        trainable: fp32, sharded as `zero` says. frozen: tensor-parallel blocks in the dtype of `zero`. ValueError if a
-        frozen part has no weights to load.
+        trainable: fp32, sharded as `zero` says. frozen: tensor-parallel blocks, or shards where they are gathered late,
+        in the dtype of `zero`, or as `kind` for linears of the decoder. ValueError if a frozen part has no weights to
+        load.
         """
-        trained = trains(train)
-        names = ", ".join(part for part in self.random if part not in STAGES[train])
-        if names:
-            raise ValueError(f"train={train} does not train {names}, which no base brings; give a base, or train=all")
+        trained = trains(zero.train)
+        frozen = [path[0] for path, _ in spec.leaves(zero.spec) if self.holder(path) is None and not trained(path)]
+        if frozen:
+            names = ", ".join(dict.fromkeys(frozen))
+            raise ValueError(f"{names} is not trained, and no base brings it; give a base, or train all parts")
 
-        def leaf(path: tree.Path, p: spec.Param) -> Tensor:
-            if path[0] in self.holders:
+        def leaf(path: tree.Path, p: spec.Param) -> Tensor | TensorDict:
+            if (holder := self.holder(path)) is not None:
                 box = tuple((s.start, s.stop) for s in spec.shard(p, zero.mesh))
-                x = self.holders[path[0]].tensors.read("params", path, box)
+                x = holder.tensors.read("params", path, box)
             else:
                 x = spec.fresh(path, p, seed, zero.mesh)
-            return zero.keep(p, x).to(device, torch.float32) if trained(path) else x.to(device, zero.dtype)
+            if trained(path):
+                return zero.keep(p, x).to(device, torch.float32)
+            x = x.to(device, zero.dtype)
+            kept = linear.compress(path, x, kind, zero.mesh.tp) if kind and linear.compressible(path) else x
+            return tree.each(lambda leaf: zero.keep(p, leaf), kept) if zero.late(path) else kept
 
         # leaf by leaf, so that a rank holds little more than its share; in the model's order, in which sums are taken
         return tree.split(spec.build(zero.spec, leaf), trained)
@@ -86,10 +94,14 @@ class Origin:
     def whole(self, path: Path, device: torch.device) -> TensorDict:
         """All parameters in fp32: those of the run's checkpoint at `path`, and of the base what that lacks."""
         own = checkpoint.open_checkpoint(path)
-        holders = self.holders | dict.fromkeys(own.manifest.parts, own)
-        return spec.build(
-            llava.spec(self.model),
-            lambda path, _: holders[path[0]].tensors.read("params", path).to(device, torch.float32),
+
+        def leaf(path: tree.Path, p: spec.Param) -> Tensor:
+            holder = own if spec.under(path, own.manifest.parts) else self.holder(path)
+            assert holder is not None  # a run saves what it trains, and its base holds the rest
+            return holder.tensors.read("params", path).to(device, torch.float32)
+
+        return lora.attach(
+            spec.build(lora.extended(llava.spec(self.model), own.manifest.lora), leaf), own.manifest.lora
         )
 
 

@@ -88,6 +88,8 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
     """
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")
+    if source.lora:
+        raise ValueError(f"{source.where} holds LoRA adapters; give --merge-lora to add them to the weights")
     if layout == "mm_projector":
         with checkpoint.appearing(to) as part, part.open("wb") as f:
             torch.save({name: x.read().clone() for name, x in names(layout, source, Llava()).items()}, f)

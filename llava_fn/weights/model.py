@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from llava_fn.config import Llava
 from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights import lora
+from llava_fn.weights import peft
 from llava_fn.weights.source import Weights, interpret
 
 
@@ -26,11 +28,10 @@ def _one(sources: Sequence[Weights], what: str):
     return given[0][1] if given else None
 
 
-def merge(sources: Sequence[Weights], merge_lora: bool = False) -> Weights:
-    """The weights of all sources in one.
+def merge(sources: Sequence[Weights]) -> Weights:
+    """The weights of all sources in one, with the adapters of at most one of them beside the weights.
 
-    ValueError if two sources bring the same part, if parts do not fit each other, or if there are LoRA adapters without
-    `merge_lora`.
+    ValueError if two sources bring the same part, if parts do not fit each other, or adapters the weights.
     """
     owner: dict[str, Weights] = {}
     for source in sources:
@@ -39,24 +40,30 @@ def merge(sources: Sequence[Weights], merge_lora: bool = False) -> Weights:
                 raise ValueError(f"{owner[part].where} and {source.where} both bring the {part}; give one of them")
             owner[part] = source
     adapted = [source for source in sources if source.lora]
-    if adapted and not merge_lora:
-        raise ValueError(f"{adapted[0].where} holds LoRA adapters; give --merge-lora to add them to the weights")
-    if merge_lora and not adapted:
-        raise ValueError("--merge-lora is given, but no source holds LoRA adapters")
+    if len(adapted) > 1:
+        raise ValueError(f"{adapted[0].where} and {adapted[1].where} both hold adapters; give one of them")
     leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
-    for source in adapted:
-        leaves |= lora.merge(leaves, source.lora, source.where)
+    if adapted:
+        peft.check(leaves, adapted[0].lora, adapted[0].where)
     whole = Weights(
         " + ".join(source.where for source in sources), "merged", leaves,
         {path: leaf for source in sources for path, leaf in source.spare.items()},
         tuple(archive for source in sources for archive in source.archives),
         vision=next((s.vision for s in sources if "vision" in s.parts), None),
         llama=next((s.llama for s in sources if "llama" in s.parts), None),
+        lora=adapted[0].lora if adapted else {},
         tokenizer=_one(sources, "tokenizer"), image_mode=_one(sources, "image_mode"),
         template=_one(sources, "template"), compat=_one(sources, "compat"),
     )  # fmt: skip
     _check_widths(whole)
     return whole
+
+
+def merge_lora(source: Weights) -> Weights:
+    """The weights with the adapters in them. ValueError if there are none."""
+    if not source.lora:
+        raise ValueError(f"--merge-lora is given, but {source.where} holds no adapters")
+    return dataclasses.replace(source, leaves={**source.leaves, **peft.merge(source.leaves, source.lora)}, lora={})
 
 
 def _check_widths(source: Weights) -> None:
@@ -101,7 +108,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
 def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
     """The parameters in memory, locked: this rank's tensor-parallel block of each leaf, in the dtype of its file.
 
-    Other blocks of a mapped file are not read.
+    Other blocks of a mapped file are not read, nor are adapters, see `adapters`.
     """
 
     def block(path: tuple[str, ...], p: specs.Param) -> Tensor:
@@ -110,3 +117,17 @@ def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
         return own
 
     return specs.build(spec(source), block)
+
+
+def adapters(
+    source: Weights, mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """Path of an adapted weight -> a, b and scale: this rank's tensor-parallel block, for lora.attached."""
+    params, out = {"/".join(path): (path, p) for path, p in specs.leaves(spec(source))}, {}
+    for name, (a, b, scale) in source.lora.items():
+        path, p = params[name]
+        rows, columns = specs.shard(p, mesh)
+        blocks = {"a": a.read()[:, columns], "b": b.read()[rows]}
+        out[path] = {k: x.to(device, dtype, copy=True) for k, x in blocks.items()} | {"scale": torch.tensor(scale)}
+        source.release()
+    return out

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llava_fn import lora
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
@@ -19,7 +20,7 @@ from llava_fn.checkpoint.archive import Archive, open_archive, open_folder
 from llava_fn.checkpoint.folder import Checkpoint
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights import configs, lora, placing
+from llava_fn.weights import configs, peft, placing
 from llava_fn.weights.companions import image_mode_of
 from llava_fn.weights.placing import Tensors
 
@@ -173,7 +174,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     whole = {"projector", "llama"} <= set(source.parts)
     return _with(
         source, archives,
-        lora=lora.read(folder, adapter, pairs) if adapter else {},
+        lora=peft.read(folder, adapter, pairs) if adapter else {},
         tokenizer=words.read_bytes() if words.is_file() else None,
         image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole else None,
         template="v1" if whole else None,
@@ -184,18 +185,28 @@ def _ours(c: Checkpoint) -> Weights:
     """A checkpoint of ours, with the missing parts from its base."""
     m = c.manifest
     unused = open_archive(c.folder / UNUSED) if (c.folder / UNUSED).is_file() else None
-    leaves, archives = _leaves(c)
+    own, archives = _leaves(c)
+    leaves = {path: leaf for path, leaf in own.items() if not path.startswith(f"{lora.PART}/")}
     spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
     archives = ([unused] if unused else []) + archives
     if c.base:
         base = _ours(c.base)
         archives += base.archives
-        leaves |= {path: leaf for path, leaf in base.leaves.items() if path.partition("/")[0] not in m.parts}
+        leaves |= {path: leaf for path, leaf in base.leaves.items() if not specs.under(path.split("/"), m.parts)}
         spare = {**base.spare, **spare}
     return Weights(
-        str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, {}, c.tokenizer,
-        m.image_mode, m.template, m.compat,
+        str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, _adapters(c, own),
+        c.tokenizer, m.image_mode, m.template, m.compat,
     )  # fmt: skip
+
+
+def _adapters(c: Checkpoint, own: Mapping[str, Leaf]) -> dict[str, tuple[Leaf, Leaf, float]]:
+    """Path of an adapted weight -> A, B and scale, of a checkpoint that holds adapters, or of its base."""
+    if c.manifest.lora is None:
+        return _adapters(c.base, _leaves(c.base)[0]) if c.base else {}
+    paths = [path.removesuffix("/a") for path in own if path.startswith(f"{lora.PART}/") and path.endswith("/a")]
+    scale = c.manifest.lora.scale
+    return {path.removeprefix(f"{lora.PART}/"): (own[f"{path}/a"], own[f"{path}/b"], scale) for path in paths}
 
 
 def _leaves(c: Checkpoint) -> tuple[dict[str, Leaf], list[Archive]]:

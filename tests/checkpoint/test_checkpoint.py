@@ -412,13 +412,13 @@ def test_a_base_that_is_gone_changed_or_damaged_is_refused(based, manifest, para
 # What a run starts with.
 
 CPU = torch.device("cpu")
-HALF = Zero(dtype=torch.bfloat16)
+HALF = Zero(dtype=torch.bfloat16, train=("projector",))
 
 
 def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, params, tiny):
     origin = open_origin(None, None, based[0])
     zero = replace(HALF, spec=llava.spec(tiny))
-    trainable, frozen = origin.parameters("projector", 3, zero, CPU)
+    trainable, frozen = origin.parameters(zero, 3, CPU)
     assert origin.random == ("projector",) and origin.model == tiny and origin.record.path == str(based[0])
     assert {path[0] for path in tree.paths(trainable)} == {"projector"}
     assert trainable["projector", "w1"].dtype == torch.float32
@@ -427,8 +427,8 @@ def test_start_takes_the_parts_of_the_base_and_random_ones_for_the_rest(based, p
 
 
 def test_start_has_the_order_of_the_model_whatever_the_base_brings(based, params, tiny):
-    zero = replace(HALF, spec=llava.spec(tiny))
-    trainable, _ = open_origin(None, None, based[0]).parameters("all", 3, zero, CPU)
+    zero = Zero(llava.spec(tiny), dtype=torch.bfloat16)
+    trainable, _ = open_origin(None, None, based[0]).parameters(zero, 3, CPU)
     assert tree.paths(trainable) == tree.paths(params)
 
 
@@ -444,7 +444,7 @@ def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch, ti
     monkeypatch.setattr(boxes.Reader, "read", seen)
     with trace.world(4, 1, 1) as mesh:
         zero = Zero(llava.spec(tiny), mesh, level=1)
-        trainable, _ = open_origin(None, None, saved).parameters("all", 3, zero, CPU)
+        trainable, _ = open_origin(None, None, saved).parameters(zero, 3, CPU)
     assert len(read) == len(tree.paths(trainable)) > 30
 
 
@@ -456,10 +456,11 @@ def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):
     with pytest.raises(ValueError, match="the tokenizer has 512 pieces, but llama.vocab is only 511"):
         open_origin(replace(tiny, llama=replace(tiny.llama, vocab=511)), words, None).tokenizer()
     zero = replace(HALF, spec=llava.spec(tiny))
-    with pytest.raises(ValueError, match="train=projector does not train vision, llama, which no base brings"):
-        open_origin(tiny, words, None).parameters("projector", 0, zero, CPU)
-    with pytest.raises(ValueError, match="train=projector.llama does not train vision, which"):
-        open_origin(tiny, words, None).parameters("projector+llama", 0, zero, CPU)
+    both = replace(zero, train=("projector", "llama"))
+    with pytest.raises(ValueError, match="vision, llama is not trained, and no base brings it"):
+        open_origin(tiny, words, None).parameters(zero, 0, CPU)
+    with pytest.raises(ValueError, match="vision is not trained, and no base"):
+        open_origin(tiny, words, None).parameters(both, 0, CPU)
 
 
 def test_a_run_hashes_no_file_of_tensors_twice(based, monkeypatch, tiny):
@@ -473,6 +474,6 @@ def test_a_run_hashes_no_file_of_tensors_twice(based, monkeypatch, tiny):
     for module in (boxes, checkpoint):
         monkeypatch.setattr(module, "digest", seen)
     origin = open_origin(None, None, based[0])
-    origin.parameters("projector", 3, replace(HALF, spec=llava.spec(tiny)), CPU)
+    origin.parameters(replace(HALF, spec=llava.spec(tiny)), 3, CPU)
     origin.whole(based[1], CPU)
     assert sorted(p for p in hashed if p.suffix == ".safetensors") == [f / "params.safetensors" for f in based]

@@ -121,7 +121,7 @@ def test_one_weight_at_a_time_is_whole(small, tiny, monkeypatch):
 def test_an_assistant_moves_leaves_one_by_one_into_the_dtype_asked_for(weights):
     source = assistant.open_weights([weights / "vicuna_v1"])
     form = assistant.form_of(source)
-    to = assistant.Placement(torch.device("cpu"), torch.bfloat16, int8=True)
+    to = assistant.Placement(torch.device("cpu"), torch.bfloat16, quantise="int8")
     a = assistant.place(source, form, to)
     kinds = {path[-1]: x.dtype for path, x in zip(tree.paths(a.model.params), tree.values(a.model.params), strict=True)}
     assert kinds.pop("int8") == torch.int8 and kinds.pop("scale") == torch.float32

@@ -8,7 +8,7 @@ from rounding import same_but_rounded
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
-from llava_fn.config import Optim
+from llava_fn.config import STAGES, Optim
 from llava_fn.grad import value_and_grad
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import NonFinite, Task, TrainState, trains
@@ -27,7 +27,7 @@ def copy(params):
 
 def begin(params, model, stage="all", **fields):
     """(state, task) of a run of 20 updates; the state owns its tensors."""
-    mine, frozen = tree.split(copy(params), trains(stage))
+    mine, frozen = tree.split(copy(params), trains(STAGES[stage]))
     return TrainState(0, mine, optim.init(mine)), Task(frozen, model, **{"optim": OPTIM, "steps": 20} | fields)
 
 
@@ -153,7 +153,7 @@ def test_bf16_gradients_of_micro_batches_are_summed_in_fp32_to_the_bit(params, t
     state, task = begin(params, tiny, zero=Zero(dtype=torch.bfloat16), optim=replace(OPTIM, clip=0.0))
     batches, seen = grouped(samples, 3, 4, 5), []
     share = 1 / sum(len(b.targets) for b in batches)
-    parts = [value_and_grad(train.loss)(tree.cast(params, torch.bfloat16), b, share, task)[1] for b in batches]
+    parts = [value_and_grad(train.loss)(tree.cast(params, torch.bfloat16), b, 1, share, task)[1] for b in batches]
     assert {g.dtype for part in parts for g in tree.values(part)} == {torch.bfloat16}
     monkeypatch.setattr(train.optim, "adamw", lambda _, grads, *rest: seen.append(grads))
     train.train_step(state, batches, task)

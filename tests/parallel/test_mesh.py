@@ -76,12 +76,11 @@ def learn(mesh, level=0, recompute=True, stage="all", layout="mixed", micro=1, m
           backend="", ahead=True, loss="token_mean"):  # fmt: skip
     """Loss and gradient norm of each update; the first gradient, and the parameters in the end, in pieces."""
     kind, model = getattr(torch, dtype), {"whole": C, "tied": TIED}[model]
-    how = Zero(llava.spec(model), mesh, level, kind, ahead)
-    mine, frozen = tree.split(share(random(model, kind), model, mesh), train.trains(stage))
-    parts = {path[0] for path in tree.paths(mine)}
+    how = Zero(llava.spec(model), mesh, level, kind, ahead, config.STAGES[stage])
+    mine, frozen = tree.split(share(random(model, kind), model, mesh), train.trains(config.STAGES[stage]))
     mine = how.store(mine)
     state = train.TrainState(0, mine, optim.init(mine))
-    run = llava.execution(recompute, backend, how, parts)
+    run = llava.execution(recompute, backend, how)
     task = train.Task(frozen, model, OPTIM, 20, how, loss, run)
     seen = []
     for update in range(UPDATES):

@@ -111,7 +111,7 @@ def test_copies_that_have_drifted_apart_are_named_on_every_rank(ranks):
 
 def test_level_3_needs_recompute():
     with pytest.raises(ValueError, match="zero=3 gathers a block's weights again in the backward pass; it needs recom"):
-        llava.execution(False, zero=Zero(level=3), train=("llama",))
+        llava.execution(False, zero=Zero(level=3, train=("llama",)))
 
 
 def test_unknown_levels_are_refused():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_fn import config, llama, llava, optim, spec, train, tree
-from llava_fn.config import Parallel
+from llava_fn.config import STAGES, Parallel
 from llava_fn.launch import cli
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, options, plan, trace
@@ -56,7 +56,7 @@ def filled(path_params, n):
 
 def leaves(model, stage, blocks=None):
     """(path, Param) of what is trained; blocks: only those in blocks, or only the others."""
-    rows = [(path, p) for path, p in spec.leaves(llava.spec(model)) if train.trains(stage)(path)]
+    rows = [(path, p) for path, p in spec.leaves(llava.spec(model)) if train.trains(STAGES[stage])(path)]
     return [row for row in rows if blocks is None or ("blocks" in row[0]) == blocks]
 
 
@@ -196,7 +196,7 @@ def test_a_trace_without_memory_is_the_trace_of_a_real_update():
     """The same operations and the same memory, alive for as long, as with numbers."""
     c = replace(SMALL, world=1, data=replace(SMALL.data, accumulate=2))
     _, fake = seen(c)
-    params = tree.split(spec.init(llava.spec(C), 0), train.trains(c.train))
+    params = tree.split(spec.init(llava.spec(C), 0), train.trains(STAGES[c.train]))
     state = train.TrainState(0, params[0], optim.init(params[0]))
     zero = Zero(llava.spec(C), level=1, dtype=torch.bfloat16)
     task = train.Task(tree.cast(params[1], torch.bfloat16), C, optim.Optim(), 100, zero)

@@ -287,7 +287,7 @@ WRONG = [
     ({"tokenizer": None}, [], {}, "error: give a base, which brings model and tokenizer, or a model and a tokenizer"),
     ({"base": "none"}, [], {}, "error: give a base"),
     ({"base": "none", "model": None, "tokenizer": None}, [], {}, "error: none is not a checkpoint: it has no SHA256"),
-    ({"train": "projector"}, [], {}, "error: train=projector does not train vision, llama, which no base brings"),
+    ({"train": "projector"}, [], {}, "error: vision, llama is not trained, and no base brings it"),
     ({"data.sources.0.records": "none.json"}, [], {}, "error: none.json: no such file"),
     ({"data.sources": []}, [], {}, "error: the data set is empty"),
     ({"data.template": "vicuna_v7"}, [], {}, "no conversation template 'vicuna_v7'; there are: "),

@@ -71,8 +71,9 @@ NAMES = [
 ]  # fmt: skip
 
 
-def opened(paths, tokenizer, **how):
-    source = model.merge([open_source(path) for path in paths], **how)
+def opened(paths, tokenizer, merge_lora=False):
+    source = model.merge([open_source(path) for path in paths])
+    source = model.merge_lora(source) if merge_lora else source
     return source if source.tokenizer else dataclasses.replace(source, tokenizer=tokenizer.model)
 
 
@@ -228,10 +229,10 @@ def test_adapters_are_merged_only_on_request(stabilised, folders, state, tokeniz
         (lora / "adapter_config.json").write_text(json.dumps(values))
     openai, vicuna, _ = folders["OpenAI CLIP, Vicuna, mm_projector.bin"]
     with pytest.raises(ValueError, match="lora holds LoRA adapters; give --merge-lora"):
-        opened([openai, vicuna, lora], tokenizer)
+        export.export(opened([openai, vicuna, lora], tokenizer), tmp_path / "out", "llava_fn")
     with pytest.raises(ValueError, match="lora do not fit the .*llama/blocks/0/wq is missing, not .256, 256.;"):
         opened([openai, lora], tokenizer, merge_lora=True)
-    with pytest.raises(ValueError, match="no source holds LoRA"):
+    with pytest.raises(ValueError, match="--merge-lora is given, but .* holds no adapters"):
         opened([openai, vicuna], tokenizer, merge_lora=True)
     got = model.load(opened([openai, vicuna, lora], tokenizer, merge_lora=True))
     want = model.from_state_dict(layouts.text_rows(merged), C)

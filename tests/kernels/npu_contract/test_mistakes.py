@@ -45,16 +45,16 @@ MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case o
     "GPT-J's rotary layout": ("rotary", '"half")[0]', '"interleave")[0]', "rotary"),
     "cos and sin swapped": ("rotary", "[None], cos, sin, ", "[None], sin, cos, ", "rotary"),
     "gate and up swapped, few rows": (
-        "swiglu", "linear(x, w_gate), linear(x, w_up)], -1",
-        "linear(x, w_up), linear(x, w_gate)], -1", "SwiGLU, few rows",
+        "swiglu", "npu_products(linear(x, w_gate), linear(x, w_up))",
+        "npu_products(linear(x, w_up), linear(x, w_gate))", "SwiGLU, few rows",
     ),
     "gate and up swapped, many rows": (
         "swiglu", "torch.cat([w_gate, w_up])",
         "torch.cat([w_up, w_gate])", "SwiGLU, many rows",
     ),
     "gate and up joined along the rows": (
-        "swiglu", "linear(x, w_up)], -1)",
-        "linear(x, w_up)], 0)", "SwiGLU, few rows",
+        "swiglu", "torch.cat([gate, up], -1)",
+        "torch.cat([gate, up], 0)", "SwiGLU, few rows",
     ),
     "tanh for erf": ("gelu", 'approximate="none")\n', 'approximate="tanh")\n', "erf GELU"),
     "mean of the losses": ("cross_entropy", 'reduction="none")[0]', 'reduction="mean")[0]', "cross-entropy"),

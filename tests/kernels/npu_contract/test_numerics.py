@@ -200,7 +200,7 @@ def test_model_in_npu_form_has_the_loss_and_gradients_of_the_reference(params, o
     results = []
     for start in (lambda: None, on_npu):
         start()
-        (value, _), grads = value_and_grad(train.loss)(params, collate(samples()), 0.1, task)
+        (value, _), grads = value_and_grad(train.loss)(params, collate(samples()), 1, 0.1, task)
         results.append((value, *tree.values(grads)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""PEFT's low-rank adapters, merged into the weights that they were trained on (Hu et al. 2021, arXiv 2106.09685)."""
+"""PEFT's low-rank adapters, on disk (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_fn import lora
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama
 from llava_fn.weights.configs import MANY
@@ -50,8 +51,8 @@ def read(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return {path: (Leaf.of(pair["A"]), Leaf.of(pair["B"]), scale) for path, pair in found.items()}
 
 
-def merge(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> dict[str, Leaf]:
-    """The leaves that the adapters change, as they are after it. ValueError lists the adapters that do not fit."""
+def check(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> None:
+    """ValueError lists the adapters that do not fit the weights."""
     unfit = [
         f"{path} is {leaves[path].shape if path in leaves else 'missing'}, not {(b.shape[0], a.shape[1])}"
         for path, (a, b, _) in adapters.items()
@@ -59,14 +60,13 @@ def merge(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> dict[st
     ]
     if unfit:
         raise ValueError(f"the adapters of {where} do not fit the weights: {'; '.join(unfit)}")
-    return {path: _merged(leaves[path], *adapter) for path, adapter in adapters.items()}
 
 
-def _merged(leaf: Leaf, a: Leaf, b: Leaf, scale: float) -> Leaf:
-    """W + scale B A: the product in fp32, rounded to W's dtype before the sum, as PEFT does (lora/layer.py, merge)."""
+def merge(leaves: Mapping[str, Leaf], adapters: Adapters) -> dict[str, Leaf]:
+    """The leaves that the adapters change, with the adapters in them."""
 
-    def merged() -> Tensor:
-        delta = (b.read().float() @ a.read().float()) * scale
-        return leaf.read() + delta.to(leaf.dtype)
+    def merged(path: str) -> Leaf:
+        leaf, (a, b, scale) = leaves[path], adapters[path]
+        return Leaf(leaf.shape, leaf.dtype, lambda: lora.merged(leaf.read(), a.read(), b.read(), scale))
 
-    return Leaf(leaf.shape, leaf.dtype, merged)
+    return {path: merged(path) for path in adapters}
