@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import kernels, tree
-from llava_fn.config import Optim
+from llava_fn.config import Optim, matches
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ def groups(c: Optim, params: TensorDict) -> dict[tuple[float, float], list[int]]
     for i, (path, p) in enumerate(zip(tree.paths(params), tree.values(params), strict=True)):
         out.setdefault((c.rate(path), c.decay(path, p.ndim)), []).append(i)
     return out
+
+
+def check(c: Optim, paths: Sequence[tree.Path]) -> None:
+    """ValueError names a pattern of `rates` or `decays` that no trained parameter matches."""
+    for field in ("rates", "decays"):
+        for pattern, _ in getattr(c, field):
+            if not any(matches(pattern, path) for path in paths):
+                parts = ", ".join(dict.fromkeys(path[0] for path in paths))
+                raise ValueError(f"optim.{field}: {pattern!r} matches nothing that is trained (parts: {parts})")
 
 
 def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr: float, c: Optim) -> None:

@@ -101,7 +101,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     from llava_fn.checkpoint.folder import Manifest
     from llava_fn.data import emoji, records
     from llava_fn.parallel.zero import Zero
-    from llava_fn.runs import captions, report
+    from llava_fn.runs import answers, report
     from llava_fn.runs.run import Run, find_checkpoint
     from llava_fn.train import Task, train_step
 
@@ -142,7 +142,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
         report.plot_loss(run.folder, state.step)
     if world.first and heldout:
         params = origin.whole(run.at(state.step), world.device)
-        report.show(captions.caption(params, heldout, origin.model, tokenizer), heldout, run.folder)
+        report.show(answers.answer(params, heldout, origin.model, tokenizer), "captions", run.folder)
     return state
 
 

@@ -89,6 +89,10 @@ class Checkpoint:
         check_base(self.manifest.base)
         return open_checkpoint(Path(self.manifest.base.path), self.verified)
 
+    def chain(self) -> list[Checkpoint]:
+        """This checkpoint, its base, the base's base, and so on."""
+        return [self, *(self.base.chain() if self.base else [])]
+
     def holder(self, path: tree.Path) -> Checkpoint | None:
         """The checkpoint that holds a parameter: this one, else its base, else None."""
         return self if specs.under(path, self.manifest.parts) else self.base and self.base.holder(path)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import tyro
 
-from llava_fn.config import structure
+from llava_fn.config import plain, structure
 from llava_fn.errors import NonFinite
 
 C = TypeVar("C")
@@ -25,15 +25,27 @@ def parse(presets: Mapping[str, C], doc: str | None, args: Sequence[str] | None 
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar=f"{{{','.join(presets)}}}|FILE", default=next(iter(presets)))
+    first.add_argument("--source", action="append", nargs="+", default=[])
     chosen, args = first.parse_known_args(args)
     start = chosen.config
     try:
         config = presets[start] if start in presets else read(type(next(iter(presets.values()))), Path(start))
+        config = with_sources(config, chosen.source) if chosen.source else config
     except ValueError as error:
         sys.exit(str(error))
     names = f"{', '.join(presets)} (first: default), or the JSON file of an earlier run"
     text = f"{doc}\n\n--config NAME  where the values start from: {names}. Shown here: {start}."
+    text += "\n--source FILE IMAGES [WEIGHT]  a data set, in place of data.sources; several times for several"
     return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
+
+
+def with_sources(config: C, given: Sequence[Sequence[str]]) -> C:
+    """The config with these data sets. ValueError unless each is a file, a folder and perhaps a weight."""
+    if any(len(row) not in (2, 3) for row in given):
+        raise ValueError("--source takes FILE IMAGES [WEIGHT]: records, the folder of their images, and how often each")
+    rows = [{"records": row[0], "images": row[1], **({"weight": float(row[2])} if row[2:] else {})} for row in given]
+    values = plain(config)
+    return structure(type(config), values | {"data": values["data"] | {"sources": rows}})
 
 
 def command(kind: type[C], doc: str | None, args: Sequence[str] | None = None) -> C:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,11 @@ from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.launch.processes import check_processes
 from llava_fn.linear import Kind
 from llava_fn.parallel.zero import Zero
+from llava_fn.runs.progress import Bytes
 from llava_fn.train import trains
+from llava_fn.weights import export, model
+from llava_fn.weights.export import OURS
+from llava_fn.weights.source import open_source
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,27 @@ def open_origin(model: Llava | None, words: Path | None, base: Path | None) -> O
         raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
     opened = checkpoint.open_checkpoint(base)
     return Origin(opened.manifest.model, opened.tokenizer, opened)
+
+
+def adopt(paths: Sequence[Path], folder: Path) -> Origin:
+    """The origin of a run that goes on from weights of any layout: a run's folder, a checkpoint, files and folders.
+
+    What is no checkpoint of ours is converted once, to a folder beside `folder` that is named by the paths. ValueError
+    if the weights hold adapters, which a run cannot go on from, or lack the image tower, the decoder or a tokenizer.
+    """
+    if not paths:
+        raise ValueError("give a base: a run's folder, a checkpoint, or weights of any layout")
+    path = checkpoint.newest(paths[0])
+    if len(paths) > 1 or not (path / checkpoint.SUMS).is_file():
+        names = " ".join(str(path.resolve()) for path in paths)
+        path = folder.with_name(f"{folder.name}-{zlib.crc32(names.encode()):08x}")
+        if not path.exists():
+            weights = model.merge([open_source(source) for source in paths])
+            print(f"{weights.where}: converted once, to {path}", file=sys.stderr)
+            with Bytes(export.size(weights)) as progress:
+                export.export(weights, path, OURS, progress.add)
+    origin = open_origin(None, None, path)
+    assert origin.base is not None  # it was opened with one
+    if any(under.manifest.lora for under in origin.base.chain()):
+        raise ValueError(f"{path} holds adapters; `recipes/convert.py {path} OUT --merge-lora` makes a base of it")
+    return origin

@@ -107,7 +107,7 @@ class Run:
         """What is about to happen, for the log. random: the parts with random weights; path: of the checkpoint."""
         sizes = {True: 0.0, False: 0.0}  # in millions
         for name, p in spec.leaves(self.zero.spec):
-            sizes[name[0] in self.manifest.parts] += math.prod(p.shape) / 1e6
+            sizes[spec.under(name, self.manifest.parts)] += math.prod(p.shape) / 1e6
         mesh = self.world.mesh
         shared = f"{mesh.all.size} processes (dp={mesh.dp.size}, tp={mesh.tp.size}, zero={self.zero.level}); "
         return (
@@ -177,8 +177,16 @@ class Run:
             return
         if world.size > 1:
             shares.commit(folder, world.size, manifest, self.tokenizer, SHARE_SECONDS, self.world.attempt)
+        best = self.best()
         for old in checkpoint.steps(self.checkpoints)[: -self.saving.keep or None] if self.saving.keep else []:
-            checkpoint.remove(self.at(old))
+            if old != best:
+                checkpoint.remove(self.at(old))
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest held-out loss. None if no loss was taken."""
+        there, rows = checkpoint.steps(self.checkpoints), report.read_metrics(self.folder / "metrics.jsonl")
+        losses = {row["step"]: row["heldout_loss"] for row in rows if row["step"] in there and "heldout_loss" in row}
+        return min(losses, key=lambda step: losses[step]) if losses else None
 
 
 @dataclass(frozen=True)
@@ -196,12 +204,13 @@ class Update:
 
 @dataclass
 class Loop:
-    """The services of a run's loop. skipped: records left out so far."""
+    """The services of a run's loop. skipped: records left out so far. heldout: the last loss on held-out records."""
 
     run: Run
     progress: Progress
     check_interval: int
     skipped: int
+    heldout: float | None = None
 
     def updates(self, steps: Iterable[Step]) -> Iterator[Update]:
         """The data of each update."""
@@ -213,11 +222,21 @@ class Loop:
             self.run.watch.begin(f"data {step.step + 1}")
             start = time.monotonic()
 
-    def record(self, state: TrainState, metrics: Metrics, update: Update) -> None:
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this update."""
+        return step % self.run.saving.save_interval == 0 or step == self.progress.steps
+
+    def due(self, step: int, interval: int) -> bool:
+        """Whether the loss on held-out records is taken after this update: every `interval`, and with a checkpoint."""
+        return step % interval == 0 or self.saves(step)
+
+    def record(self, state: TrainState, metrics: Metrics, update: Update, heldout: float | None = None) -> None:
         """After an update: log and show its figures; compare the ranks' copies and save a checkpoint where one is due.
 
-        ValueError if copies have drifted apart, OSError if the disk is full.
+        heldout: the loss on held-out records, if it was taken. ValueError if copies have drifted apart, OSError if the
+        disk is full.
         """
+        self.heldout = self.heldout if heldout is None else heldout
         run, device, seconds = self.run, self.run.world.device, time.monotonic() - update.start
         everywhere = texts(json.dumps(update.bad) if update.bad else "", run.world.mesh.dp, device)
         bad = [tuple(pair) for text in everywhere if text for pair in json.loads(text)]
@@ -225,14 +244,15 @@ class Loop:
         memory = report.memory(device)
         if run.world.first:
             row = dataclasses.asdict(metrics) | {"seconds": seconds, "wait": update.wait, "memory_gib": memory}
-            run.log(state.step, row, bad)
+            run.log(state.step, row | ({} if heldout is None else {"heldout_loss": heldout}), bad)
         rates = f"{metrics.tokens / seconds:.0f} tokens/s {metrics.samples / seconds:.1f} samples/s"
         skipped = f" skipped {self.skipped}" if self.skipped else ""
-        figures = f"loss {metrics.loss:.3f} {rates} wait {update.wait / seconds:.0%} {memory:.1f} GiB{skipped}"
+        held = "" if self.heldout is None else f" held-out {self.heldout:.3f}"
+        figures = f"loss {metrics.loss:.3f}{held} {rates} wait {update.wait / seconds:.0%} {memory:.1f} GiB{skipped}"
         self.progress.show(state.step, figures)
         if run.zero.level == 0 and state.step % self.check_interval == 0:
             agreement.check_params("the parameters", state.params, run.zero, device)
-        if state.step % run.saving.save_interval == 0 or state.step == self.progress.steps:
+        if self.saves(state.step):
             run.watch.begin(f"checkpoint {state.step}")
             run.save(state)
 

@@ -1,0 +1,107 @@
+"""Held-out records: which they are, and the loss on them while a run trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_fn import llava, lora, tree
+from llava_fn.batch import Batch, collate
+from llava_fn.data import records
+from llava_fn.data.options import Source
+from llava_fn.data.records import Preparation, Record, Share
+from llava_fn.parallel import collectives
+from llava_fn.runs.options import Heldout
+from llava_fn.train import Task, TrainState
+
+SIZE = 16  # records of a batch
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence[Record]):
+    """Some of the records of a data set. indices: int64[n]."""
+
+    records: Sequence[Record]
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.records[int(self.indices[i])]
+
+
+def divided(
+    sources: Sequence[Sequence[Record]], c: Heldout, seed: int
+) -> tuple[list[Sequence[Record]], Sequence[Record]]:
+    """(records to train on, of each source; held-out records).
+
+    Held out are the records of a file, or a share of each source that follows from the seed. ValueError if a held-out
+    record is trained on too, named, or if the share holds no record out.
+    """
+    if c.records:
+        heldout = records.read(Source(c.records, c.images or c.records.parent))
+        _check_apart(sources, heldout)
+        return list(sources), heldout
+    if not c.share:
+        return list(sources), []
+    train, out = [], []
+    for j, source in enumerate(sources):
+        order = np.random.default_rng([seed, j]).permutation(len(source))
+        count = round(c.share * len(source))
+        train.append(Chosen(source, np.sort(order[count:])))
+        out += Chosen(source, np.sort(order[:count]))
+    if not out:
+        raise ValueError(f"heldout.share={c.share} of {sum(map(len, sources))} records is none; raise it")
+    return train, out
+
+
+def _text(record: Record) -> bytes:
+    value = record.value if isinstance(record.value, dict) else {}
+    return hashlib.sha256(json.dumps([value.get("image"), value.get("conversations")]).encode()).digest()
+
+
+def _check_apart(sources: Sequence[Sequence[Record]], heldout: Sequence[Record]) -> None:
+    known = {_text(record): record.name for record in heldout}
+    both = [(r.name, known[text]) for source in sources for r in source if (text := _text(r)) in known]
+    if both:
+        some = "".join(f"\n  {name} is {other}" for name, other in both[:5])
+        raise ValueError(f"{len(both)} records are trained on and held out; take them out of one file:{some}")
+
+
+def some(heldout: Sequence[Record], most: int) -> list[Record]:
+    """At most so many of the records, evenly chosen."""
+    step = max(1, -(-len(heldout) // most))
+    return [heldout[i] for i in range(0, len(heldout), step)]
+
+
+def batches(heldout: Sequence[Record], preparation: Preparation, c: Heldout, share: Share) -> list[Batch]:
+    """This process's share of the held-out records whose loss is taken. Every process has as many batches.
+
+    BadRecord if one is unusable.
+    """
+    chosen = some(heldout, c.most)
+    size = SIZE * share.size
+    groups = [chosen[i : i + size][share.rank :: share.size] for i in range(0, len(chosen), size)]
+    prepared = [[records.sample(record, preparation) for record in group] for group in groups]
+    return [collate(samples, share.multiple, preparation.image) for samples in prepared]
+
+
+@torch.no_grad()
+def loss(state: TrainState, held: Sequence[Batch], task: Task) -> float:
+    """Nats per labelled token of the held-out records of all processes."""
+    zero = task.zero
+    p = lora.attach(tree.merge(zero.fetch(state.params), task.frozen), task.lora)
+    device = p["projector"]["b1"].device
+    sums = torch.zeros(2, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    for batch in held:
+        nll = llava.nll(p, batch.to(device), task.model, task.run)
+        sums += torch.stack([nll.sum(), nll.new_tensor(len(nll))]).to(sums)
+    total, count = collectives.total(sums, zero.mesh.dp).tolist()
+    return total / count
