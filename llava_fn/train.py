@@ -9,16 +9,17 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import llava, lora, optim, tree
+from llava_fn import linear, llava, lora, optim, tree
 from llava_fn.batch import Batch
 from llava_fn.config import Llava, Lora, Optim
 from llava_fn.dropout import Keys
 from llava_fn.errors import NonFinite
 from llava_fn.grad import value_and_grad
 from llava_fn.kernels.precision import at_least_fp32
+from llava_fn.linear import Kind
 from llava_fn.parallel import collectives
 from llava_fn.parallel.zero import Zero
-from llava_fn.spec import under
+from llava_fn.spec import Param, under
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ class Metrics:
 def trains(parts: Sequence[str]) -> Callable[[tree.Path], bool]:
     """Whether a path lies in one of the trained parts; for tree.split."""
     return lambda path: under(path, parts)
+
+
+def kept(path: tree.Path, p: Param, x: Tensor, zero: Zero, kind: Kind | None = None) -> Tensor | TensorDict:
+    """A parameter as a rank keeps it. x: its tensor-parallel block, f[...].
+
+    Trained: the fp32 shard that `zero` says. Frozen: in the dtype of `zero`, or as `kind` if it is a linear of the
+    decoder, and a shard where it is gathered late.
+    """
+    if under(path, zero.train):
+        return at_least_fp32(zero.keep(p, x))
+    y = linear.compress(path, x, kind, zero.mesh.tp) if kind and linear.compressible(path) else x.to(zero.dtype)
+    return tree.each(lambda leaf: zero.keep(p, leaf), y) if zero.late(path) else y
 
 
 def loss(weights: TensorDict, batch: Batch, step: int, share: float, task: Task):

@@ -50,6 +50,12 @@ class Finetune:
     compile: str = ""  # the backend of torch.compile to run each block through, e.g. inductor
     parallel: Parallel = Parallel()  # of the processes that torchrun starts; see docs/cluster.md
 
+    def __post_init__(self) -> None:
+        if self.quantise and any(part.split("/")[0] == "llama" for part in self.train):
+            raise ValueError(
+                f"quantise={self.quantise} is of frozen weights, and train names the decoder; train adapters instead"
+            )
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that are trained, adapters among them."""

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from llava_fn import linear, llama, llava, lora, spec, tree
+from llava_fn import llama, llava, lora, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Checkpoint
 from llava_fn.config import Llava, Parallel
@@ -23,7 +23,7 @@ from llava_fn.launch.processes import check_processes
 from llava_fn.linear import Kind
 from llava_fn.parallel.zero import Zero
 from llava_fn.runs.progress import Bytes
-from llava_fn.train import trains
+from llava_fn.train import kept, trains
 from llava_fn.weights import export, model
 from llava_fn.weights.export import OURS
 from llava_fn.weights.source import open_source
@@ -73,11 +73,12 @@ class Origin:
     ) -> tuple[TensorDict, TensorDict]:
         """(trainable, frozen): this rank's share of the base's weights, and of random ones for the parts it lacks.
 
-        trainable: fp32, sharded as `zero` says. frozen: tensor-parallel blocks, or shards where they are gathered late,
-        in the dtype of `zero`, or as `kind` for linears of the decoder. ValueError if a frozen part has no weights to
-        load.
+        Both as train.kept says. ValueError if a frozen part has no weights to load.
         """
         trained = trains(zero.train)
+        odd = [part for part in zero.train if not any(spec.under(path, [part]) for path, _ in spec.leaves(zero.spec))]
+        if odd:
+            raise ValueError(f"train names {', '.join(odd)}, which the model lacks; it has {', '.join(zero.spec)}")
         frozen = [path[0] for path, _ in spec.leaves(zero.spec) if self.holder(path) is None and not trained(path)]
         if frozen:
             names = ", ".join(dict.fromkeys(frozen))
@@ -89,11 +90,7 @@ class Origin:
                 x = holder.tensors.read("params", path, box)
             else:
                 x = spec.fresh(path, p, seed, zero.mesh)
-            if trained(path):
-                return zero.keep(p, x).to(device, torch.float32)
-            x = x.to(device, zero.dtype)
-            kept = linear.compress(path, x, kind, zero.mesh.tp) if kind and linear.compressible(path) else x
-            return tree.each(lambda leaf: zero.keep(p, leaf), kept) if zero.late(path) else kept
+            return kept(path, p, x.to(device), zero, kind)
 
         # leaf by leaf, so that a rank holds little more than its share; in the model's order, in which sums are taken
         return tree.split(spec.build(zero.spec, leaf), trained)

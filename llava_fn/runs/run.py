@@ -101,7 +101,8 @@ class Run:
                 report.write(self.folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
         same = {"run": plain(self.manifest), "parallel": plain(parallel), "step": step}
         agreement.check("the run", same, self.world.mesh.all, self.world.device)
-        agreement.check_params("the frozen parameters", frozen, self.zero, self.world.device)
+        _, replicas = tree.split(frozen, self.zero.late)
+        agreement.check_params("the frozen parameters", replicas, self.zero, self.world.device)
 
     def summary(self, records: int, steps: int, random: Sequence[str], path: Path | None) -> str:
         """What is about to happen, for the log. random: the parts with random weights; path: of the checkpoint."""

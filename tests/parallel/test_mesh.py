@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import warm
+from tensordict import TensorDict
 
-from llava_fn import config, llava, optim, spec, train, tree
+from llava_fn import config, llava, lora, optim, spec, train, tree
 from llava_fn.batch import IMAGE, Sample, collate
 from llava_fn.data import records as data
 from llava_fn.parallel import collectives, zero
@@ -23,6 +24,11 @@ C = config.Llava(
 )
 TIED = replace(C, llama=replace(C.llama, tied=True, blocks=2))
 OPTIM = optim.Optim(lr=1e-2, warmup=0.0, weight_decay=0.1, clip=0.5, eps=1e-3)
+ADAPTERS = {
+    "decoder": config.Lora(rank=2, alpha=3.0),
+    "dropout": config.Lora(rank=2, alpha=3.0, rslora=True, dropout=0.3, targets=(r"llama/blocks/[02]/.*",)),
+    "all": config.Lora(rank=2, alpha=3.0, targets=(".*",)),
+}
 UPDATES = 3
 SAMPLES = {  # an image is "i", so many tokens a digit; the last three tokens are labelled
     "mixed": ("i4", "7", "2i5", "ii9", "i3", "5", "i6", "8", "3"),
@@ -52,18 +58,19 @@ def batches(layout, mesh, micro):
     return [collate([all_of_them[i] for i in part], mesh.tp.size, C.vision.image) for part in mine]
 
 
-def random(model, dtype):
+def random(model, dtype, adapters=None):
     """Nothing is 1 or 0, so that no two leaves can be taken for one another."""
-    shapes, rng = spec.init(llava.spec(model), 0), torch.Generator().manual_seed(3)
+    shapes, rng = spec.init(lora.extended(llava.spec(model), adapters), 0), torch.Generator().manual_seed(3)
     values = [torch.randn(x.shape, generator=rng, dtype=torch.float64) * 0.4 + 0.1 for x in tree.values(shapes)]
     return tree.rebuild(shapes, [x.to(dtype) for x in values])
 
 
-def share(p, model, mesh):
-    """This rank's tensor-parallel blocks."""
-    params = dict(spec.leaves(llava.spec(model)))
-    blocks = [x[spec.shard(params[path], mesh)].clone() for path, x in zip(tree.paths(p), tree.values(p), strict=True)]
-    return tree.rebuild(p, blocks)
+def share(p, how, kind):
+    """What this rank keeps of each parameter."""
+    out = TensorDict({})
+    for path, param in spec.leaves(how.spec):
+        out[path] = train.kept(path, param, p[path][spec.shard(param, how.mesh)].clone(), how, kind)
+    return out.lock_()
 
 
 def pieces(kept, how):
@@ -73,15 +80,16 @@ def pieces(kept, how):
 
 
 def learn(mesh, level=0, recompute=True, stage="all", layout="mixed", micro=1, model="whole", dtype="float64",
-          backend="", ahead=True, loss="token_mean"):  # fmt: skip
+          backend="", ahead=True, loss="token_mean", lora_of="", quantise=None):  # fmt: skip
     """Loss and gradient norm of each update; the first gradient, and the parameters in the end, in pieces."""
     kind, model = getattr(torch, dtype), {"whole": C, "tied": TIED}[model]
-    how = Zero(llava.spec(model), mesh, level, kind, ahead, config.STAGES[stage])
-    mine, frozen = tree.split(share(random(model, kind), model, mesh), train.trains(config.STAGES[stage]))
-    mine = how.store(mine)
+    adapters = ADAPTERS.get(lora_of)
+    parts = ("projector", "lora", "vision/blocks/1") if adapters else config.STAGES[stage]
+    how = Zero(lora.extended(llava.spec(model), adapters), mesh, level, kind, ahead, parts)
+    mine, frozen = tree.split(share(random(model, kind, adapters), how, quantise), train.trains(parts))
     state = train.TrainState(0, mine, optim.init(mine))
     run = llava.execution(recompute, backend, how)
-    task = train.Task(frozen, model, OPTIM, 20, how, loss, run)
+    task = train.Task(frozen, model, OPTIM, 20, how, loss, run, adapters)
     seen = []
     for update in range(UPDATES):
         state, m = train.train_step(state, batches(layout, mesh, micro), task)
@@ -100,8 +108,13 @@ CASES = [  # what varies besides the mesh
     *({"level": level, "micro": 2} for level in zero.LEVELS),
     *({"level": level, "model": "tied"} for level in zero.LEVELS),
     {"level": 3, "ahead": False},
+    *({"level": level, "lora_of": kind} for level in zero.LEVELS for kind in ("decoder", "dropout", "all")),
+    *({"level": level, "lora_of": "dropout", "quantise": "int8", "micro": 2} for level in zero.LEVELS),
+    *({"level": level, "lora_of": "dropout", "layout": "fewer than ranks"} for level in (1, 3)),
+    {"level": 1, "lora_of": "dropout", "recompute": False},
     *({"level": level, "dtype": "float32"} for level in zero.LEVELS),
 ]  # fmt: skip
+NUMBERS = ("stage", "layout", "dtype", "model", "lora_of", "quantise")  # what changes what is computed
 COMPILED = [{"level": 1, "backend": "aot_eager", "recompute": False}, {"level": 3, "backend": "aot_eager"}]
 MUTATIONS = {  # each passes any test of the loss alone, or of a mean over equal ranks
     "gather's backward takes a slice": "gather",
@@ -209,7 +222,7 @@ def differences(got, want):
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join(f"{k}={v}" for k, v in CASES[n].items()))
 def test_every_mesh_equals_one_process(ranks, alone, number):
     limit = 1e-5 if CASES[number].get("dtype") == "float32" else 1e-12
-    want = alone(**{k: v for k, v in CASES[number].items() if k in ("stage", "layout", "dtype", "model")})
+    want = alone(**{k: v for k, v in CASES[number].items() if k in NUMBERS})
     for mesh in meshes(len(ranks)):
         assert max(differences([r[mesh][number] for r in ranks], want)) <= limit, mesh
 
@@ -225,7 +238,7 @@ def test_compiled_blocks_on_a_mesh_equal_one_process(alone):
 def test_the_levels_and_their_ways_are_the_same_thing_on_one_process(alone):
     want = alone()
     for case in CASES:
-        if not {"stage", "layout", "dtype", "model"} & case.keys():
+        if not set(NUMBERS) & case.keys():
             assert max(differences([learn(Mesh(), **case)], want)) <= 1e-12, case
 
 
