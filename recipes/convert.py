@@ -33,7 +33,9 @@ class Convert:
 
     # files and folders to read, MindSpeed-MM's JSON files too; then the new folder, or file for mm_projector, to write
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")]
-    to: Literal["llava_fn", "llava-hf", "liuhaotian", "mm_projector"] = "llava_fn"  # the layout to write
+    # the layout to write; peft: the adapters alone, named as in transformers, or as in LLaVA's code
+    to: Literal["llava_fn", "llava-hf", "liuhaotian", "mm_projector", "peft", "peft-liuhaotian"] = "llava_fn"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # that of the sources, unless given
     merge_lora: bool = False  # add the adapters of a PEFT folder to the weights
     tokenizer: Path | None = None  # a sentencepiece tokenizer.model, if no source folder has one
     image_mode: Literal["pad", "square"] | None = None  # what the sources say, unless given
@@ -89,6 +91,8 @@ def moved_sources(moved: Moved, given: list[Weights]) -> list[Weights]:
 
 def read(c: Convert) -> tuple[Weights, Moved | None]:
     """All sources put together. ValueError names what is missing, has no place, or does not fit."""
+    import torch
+
     from llava_fn.data.tokenizer import read_tokenizer
     from llava_fn.weights import mindspeed, model
     from llava_fn.weights.source import open_source
@@ -98,6 +102,7 @@ def read(c: Convert) -> tuple[Weights, Moved | None]:
     given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
     source = model.merge(given + (moved_sources(moved, given) if moved else []))
     source = model.merge_lora(source) if c.merge_lora else source
+    source = model.cast(source, getattr(torch, c.dtype)) if c.dtype else source
     tokenizer = c.tokenizer or (moved and moved.tokenizer)
     if tokenizer and (c.tokenizer or source.tokenizer is None):
         tokenizer = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer
@@ -130,13 +135,18 @@ def main(c: Convert) -> None:
         print(f"{config}: for recipes/pretrain.py --config")
     with Bytes(export.size(source)) as progress:
         export.export(source, c.out, c.to, progress.add)
-    written = ("projector",) if c.to == "mm_projector" else source.parts
-    print(f"{c.out}: {summary(source, written)}")
+    alone = {
+        "mm_projector": ("projector",),
+        "peft": ("lora", *source.trained),
+        "peft-liuhaotian": ("lora", *source.trained),
+    }
+    print(f"{c.out}: {summary(source, alone.get(c.to, source.parts))}")
 
 
 def summary(source: Weights, parts: tuple[str, ...]) -> str:
     """What these parts are, in one line."""
-    vision, llama, texts = source.vision, source.llama, {"projector": "projector"}
+    vision, llama = source.vision, source.llama
+    texts = {"projector": "projector", "lora": f"adapters of {len(source.lora)} weights"}
     if vision:
         texts["vision"] = f"{vision.used} of {vision.blocks} blocks of CLIP"
     if llama:

@@ -14,7 +14,7 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
-from llava_fn.weights import companions, model, placing, tables
+from llava_fn.weights import companions, model, peft, placing, tables
 from llava_fn.weights.source import OURS, UNUSED, Weights
 from llava_fn.weights.tables import Rule
 
@@ -81,15 +81,21 @@ def size(source: Weights) -> int:
 
 
 def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
-    """Write `source` in `layout` (one of `LAYOUTS`) to a folder, or to a file for mm_projector; it must not exist.
+    """Write `source` in `layout` (of `LAYOUTS`, or of tables.PEFT) to a folder, or to a file for mm_projector; it must not exist.
 
     It appears whole or not at all. ValueError if the layout holds a part that the source does not bring, or if there is
     no tokenizer; OSError if the disk is full.
     """
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")
+    if layout in tables.PEFT:
+        _adapter(source, to, layout)
+        return
     if source.lora:
-        raise ValueError(f"{source.where} holds LoRA adapters; give --merge-lora to add them to the weights")
+        raise ValueError(
+            f"{source.where} holds LoRA adapters; give --merge-lora to add them to the weights, or --to peft to write "
+            "them alone"
+        )
     if layout == "mm_projector":
         with checkpoint.appearing(to) as part, part.open("wb") as f:
             torch.save({name: x.read().clone() for name, x in names(layout, source, Llava()).items()}, f)
@@ -105,6 +111,22 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
         part.mkdir()
         write = _ours if layout == OURS else partial(_theirs, layout)
         write(source, source.tokenizer, part, done)
+
+
+def _adapter(source: Weights, to: Path, style: str) -> None:
+    others = [part for part in source.trained if part != "projector"]
+    if not source.lora or others:
+        what = f"{', '.join(others)} was trained too" if others else "there are none"
+        raise ValueError(f"{source.where}: {style} is for adapters and a projector, and {what}; write a whole layout")
+    trained = source.leaves.items() if "projector" in source.trained else ()
+    projector = {path.removeprefix("projector/"): x for path, x in trained if path.startswith("projector/")}
+    with checkpoint.appearing(to) as part:
+        part.mkdir()
+        peft.write(part, source.lora, projector, style, source.archives)
+        if style == "peft-liuhaotian" and source.tokenizer:  # LLaVA's builder.py reads the whole model's config here
+            c, dtype = model.config(source), source.leaves["llama/embed"].dtype
+            files = companions.liuhaotian(c, dtype, source.tokenizer, source.image_mode or "square")
+            (part / "config.json").write_bytes(files["config.json"])
 
 
 def _ours(source: Weights, tokenizer: bytes, part: Path, wrote: Wrote) -> None:

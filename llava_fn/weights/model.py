@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -15,7 +17,7 @@ from llava_fn.config import Llava
 from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights import peft
+from llava_fn.weights import peft, placing
 from llava_fn.weights.source import Weights, interpret
 
 
@@ -33,25 +35,27 @@ def merge(sources: Sequence[Weights]) -> Weights:
 
     ValueError if two sources bring the same part, if parts do not fit each other, or adapters the weights.
     """
+    sources, adapted = _with_adapter_last(sources)
     owner: dict[str, Weights] = {}
     for source in sources:
         for part in source.parts:
             if part in owner:
                 raise ValueError(f"{owner[part].where} and {source.where} both bring the {part}; give one of them")
             owner[part] = source
-    adapted = [source for source in sources if source.lora]
-    if len(adapted) > 1:
-        raise ValueError(f"{adapted[0].where} and {adapted[1].where} both hold adapters; give one of them")
     leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
-    if adapted:
-        peft.check(leaves, adapted[0].lora, adapted[0].where)
+    vision = next((s.vision for s in sources if "vision" in s.parts), None)
+    adapters = {
+        path: adapter for path, adapter in (adapted.lora.items() if adapted else ())
+        if not (vision and placing.is_spare(path, vision))  # PEFT adapts blocks too that LLaVA never reads
+    }  # fmt: skip
+    peft.check(leaves, adapters, adapted.where if adapted else "")
     whole = Weights(
         " + ".join(source.where for source in sources), "merged", leaves,
         {path: leaf for source in sources for path, leaf in source.spare.items()},
         tuple(archive for source in sources for archive in source.archives),
-        vision=next((s.vision for s in sources if "vision" in s.parts), None),
+        vision=vision,
         llama=next((s.llama for s in sources if "llama" in s.parts), None),
-        lora=adapted[0].lora if adapted else {},
+        lora=adapters, trained=adapted.trained if adapted else (),
         tokenizer=_one(sources, "tokenizer"), image_mode=_one(sources, "image_mode"),
         template=_one(sources, "template"), compat=_one(sources, "compat"),
     )  # fmt: skip
@@ -59,11 +63,44 @@ def merge(sources: Sequence[Weights]) -> Weights:
     return whole
 
 
+def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weights | None]:
+    """The sources, the one with adapters last, and that one. Its projector replaces that of the others, which is said.
+
+    ValueError if two hold adapters.
+    """
+    adapted = [source for source in sources if source.lora]
+    if len(adapted) > 1:
+        raise ValueError(f"{adapted[0].where} and {adapted[1].where} both hold adapters; give one of them")
+    if not adapted:
+        return list(sources), None
+    others = [source for source in sources if not source.lora]
+    names = {Path(source.where).name for source in others}
+    if adapted[0].base and names and Path(adapted[0].base).name not in names:
+        print(f"warning: the adapters of {adapted[0].where} name the base {adapted[0].base}, not {', '.join(names)}",
+              file=sys.stderr)  # fmt: skip
+    if "projector" in adapted[0].parts:
+        for i, source in enumerate(others):
+            if "projector" in source.parts:
+                print(f"the projector of {adapted[0].where} replaces that of {source.where}", file=sys.stderr)
+                rest = {path: leaf for path, leaf in source.leaves.items() if not path.startswith("projector/")}
+                others[i] = dataclasses.replace(source, leaves=rest)
+    return [*others, *adapted], adapted[0]
+
+
 def merge_lora(source: Weights) -> Weights:
     """The weights with the adapters in them. ValueError if there are none."""
     if not source.lora:
         raise ValueError(f"--merge-lora is given, but {source.where} holds no adapters")
     return dataclasses.replace(source, leaves={**source.leaves, **peft.merge(source.leaves, source.lora)}, lora={})
+
+
+def cast(source: Weights, dtype: torch.dtype) -> Weights:
+    """The weights in another dtype."""
+    leaves, spare = ({k: x.then(lambda t: t.to(dtype)) for k, x in of.items()} for of in (source.leaves, source.spare))
+    adapters = {
+        k: (*(x.then(lambda t: t.to(dtype)) for x in (a, b)), scale) for k, (a, b, scale) in source.lora.items()
+    }
+    return dataclasses.replace(source, leaves=leaves, spare=spare, lora=adapters)
 
 
 def _check_widths(source: Weights) -> None:

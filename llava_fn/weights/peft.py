@@ -1,54 +1,145 @@
-"""PEFT's low-rank adapters, on disk (Hu et al. 2021, arXiv 2106.09685)."""
+"""PEFT's low-rank adapters on disk, in and out (Hu et al. 2021, arXiv 2106.09685; peft/tuners/lora/config.py).
+
+    adapter_config.json           of whose fields only those are accepted for which the tensors mean W + scale B A
+    adapter_model.safetensors     base_model.model.MODULE.lora_A.weight, r in; .lora_B.weight, out r; the projector
+    non_lora_trainables.bin       LLaVA's own file for the projector
+
+MODULE is named as in transformers 5 or 4, or as in LLaVA's code, with or without the adapter's name behind lora_A.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_fn import lora
+from llava_fn.checkpoint import leaf
+from llava_fn.checkpoint.archive import Archive
 from llava_fn.checkpoint.leaf import Leaf
-from llava_fn.config import Llama
+from llava_fn.config import Llama, Llava, Vision
 from llava_fn.weights.configs import MANY
-from llava_fn.weights.tables import hf_llama
+from llava_fn.weights.tables import HF, PEFT, Slot
 
-NAME = re.compile(r"base_model\.model\.(?:model\.)?(?P<where>.+)\.lora_(?P<which>[AB])(\.default)?\.weight")
-PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-         "bias": "none"}  # fmt: skip  # fields that change what an adapter means, and the value that is computed here
+CONFIG, TENSORS, OTHERS = "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"
+NAME = re.compile(r"(?P<module>base_model\.model\..+)\.lora_(?P<which>[AB])(\.default)?\.weight")
+USED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+HARMLESS = (  # none changes what the tensors mean, whatever its value
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
+)  # fmt: skip
+PLAIN = {  # fields that are harmless with one of these values; every other field, where it is not set
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
+}
+PROJECTOR = ("multi_modal_projector", "mm_projector")
+DECODER = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 Adapters = Mapping[str, tuple[Leaf, Leaf, float]]  # path -> A: r in, B: out r, scale
+Values = Mapping[str, Any]
 
 
-def read(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapters:
-    """The adapters of a PEFT folder, by our paths.
+def read(folder: Path, values: Values, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Adapters:
+    """The adapters of a PEFT folder, by our paths. others: the tensors that are no adapters.
 
-    ValueError lists every tensor without a place or without its partner, and names a variant that is not plain LoRA.
+    ValueError names each field of the config that W + scale B A does not express, each module to save that is not in
+    the files, and each tensor without a place or a partner, of another rank, or with NaN or infinite values.
     """
-    variant = [f"{k}={values[k]!r}" for k, plain in PLAIN.items() if values.get(k, plain) not in (plain, None)]
-    if variant:
-        raise ValueError(f"{folder / 'adapter_config.json'} is not plain LoRA: {', '.join(variant)}; not supported")
-    rank = values["r"]
-    scale = values["lora_alpha"] / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    paths = {row.theirs: f"llama/{row.ours[0]}" for row in hf_llama(Llama(blocks=MANY))}
-    found: dict[str, dict[str, Tensor]] = {}
-    wrong = []
+    where = folder / CONFIG
+    _check_fields(where, values, others)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    modules, wrong = {}, []
     for name, t in tensors.items():
         m = NAME.fullmatch(name)
-        path = paths.get(f"{m['where']}.weight") if m else None
+        path = _path(m["module"]) if m else None
         if m is None or path is None:
-            wrong.append(f"{name} has no place in a Llama")
-        elif t.ndim != 2 or t.shape[m["which"] == "B"] != rank:
+            wrong.append(f"{name} belongs to no linear layer of a LLaVA")
+            continue
+        modules[path] = m["module"].removeprefix("base_model.model.")
+        rank = _pattern(values.get("rank_pattern"), modules[path], values["r"])
+        if t.ndim != 2 or t.shape[m["which"] == "B"] != rank:
             wrong.append(f"{name} is {tuple(t.shape)}, not of rank {rank}")
-        else:
-            found.setdefault(path, {})[m["which"]] = t
-    wrong += [f"{path} has only its {next(iter(pair))}" for path, pair in found.items() if len(pair) == 1]
+        elif not t.isfinite().all():
+            wrong.append(f"{name} holds NaN or an infinite value")
+        pairs.setdefault(path, {})[m["which"]] = t
+    wrong += [f"{path} has only its {next(iter(pair))}" for path, pair in pairs.items() if len(pair) == 1]
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} adapter tensors do not fit: {'; '.join(wrong)}")
-    return {path: (Leaf.of(pair["A"]), Leaf.of(pair["B"]), scale) for path, pair in found.items()}
+    scales = {path: _scale(values, module) for path, module in modules.items()}
+    return {path: (Leaf.of(pair["A"]), Leaf.of(pair["B"]), scales[path]) for path, pair in pairs.items()}
+
+
+def _check_fields(where: Path, values: Values, others: Mapping[str, Tensor]) -> None:
+    odd = [f"{k}={v!r}" for k, v in values.items() if k in PLAIN and v not in PLAIN[k]]
+    known = {*USED, *HARMLESS, *PLAIN}
+    odd += [f"{k}={v!r}" for k, v in values.items() if k not in known and v not in (None, False, {}, [], "")]
+    if odd:
+        raise ValueError(f"{where}: {', '.join(odd)} is more than plain LoRA, and not supported")
+    for field in ("r", "lora_alpha"):
+        _check_number(where, field, values.get(field))
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(values.get(field) or {}, dict):
+            raise ValueError(f"{where}: {field}={values[field]!r} is no object of patterns")
+        for pattern, value in (values.get(field) or {}).items():
+            _check_number(where, f"{field}[{pattern!r}]", value)
+            _check_pattern(where, field, pattern)
+    kept = [name.rpartition(".")[2] for name in values.get("modules_to_save") or ()]
+    if foreign := [name for name in kept if name not in PROJECTOR]:
+        raise ValueError(f"{where}: modules_to_save={foreign}: only the projector can stand beside adapters here")
+    if kept and not any(f"{name}." in tensor for tensor in others for name in PROJECTOR):
+        raise ValueError(f"{where}: modules_to_save names {', '.join(kept)}, and no tensor of it is in the folder")
+
+
+def _check_number(where: Path, field: str, value: object) -> None:
+    whole = "alpha" not in field
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: {field}={value!r}; it must be {'an integer' if whole else 'a number'} above 0")
+
+
+def _check_pattern(where: Path, field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {field}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name. Source: peft get_pattern_key."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
+
+
+def _scale(values: Values, module: str) -> float:
+    rank = _pattern(values.get("rank_pattern"), module, values["r"])
+    alpha = _pattern(values.get("alpha_pattern"), module, values["lora_alpha"])
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+@cache
+def _tables() -> list[tuple[Slot, dict[str, str]]]:
+    """Each slot of the layout, and the names in it of the linear layers -> our paths."""
+    c = Llava(Vision(blocks=MANY), Llama(blocks=MANY))
+    linears = [
+        (slot, {r.theirs: f"{slot.part}/{r.ours[0]}" for r in slot.rows(c) if r.ours[0].split("/")[-1][0] == "w"})
+        for slot in HF.places
+    ]
+    return linears
+
+
+def _path(module: str) -> str | None:
+    """Our path of a module's weight, or None if it is no linear layer of LLaVA."""
+    name = f"{module}.weight"
+    matches = ((table, re.match(slot.before, name)) for slot, table in _tables())
+    return next((table[name[m.end() :]] for table, m in matches if m and name[m.end() :] in table), None)
 
 
 def check(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> None:
@@ -66,7 +157,49 @@ def merge(leaves: Mapping[str, Leaf], adapters: Adapters) -> dict[str, Leaf]:
     """The leaves that the adapters change, with the adapters in them."""
 
     def merged(path: str) -> Leaf:
-        leaf, (a, b, scale) = leaves[path], adapters[path]
-        return Leaf(leaf.shape, leaf.dtype, lambda: lora.merged(leaf.read(), a.read(), b.read(), scale))
+        of, (a, b, scale) = leaves[path], adapters[path]
+        return Leaf(of.shape, of.dtype, lambda: lora.merged(of.read(), a.read(), b.read(), scale))
 
     return {path: merged(path) for path in adapters}
+
+
+def write(
+    folder: Path, adapters: Adapters, projector: Mapping[str, Leaf], style: str, archives: tuple[Archive, ...]
+) -> None:
+    """Write a PEFT folder into `folder`, which exists. projector: its leaves by name, if it was trained too.
+
+    style: "peft" for the names of transformers 5, with the projector among the modules to save; "peft-liuhaotian" for
+    those of LLaVA's code, with the projector in a file of its own.
+    """
+    names, saved = {}, {}
+    for slot in PEFT[style]:
+        c = Llava(Vision(blocks=MANY), Llama(blocks=MANY))
+        names |= {f"{slot.part}/{r.ours[0]}": (slot.before + r.theirs).removesuffix(".weight") for r in slot.rows(c)}
+        if slot.part == "projector":
+            saved = {slot.before + r.theirs: projector[r.ours[0]] for r in slot.rows(c) if projector}
+    tensors = {}
+    for path, (a, b, _) in adapters.items():
+        tensors |= {f"{names[path]}.lora_A.weight": a, f"{names[path]}.lora_B.weight": b}
+    apart = style == "peft-liuhaotian"
+    leaf.write(folder / TENSORS, tensors if apart else tensors | saved, archives, lambda n: None)
+    if saved and apart:
+        torch.save({name: x.read().clone() for name, x in saved.items()}, folder / OTHERS)
+    modules = {path: names[path].removeprefix("base_model.model.") for path in adapters}
+    ranks = {modules[path]: a.shape[0] for path, (a, _, _) in adapters.items()}
+    alphas = {modules[path]: scale * a.shape[0] for path, (a, _, scale) in adapters.items()}
+    values = _config(ranks, alphas) | {"modules_to_save": list(PROJECTOR[:1]) if saved and not apart else None}
+    (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of a plain LoRA. A module's own rank or alpha is a pattern of its whole name."""
+    rank, alpha = (max(set(values), key=list(values).count) for values in (ranks.values(), alphas.values()))
+    every = all(re.fullmatch(DECODER, module) for module in ranks)
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank, "lora_alpha": alpha,
+        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
+        "init_lora_weights": True, "inference_mode": True,
+        "target_modules": DECODER if every and len(ranks) % 7 == 0 else sorted(ranks),
+        "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(module): x for module, x in alphas.items() if x != alpha},
+    }  # fmt: skip

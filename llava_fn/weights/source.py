@@ -41,7 +41,9 @@ class Weights:
     archives: tuple[Archive, ...]
     vision: Vision | None = None
     llama: Llama | None = None
-    lora: Mapping[str, tuple[Leaf, Leaf, float]] = field(default_factory=dict)  # path -> A, B, scale
+    lora: peft.Adapters = field(default_factory=dict)
+    trained: tuple[str, ...] = ()  # beside the adapters
+    base: str | None = None  # what PEFT's config calls the base
     tokenizer: bytes | None = None
     image_mode: str | None = None
     template: str | None = None
@@ -154,9 +156,12 @@ def _megatron(folder: Path) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        values = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object; is it the right file?")
+    return values
 
 
 def _hugging_face(folder: Path, given: Llava | None) -> Weights:
@@ -164,7 +169,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
     files = {name: _json(folder / name) for name in CONFIGS}
-    adapter = _json(folder / "adapter_config.json")
+    adapter = _json(folder / peft.CONFIG)
     pairs = {name: t for name, t in tensors.items() if ".lora_" in name} if adapter else {}
     rest = {name: t for name, t in tensors.items() if name not in pairs}
     source = Weights(str(folder), "PEFT", {}, {}, ())
@@ -174,7 +179,9 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     whole = {"projector", "llama"} <= set(source.parts)
     return _with(
         source, archives,
-        lora=peft.read(folder, adapter, pairs) if adapter else {},
+        lora=peft.read(folder, adapter, pairs, rest) if adapter else {},
+        trained=source.parts if adapter else (),
+        base=adapter.get("base_model_name_or_path") or None,
         tokenizer=words.read_bytes() if words.is_file() else None,
         image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole else None,
         template="v1" if whole else None,
@@ -196,7 +203,7 @@ def _ours(c: Checkpoint) -> Weights:
         spare = {**base.spare, **spare}
     return Weights(
         str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, _adapters(c, own),
-        c.tokenizer, m.image_mode, m.template, m.compat,
+        tuple(part for part in m.parts if part != lora.PART), None, c.tokenizer, m.image_mode, m.template, m.compat,
     )  # fmt: skip
 
 

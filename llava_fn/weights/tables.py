@@ -207,7 +207,7 @@ HF = Layout(  # all of CLIPModel, LlamaForCausalLM, the generations of HF's LLaV
             r"(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)",
             _vision(hf_vision),
         ),
-        Slot("projector", r"(model\.)?multi_modal_projector\.", _projector("linear_1", "linear_2")),
+        Slot("projector", _PEFT + r"(model\.)?multi_modal_projector\.", _projector("linear_1", "linear_2")),
         Slot("projector", _PEFT + r"(model\.)?mm_projector\.", _projector("0", "2")),
         Slot(
             "llama",
@@ -233,4 +233,16 @@ WRITTEN = {  # layouts that go out; what stands before the names of a slot is a 
         Slot("llama", "", _llama(hf_head)),
     ),
     "mm_projector": (Slot("projector", "model.mm_projector.", _projector("0", "2")),),
+}
+PEFT = {  # adapters that go out
+    "peft": (
+        Slot("vision", "base_model.model.model.vision_tower.", _vision(hf_vision)),
+        Slot("projector", "base_model.model.model.multi_modal_projector.", _projector("linear_1", "linear_2")),
+        Slot("llama", "base_model.model.model.language_model.", _llama(hf_llama)),
+    ),
+    "peft-liuhaotian": (
+        Slot("vision", "base_model.model.model.vision_tower.vision_tower.vision_model.", _vision(hf_vision)),
+        Slot("projector", "base_model.model.model.mm_projector.", _projector("0", "2")),
+        Slot("llama", "base_model.model.model.", _llama(hf_llama)),
+    ),
 }

@@ -242,33 +242,6 @@ def test_adapters_are_merged_only_on_request(stabilised, folders, state, tokeniz
     assert not torch.equal(got["llama", "blocks", "1", "w_up"], plain["llama", "blocks", "1", "w_up"])
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"use_dora": True}, "is not plain LoRA: use_dora=True"),
-        ({"rank_pattern": {"q_proj": 8}, "bias": "all"}, "rank_pattern=.*bias='all'"),
-        ({"r": 5}, "lora_A.weight is .4, 256., not of rank 5"),
-    ],
-)
-def test_other_adapters_are_refused(change, said, state, tmp_path):
-    lora, _ = layouts.write_lora(tmp_path / "lora", state, 4, 8)
-    values = json.loads((lora / "adapter_config.json").read_text())
-    (lora / "adapter_config.json").write_text(json.dumps(values | change))
-    with pytest.raises(ValueError, match=said):
-        open_source(lora)
-
-
-def test_an_adapter_without_its_partner_or_its_place_is_listed(state, tmp_path):
-    lora, _ = layouts.write_lora(tmp_path / "lora", state, 4, 8)
-    tensors = load_file(lora / "adapter_model.safetensors")
-    del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
-    tensors["base_model.model.lm_head.extra.lora_A.weight"] = torch.zeros(4, 256)
-    save_file(tensors, lora / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="2 adapter tensors do not fit: .*lm_head.extra.* has no place in a Llama; "
-                                         "llama/blocks/1/w_up has only its A"):  # fmt: skip
-        open_source(lora)
-
-
 def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     (source,), broken = folders["hybrid"], tmp_path / "hf"
     broken.mkdir()
