@@ -1,9 +1,11 @@
-"""How many samples a second one core prepares, and so how many cores feed one device.
+"""How many samples a second one core prepares, and so how many cores feed one device; what an index of records costs.
 
     python bench/data.py
+    python bench/data.py --index 665000 --lines 10000000
 
 Photograph-like JPEGs of the sizes of LLaVA-Pretrain are written to a temporary folder, then read as training reads
-them: decode, bicubic resize, tokenize, lay out. In one process, and in workers.
+them: decode, bicubic resize, tokenize, lay out. In one process, and in workers. `--index` writes a JSON list of so many
+conversations of LLaVA-1.5's length (about 920 bytes), `--lines` JSON lines of 200 bytes, and reads them as a run does.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Bench:
     height: int = 375
     workers: int = 2
     goal: float = 32.0  # samples a second of one device
+    index: int = 0  # records of a JSON list
+    lines: int = 0  # records of JSON lines
 
 
 def write(folder: Path, c: Bench) -> Source:
@@ -49,10 +53,38 @@ def write(folder: Path, c: Bench) -> Source:
     return Source(folder / "records.json", folder)
 
 
+def private() -> float:
+    """MiB of this process that are no pages of files."""
+    (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+
+def read(folder: Path, name: str, count: int, words: int) -> None:
+    """Write so many records, read them as a run does, and print what that took."""
+    path, lines = folder / name, name.endswith(".jsonl")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is a picture. " * words}]
+    with path.open("w") as f:
+        f.write("" if lines else "[")
+        for i in range(count):
+            text = json.dumps({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
+            f.write(f"{text}\n" if lines else f"{',' if i else ''}{text}")
+        f.write("" if lines else "]")
+    before, start = private(), time.perf_counter()
+    records = data.read(Source(path, folder))
+    seconds, memory = time.perf_counter() - start, private() - before
+    print(f"{name}: {len(records)} records, {path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s, {memory:.0f} MiB")
+    path.unlink()
+
+
 def main(c: Bench) -> None:
     """Print the rates."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if c.index or c.lines:
+            for file, count, words in (("list.json", c.index, 46), ("lines.jsonl", c.lines, 4)):
+                if count:
+                    read(folder, file, count, words)
+            return
         source = write(folder, c)
         options = Data(sources=(source,), samples=32, workers=c.workers, epochs=4.0)
         vision = config.LLAVA_7B.vision

@@ -146,7 +146,7 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources, heldout = validation.divided([records.read(source) for source in c.data.sources], c.heldout, c.data.seed)
-    schedule = records.schedule(sources, c.data, preparation)
+    schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     held = validation.batches(heldout, preparation, c.heldout, share)
 

@@ -110,7 +110,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources = [records.read(source) for source in c.data.sources]
-    schedule = records.schedule(sources, c.data, preparation)
+    schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
     heldout = [records.sample(record, preparation) for record in records.read(c.heldout)] if c.heldout else []
 
     spec = llava.spec(origin.model)

@@ -19,17 +19,21 @@ from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
 from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
+from tqdm import tqdm
 
 from llava_fn.batch import IMAGE, Batch, Sample, collate
-from llava_fn.data import image, text
+from llava_fn.data import image, index, text
 from llava_fn.data.options import Data, Source
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
+
+LENGTHS = 1024  # records that a worker process measures at a time
 
 
 def check_share(samples: int, accumulate: int, world: int, tp: int) -> None:
@@ -51,6 +55,36 @@ class Record:
     name: str  # in errors: file, position and id
     images: Path
     value: dict
+
+
+@dataclass(frozen=True)
+class Records(Sequence[Record]):
+    """The records of a file, each parsed when it is asked for.
+
+    spans: int64[n, 2], see index.py. size, changed: of the file, in bytes and nanoseconds. It pickles, so that worker
+    processes parse.
+    """
+
+    path: Path
+    images: Path
+    spans: np.ndarray
+    size: int
+    changed: int
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        start, stop = self.spans[i].tolist()
+        with self.path.open("rb") as f:
+            stat = os.fstat(f.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (self.size, self.changed):
+                raise ValueError(f"{self.path} has changed since the run began; start the run again")
+            f.seek(start)
+            value = json.loads(f.read(stop - start))
+        return Record(_name(self.path, i % len(self), value), self.images, value)
 
 
 @dataclass(frozen=True)
@@ -89,12 +123,18 @@ class Step:
     bad: tuple[tuple[str, str], ...]
 
 
-def read(source: Source) -> list[Record]:
-    """All records of a data set. ValueError if the file is missing, empty or not LLaVA's, or the folder is missing."""
+def read(source: Source) -> Sequence[Record]:
+    """All records of a data set. ValueError if the file is missing, empty or not LLaVA's, or the folder is missing.
+
+    Of a list of objects, and of JSON lines, only the places are kept, some 16 bytes a record.
+    """
     if not source.records.is_file():
         raise ValueError(f"{source.records}: no such file; give the JSON or JSONL file of the data set")
     if not source.images.is_dir():
         raise ValueError(f"{source.images}: no such folder; give the folder that the images of {source.records} lie in")
+    stat, places = source.records.stat(), index.spans(source.records)
+    if places is not None:
+        return Records(source.records, source.images, places, stat.st_size, stat.st_mtime_ns)
     try:
         content = source.records.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -123,10 +163,12 @@ def _name(path: Path, i: int, value: object) -> str:
 
 def fingerprint(sources: Sequence[Source]) -> list[dict]:
     """Each file's SHA-256 and weight, which must be the same when a run is resumed."""
-    return [
-        {"records": s.records.name, "sha256": hashlib.sha256(s.records.read_bytes()).hexdigest(), "weight": s.weight}
-        for s in sources
-    ]
+    return [{"records": s.records.name, "sha256": _digest(s.records), "weight": s.weight} for s in sources]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def encode(record: Record, preparation: Preparation) -> text.Encoded:
@@ -220,25 +262,77 @@ class Schedule:
                     yield done, rows
 
 
-def schedule(records: Sequence[Sequence[Record]], data: Data, preparation: Preparation) -> Schedule:
+def pick(records: Sequence[Sequence[Record]], number: int) -> Record:
+    """The record of a number, counted through all sources."""
+    for source in records:
+        if number < len(source):
+            return source[number]
+        number -= len(source)
+    raise IndexError(f"there is no record {number} behind the last one")
+
+
+def schedule(
+    records: Sequence[Sequence[Record]], data: Data, preparation: Preparation, cache: Path | None = None
+) -> Schedule:
     """The schedule of a run. A token budget measures every record first. ValueError if no record is ever shown.
 
-    ValueError names a record longer than the token budget. A bad record stops here only under on_bad_record="error".
+    cache: a folder that keeps the lengths for the next start. ValueError names a record longer than the token budget. A
+    bad record stops here only under on_bad_record="error".
     """
     sizes = tuple(len(r) for r in records)
     if not any(round(s.weight * n) for s, n in zip(data.sources, sizes, strict=True)):
         raise ValueError("the data set is empty: no source with records and a weight above 0")
     lengths = None
     if data.tokens:
-        flat = [r for rs in records for r in rs]
-        lengths = np.array([_length(r, preparation, data.on_bad_record) for r in flat])
+        lengths = _measured(records, data, preparation, cache)
         worst = int(lengths.argmax())
         if lengths[worst] > data.tokens:
             raise ValueError(
-                f"{flat[worst].name} has {lengths[worst]} tokens, more than the budget of tokens={data.tokens} an "
-                "update; raise the budget"
+                f"{pick(records, worst).name} has {lengths[worst]} tokens, more than the budget of "
+                f"tokens={data.tokens} an update; raise the budget"
             )
     return Schedule(sizes, data, lengths)
+
+
+def _measured(
+    records: Sequence[Sequence[Record]], data: Data, preparation: Preparation, cache: Path | None
+) -> np.ndarray:
+    """Tokens of every record, int64[n], from the cache or from worker processes."""
+    p = preparation
+    what = [fingerprint(data.sources), [len(r) for r in records], data.on_bad_record]
+    what += [p.template, p.compat, p.patches, p.max_tokens]
+    digest = hashlib.sha256(json.dumps(what).encode() + preparation.tokenizer.model).hexdigest()
+    path = cache and cache / f"lengths-{digest[:16]}.npy"
+    if path and path.is_file():
+        return np.load(path, allow_pickle=False)
+    count = sum(map(len, records))
+    chunks = IterableWrapper([range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)])
+    work = _Lengths(records, preparation, data.on_bad_record)
+    node = Mapper(chunks, work)
+    if data.workers and count > LENGTHS:
+        node = ParallelMapper(chunks, work, data.workers, method="process", multiprocessing_context="forkserver")
+    out: list[int] = []
+    with tqdm(total=count, unit=" records", desc="tokens of each record", disable=None) as bar:
+        for lengths in Loader(node):
+            out += lengths
+            bar.update(len(lengths))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{os.getpid()}.npy")
+        np.save(part, np.array(out))
+        part.rename(path)
+    return np.array(out)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    records: Sequence[Sequence[Record]]
+    preparation: Preparation
+    on_bad_record: str
+
+    def __call__(self, numbers: range) -> list[int]:
+        _end_with_parent()
+        return [_length(pick(self.records, i), self.preparation, self.on_bad_record) for i in numbers]
 
 
 def _length(record: Record, preparation: Preparation, on_bad_record: str) -> int:
@@ -273,13 +367,15 @@ def balanced(costs: Sequence[float], bins: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Worker:
+    records: Sequence[Sequence[Record]]
     preparation: Preparation
     accumulate: int
     share: Share
 
-    def __call__(self, item: tuple[int, list[Record]]) -> Step:
+    def __call__(self, item: tuple[int, np.ndarray]) -> Step:
         _end_with_parent()
-        step, records = item
+        step, numbers = item
+        records = [pick(self.records, i) for i in numbers.tolist()]
         encoded = [self.encoded(r) for r in records]
         parts = balanced([_tokens(e) for e in encoded], self.share.size * self.accumulate)
         first = self.share.rank * self.accumulate
@@ -321,10 +417,9 @@ def steps(
     from the records alone. BadRecord if a record is unusable and the policy is "error", or if a run of one process has
     no usable record for an update.
     """
-    flat, data = [r for rs in records for r in rs], schedule.data
-    wanted = ((step, [flat[i] for i in rows]) for step, rows in islice(schedule.updates(start), stop - start))
-    source = IterableWrapper(wanted)
-    work = _Worker(preparation, data.accumulate, share)
+    data = schedule.data
+    source = IterableWrapper(islice(schedule.updates(start), stop - start))
+    work = _Worker(records, preparation, data.accumulate, share)
     if data.workers:
         node = ParallelMapper(source, work, data.workers, method="process", multiprocessing_context="forkserver")
     else:

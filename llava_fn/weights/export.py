@@ -81,10 +81,10 @@ def size(source: Weights) -> int:
 
 
 def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
-    """Write `source` in `layout` (of `LAYOUTS`, or of tables.PEFT) to a folder, or to a file for mm_projector; it must not exist.
+    """Write `source` in `layout` to a folder, or to a file for mm_projector, which must not exist.
 
-    It appears whole or not at all. ValueError if the layout holds a part that the source does not bring, or if there is
-    no tokenizer; OSError if the disk is full.
+    layout: of LAYOUTS, or of tables.PEFT. It appears whole or not at all. ValueError if the layout holds a part that
+    the source does not bring, or if there is no tokenizer; OSError if the disk is full.
     """
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")

@@ -1,0 +1,117 @@
+"""Where each record stands in a file of records, so that a process holds two numbers a record and no parsed JSON.
+
+A file is read once to find its records and to see that each is JSON; a record is parsed again where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 2**20  # bytes that are looked at together; more do not fit a core's cache
+RELEASE = 2**26  # bytes of lines after which their pages are given up
+MARKS = bytes(byte in b'"\\{}[]' for byte in range(256))  # 1 for each byte that structure is made of
+
+
+def spans(path: Path) -> np.ndarray | None:
+    """(start, stop) in bytes of each record of a JSON list of objects, or of JSON lines (.jsonl): int64[n, 2].
+
+    None where the file is anything else, broken JSON too: then only a parser can say what it is.
+    """
+    if not path.stat().st_size:
+        return None
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = _checked(data, _lines(data) if path.suffix == ".jsonl" else _objects(data))
+    return None if found is None or not len(found) else found
+
+
+def _lines(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """The lines that are not blank."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        if data[start:end].strip():
+            yield start, end
+        if start // RELEASE != end // RELEASE:
+            release(data, end)
+        start = end + 1
+
+
+def _objects(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """The objects of a list, in order. ValueError where something else than commas and spaces stands between them."""
+    before, begin = b"[", 0
+    for start, stop in _braces(data):
+        if data[begin:start].strip() != before:
+            raise ValueError(f"no list of objects at byte {begin}")
+        yield start, stop
+        before, begin = b",", stop
+    if data[begin:].strip() != b"]":
+        raise ValueError(f"the list does not end at byte {begin}")
+
+
+def _braces(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """The outermost braces inside of one bracket."""
+    start, depth, quoted = -1, 0, False
+    begin = 0
+    while begin < len(data):
+        end = min(begin + CHUNK, len(data))
+        while data[end - 1] == ord("\\") and end < len(data):  # what a backslash escapes belongs to its chunk
+            end += 1
+        at, kinds = _marks(data[begin:end])
+        quotes = kinds == ord('"')
+        outside = (np.cumsum(quotes) + quoted) % 2 == 0
+        opens, closes = (
+            ((kinds | 32) == ord(brace)) & outside for brace in "{}"
+        )  # a bracket is a brace but for one bit
+        depths = depth + np.cumsum(opens.astype(np.int64) - closes)
+        edges = ((kinds == ord("{")) & opens & (depths == 2)) | ((kinds == ord("}")) & closes & (depths == 1))
+        for place, opening in zip((begin + at[edges]).tolist(), opens[edges].tolist(), strict=True):
+            if opening:
+                start = place
+            else:
+                yield start, place + 1
+        quoted = bool((quotes.sum() + quoted) % 2)
+        depth = int(depths[-1]) if len(depths) else depth
+        release(data, end)
+        begin = end
+
+
+def release(data: mmap.mmap, end: int) -> None:
+    """Give up the pages before `end`, which stay in the file cache and no longer count as this process's memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, 0, end // mmap.PAGESIZE * mmap.PAGESIZE or mmap.PAGESIZE)
+
+
+def _marks(chunk: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(place, kind) of each byte that is a mark and is not escaped. Backslashes are not among them."""
+    at = np.flatnonzero(np.frombuffer(chunk.translate(MARKS), bool))
+    kinds = np.frombuffer(chunk, np.uint8)[at]
+    slash = kinds == ord("\\")
+    follows = np.zeros(len(at), bool)
+    follows[1:] = slash[:-1] & (np.diff(at) == 1)  # a backslash stands right before
+    order = np.arange(len(at))
+    first = np.maximum.accumulate(np.where(slash & ~follows, order, 0))  # of the run of backslashes
+    run = np.where(follows, order - np.concatenate([[0], first[:-1]]), 0)  # its length, before this byte
+    plain = ~slash & (run % 2 == 0)
+    return at[plain], kinds[plain]
+
+
+def _checked(data: mmap.mmap, found: Iterable[tuple[int, int]]) -> np.ndarray | None:
+    """The spans, each of which holds JSON; None if one does not."""
+    out = np.empty((1024, 2), np.int64)
+    count = 0
+    try:
+        for start, stop in found:
+            json.loads(str(data[start:stop], "utf-8"))
+            if count == len(out):
+                out = np.concatenate([out, np.empty_like(out)])
+            out[count] = start, stop
+            count += 1
+    except ValueError:  # of the list, of JSON, or of UTF-8
+        return None
+    return out[:count].copy()
