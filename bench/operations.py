@@ -156,7 +156,7 @@ def row(case: check.Case, peer: Callable, c: Bench, top: tuple[float, float], tr
     for name, (low, middle, high) in found.items():
         out |= {f"{name} ms": 1e3 * middle, f"{name} spread": f"{1e3 * low:.3g} to {1e3 * high:.3g}"}
     out["peer / ours"] = found["peer"][1] / found["ours"][1]
-    numbers, flops = case.moved
+    numbers, flops = case.work
     if not train:
         bytes_second, flops_second = numbers * dtype.itemsize / found["ours"][1], flops / found["ours"][1]
         speed = f"{flops_second / 1e12:.3g} TFLOP/s" if flops else f"{bytes_second / 1e9:.3g} GB/s"

@@ -1,4 +1,4 @@
-"""The operations that have fused forms on accelerators, one a file: contract, reference, fused forms."""
+"""Operations with fused forms on accelerators, one a file: contract, reference, fused forms."""
 
 from llava_fn.kernels.adamw import Coefficients, adamw
 from llava_fn.kernels.add_rms_norm import add_rms_norm

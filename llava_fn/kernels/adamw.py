@@ -1,7 +1,7 @@
 """One AdamW update of many tensors.
 
-Contract: params, grads, first and second moments: lists of equal length, fp32 (all fp64 too, but on an NPU); params
-and moments are written in place. Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+Contract: params, grads, first and second moments are lists of equal length, all fp32 (or all fp64, except on an NPU).
+params and moments are updated in place. Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_fn.kernels.dispatch import choose, require
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Of one update. weight_decay: decoupled, times lr."""
+    """Hyperparameters of one update. The decoupled weight decay is lr * weight_decay."""
 
     lr: float
     beta1: float
@@ -47,12 +47,12 @@ def reference(params: Leaves, grads: Leaves, first: Leaves, second: Leaves, step
 def fused(params: Leaves, grads: Leaves, first: Leaves, second: Leaves, step: int, c: Coefficients) -> None:
     """torch._fused_adamw_, which has a kernel on all three devices; on an NPU it runs aclnnApplyAdamWV2.
 
-    Not torch_npu's NpuFusedAdamW, which joins the storages of the parameters and forbids new ones.
+    Not torch_npu's NpuFusedAdamW, which moves all parameters into one storage and forbids replacing them.
     """
     dtypes = {str(x.dtype) for leaves in (params, grads, first, second) for x in leaves}
-    alone = dtypes in ({"torch.float32"}, {"torch.float64"})  # the latter to check parallel training in
-    require(alone, "_fused_adamw_", f"float32 alone, not {', '.join(sorted(dtypes))}")
-    number = torch.full((), float(step), device=params[0].device)  # read only, so that one serves all leaves
+    uniform = dtypes in ({"torch.float32"}, {"torch.float64"})  # fp64: parallel training is checked in it
+    require(uniform, "_fused_adamw_", f"float32 alone, not {', '.join(sorted(dtypes))}")
+    number = torch.full((), float(step), device=params[0].device)  # only read: all leaves share one tensor
     torch._fused_adamw_(
         list(params), list(grads), list(first), list(second), [], [number] * len(params), lr=c.lr, beta1=c.beta1,
         beta2=c.beta2, weight_decay=c.weight_decay, eps=c.eps, amsgrad=False, maximize=False,

@@ -1,46 +1,39 @@
 """The residual addition and the RMSNorm that follows it, in one pass over memory.
 
-Contract: x, y: ... d, gain: d -> (x + y, RMSNorm of that sum), both in x's dtype. The sum is rounded before it is
-normalised: the norm is that of the tensor that is returned. Otherwise as rms_norm.py.
+Contract: x, y: ... d, gain: d -> (x + y, RMSNorm of the sum), both in x's dtype. The sum is rounded to x's dtype before
+it is normalised. Otherwise as rms_norm.py.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require
 from llava_fn.kernels.rms_norm import check
-from llava_fn.kernels.rms_norm import cpu as cpu_norm
-from llava_fn.kernels.rms_norm import cuda as cuda_norm
-from llava_fn.kernels.rms_norm import reference as reference_norm
+from llava_fn.kernels.rms_norm import cpu as norm_cpu
+from llava_fn.kernels.rms_norm import cuda as norm_cuda
+from llava_fn.kernels.rms_norm import reference as norm_reference
 
 
 def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, y: ... d, gain: d -> (x + y, its norm); see the module's contract."""
+    """x, y: ... d, gain: d -> (x + y, RMSNorm(x + y)); see the module's contract."""
     return choose(x, reference, npu=npu, cuda=cuda, cpu=cpu)(x, y, gain, eps)
 
 
-def reference(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """One after the other."""
+def _unfused(norm, x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """An addition, then `norm`: torch has no kernel for both."""
     total = x + y
-    return total, reference_norm(total, gain, eps)
+    return total, norm(total, gain, eps)
 
 
-def cpu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """One after the other, with the norm's form for the CPU."""
-    total = x + y
-    return total, cpu_norm(total, gain, eps)
-
-
-def cuda(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """torch has no kernel for both; its fused norm after an addition."""
-    total = x + y
-    return total, cuda_norm(total, gain, eps)
+reference, cpu, cuda = (partial(_unfused, norm) for norm in (norm_reference, norm_cpu, norm_cuda))
 
 
 def npu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """npu_add_rms_norm, with the backward pass that torch_npu leaves out. Never its _v2, which writes into x and y."""
+    """npu_add_rms_norm, with the backward pass that torch_npu lacks. Not its _v2, which overwrites x and y."""
     check("npu_add_rms_norm", x, gain)
     require(
         x.shape == y.shape and x.dtype == y.dtype == gain.dtype,
@@ -70,4 +63,4 @@ class _AddRmsNorm(torch.autograd.Function):
         total, gain, scale = ctx.saved_tensors
         d, d_gain = npu_op("npu_rms_norm_backward")(d_normed.contiguous(), total, gain, scale)
         d = d + d_total
-        return d, d, d_gain, None  # autograd rounds the gain's, which is fp32
+        return d, d, d_gain, None  # autograd rounds d_gain, which is fp32, to gain's dtype

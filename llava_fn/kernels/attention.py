@@ -1,12 +1,12 @@
-"""Attention over a ragged stream: samples stand one after another, `Segments` says where each begins and ends.
+"""Attention over a ragged stream: samples are concatenated, and `Segments` holds the length of each.
 
 Contract: q: t n h, k and v: s m h -> t n h, all of one dtype. n is a multiple of m (grouped KV heads: query head j
 reads KV head j // (n/m)). Scores are scaled by h**-0.5. Each segment attends to itself alone. `causal` is anchored
-bottom right: the last query of a segment sees all of its keys, the one before sees one fewer; so a segment may have
-fewer queries than keys when the queries are its last rows. Every query sees at least one key: no row is fully masked.
-The same layout as TND of npu_fusion_attention (sparse_mode 3) and the varlen form of flash attention. Their limits are
-raised as ValueError: heads of at most 768 on an NPU, at most 2048 segments in one call and 256 query heads; on CUDA
-heads of at most 256, a multiple of 8.
+bottom right: the last query of a segment sees all of its keys, the one before sees one fewer. A segment with fewer
+queries than keys thus has the queries of its last rows. Every query sees at least one key: no row is fully masked.
+The layout is TND of npu_fusion_attention (sparse_mode 3) and of the varlen form of flash attention. Their limits are
+raised as ValueError: on an NPU, heads of at most 768, 2048 segments in one call and 256 query heads; on CUDA, heads of
+at most 256, a multiple of 8.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
@@ -28,7 +28,7 @@ from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows of each sample in the stream: queries[j] query rows and keys[j] key rows, on the host."""
+    """Lengths, on the host: sample j has queries[j] query rows and keys[j] key rows of the stream."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -43,16 +43,16 @@ class Segments:
 
     @staticmethod
     def of(lengths: Sequence[int]) -> Segments:
-        """Segments in which every row is query and key."""
+        """Segments of these lengths, in which every row is a query and a key."""
         return Segments(tuple(lengths), tuple(lengths))
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(b, queries, keys) for each run of b neighbouring segments of the same size: one dense batch."""
+        """(b, queries, keys) for each run of b neighbouring segments of one size: each run is a dense batch."""
         for (q, k), run in groupby(zip(self.queries, self.keys, strict=True)):
             yield sum(1 for _ in run), q, k
 
 
-@torch.compiler.disable()  # lengths differ in every batch; a graph that had seen them would be compiled anew for each
+@torch.compiler.disable()  # lengths differ in every batch, and each would recompile the graph
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """q: t n h, k v: s m h -> t n h; see the module's contract. ValueError if the rows do not fit the segments."""
     if (q.shape[0], k.shape[0]) != (sum(segments.queries), sum(segments.keys)):
@@ -90,35 +90,35 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
 
 
 def cuda(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """The flash attention that torch ships. It has no fp32: that takes the reference, whose dense parts are fused."""
+    """The flash attention that torch ships. It has no fp32, for which the reference runs torch's fused dense one."""
     if q.dtype == torch.float32:
         return reference(q, k, v, segments, causal)
     require(q.dtype in (torch.float16, torch.bfloat16), "varlen_attn", f"float16 or bfloat16, not {q.dtype}")
     require(q.shape[2] % 8 == 0 and q.shape[2] <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {q.shape[2]}")
     q_starts, k_starts = (
-        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in _counts(segments)
+        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in (segments.queries, segments.keys)
     )
     x = varlen_attn(
         q, k, v, q_starts, k_starts, max(segments.queries), max(segments.keys),
         window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    assert isinstance(x, Tensor)  # a pair only where log-sum-exps are asked for
+    assert isinstance(x, Tensor)  # a pair only with return_aux
     return x
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """npu_fusion_attention in TND. Without a mask it ignores sparse_mode and sees every key: the two go together.
+    """npu_fusion_attention in TND. Without a mask it ignores sparse_mode: every query would see every key.
 
-    Its mask says True where a key is hidden, the opposite of torch's.
+    Its mask is True where a key is hidden, the opposite of torch's.
     """
     n, h = q.shape[1:]
     require_float("npu_fusion_attention", q)
     require(q.dtype == k.dtype == v.dtype, "npu_fusion_attention", f"one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     require(h <= 768, "npu_fusion_attention", f"heads of at most 768, not {h}")
     require(n <= 256, "npu_fusion_attention", f"at most 256 query heads, not {n}")
-    segments_at_once = len(segments.keys)
-    require(segments_at_once <= 2048, "npu_fusion_attention", f"at most 2048 segments, not {segments_at_once}")
-    ends = [list(accumulate(rows)) for rows in _counts(segments)]  # on the host; no leading 0
+    count = len(segments.keys)
+    require(count <= 2048, "npu_fusion_attention", f"at most 2048 segments, not {count}")
+    ends = [list(accumulate(lengths)) for lengths in (segments.queries, segments.keys)]  # on the host; no leading 0
     return npu_op("npu_fusion_attention")(
         q.contiguous(), k.contiguous(), v.contiguous(), n, "TND", atten_mask=hidden(q.device) if causal else None,
         scale=h**-0.5, keep_prob=1.0, actual_seq_qlen=ends[0], actual_seq_kvlen=ends[1],
@@ -126,12 +126,8 @@ def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Te
     )[0]  # fmt: skip
 
 
-@cache  # 4 MB that autograd keeps for every block: made once for a device, and never written
+@cache  # autograd keeps these 4 MB for every block, so all blocks of a device share one tensor
 def hidden(device: torch.device) -> Tensor:
     """The compressed causal mask that stands for one of any size: bool[2048, 2048], True above the diagonal."""
-    with torch.inference_mode(False):  # or a first call in inference mode would make it unfit for training
+    with torch.inference_mode(False):  # autograd could not save a mask made in inference mode
         return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
-
-
-def _counts(segments: Segments) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return segments.queries, segments.keys

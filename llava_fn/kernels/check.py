@@ -1,12 +1,12 @@
-"""Parity and speed of every operation on the device that is there, as one table to paste into an issue.
+"""Parity and speed of every operation on this machine's device, as one table to paste into an issue.
 
     python -m llava_fn.kernels.check
 
-Each operation runs as the model would run it on this device (its fused form on an NPU or CUDA card) and as its
-reference. Errors are the largest deviation of the values, and of the gradients, from the reference in fp32 on the CPU,
-as shares of the largest exact value, on a small ragged batch. Times are medians of forward passes at the sizes of
-LLaVA-1.5-7B on a card, smaller ones on a CPU, where bf16 is slow and is not timed. It ends with status 1 if an error is
-above its limit.
+Each operation runs in the form that the model uses on this device (the fused form on an NPU or CUDA card) and in its
+reference form. An error is the largest deviation of the values, or of the gradients, from the reference in fp32 on the
+CPU, as a share of the largest reference value, on a small ragged batch. Times are medians of forward passes: on a card
+at the sizes of LLaVA-1.5-7B, on a CPU at smaller ones and not in bf16, which is slow there. The exit status is 1 if an
+error exceeds its limit.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from llava_fn.kernels.attention import Segments
 from llava_fn.kernels.decode import lengths_device
 from llava_fn.kernels.rotary import rotary_tables
 
-LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}  # of an error, as a share of the largest exact value
-Moved = tuple[int, int]  # numbers read and written, and floating-point operations, in one forward pass
+LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}  # of an error, as a share of the largest reference value
+Work = tuple[int, int]  # of one forward pass: numbers read and written, and floating-point operations
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one batch: a stream of samples, and the rows of a cache."""
+    """Sizes of one batch."""
 
-    lengths: tuple[int, ...]
-    tails: tuple[int, ...]  # of the segments, read in the last block
+    lengths: tuple[int, ...]  # of the samples in the stream
+    tails: tuple[int, ...]  # rows at the end of each sample that the last block computes
     width: int
     heads: int
     kv_heads: int
     head: int
     ffn: int
     vocab: int
-    rows: int  # labelled
-    cache: int
+    labels: int
+    cache: int  # keys per row of the KV cache
 
 
 SMALL = Sizes((70, 70, 33, 1), (5, 70, 1, 1), 96, 6, 2, 128, 136, 50, 9, 80)
@@ -57,24 +57,24 @@ CARD = Sizes((600,) * 16, (30,) * 16, 4096, 32, 32, 128, 11008, 32000, 480, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """One operation. call(form, *inputs) -> its result, where form is a function with the operation's arguments."""
+    """One operation. call(form, *inputs) -> the result of `form`, a function with the operation's parameters."""
 
     name: str
     module: str  # of kernels/
-    op: str  # its public function in that module
+    op: str  # the module's public function
     shapes: tuple[tuple[int, ...], ...]  # of the inputs
     call: Callable
-    moved: Moved
+    work: Work
     gradients: bool = True
 
     def form(self, name: str) -> Callable:
-        """The public function for the name "chosen", else the form of this name."""
+        """The module's function of this name; "chosen": the public one, which chooses by device."""
         module = importlib.import_module(f"llava_fn.kernels.{self.module}")
         return getattr(module, self.op if name == "chosen" else name)
 
 
 def attention_cases(s: Sizes) -> list[Case]:
-    """Causal over the stream, over the rows that the last block reads, CLIP's heads of 64, one token to a cache."""
+    """Attention: causal, causal as in the last block, full with CLIP's heads of 64, and one token to a cache."""
     stream, last, t, b = Segments.of(s.lengths), Segments(s.tails, s.lengths), sum(s.lengths), len(s.lengths)
     q, kv, cache = (t, s.heads, s.head), (t, s.kv_heads, s.head), (b, s.cache, s.kv_heads, s.head)
     pairs = s.heads * s.head * sum(n * n for n in s.lengths)
@@ -107,7 +107,7 @@ def other_cases(s: Sizes) -> list[Case]:
     """Norms, activations, rotary embedding, cross-entropy."""
     t, d, f = sum(s.lengths), s.width, s.ffn
     positions = torch.cat([torch.arange(n) for n in s.lengths])
-    targets = torch.arange(s.rows) % s.vocab
+    targets = torch.arange(s.labels) % s.vocab
 
     @cache
     def tables(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -134,12 +134,12 @@ def other_cases(s: Sizes) -> list[Case]:
         Case("SwiGLU", "swiglu", "swiglu", ((t, d), (f, d), (f, d)), plain, (0, 4 * t * d * f)),
         Case("quick GELU", "quick_gelu", "quick_gelu", ((t, f),), plain, pointwise),
         Case("GELU", "gelu", "gelu", ((t, f),), plain, pointwise),
-        Case("cross-entropy", "cross_entropy", "cross_entropy", ((s.rows, s.vocab),), loss, (s.rows * s.vocab, 0)),
+        Case("cross-entropy", "cross_entropy", "cross_entropy", ((s.labels, s.vocab),), loss, (s.labels * s.vocab, 0)),
     ]  # fmt: skip
 
 
 def adamw_case(s: Sizes) -> Case:
-    """One update of one matrix: the result is the parameter. It is fp32 whatever the computation's dtype."""
+    """One update of one matrix, always in fp32. The result is the parameter."""
 
     def update(form: Callable, *leaves: Tensor) -> Tensor:
         p, g, m, v = (x.detach().float().clone() for x in leaves)
@@ -156,14 +156,13 @@ def cases(s: Sizes) -> list[Case]:
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
-    """The same numbers on every device."""
+    """Random inputs, the same numbers on every device."""
     rng = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=rng).to(dtype).to(device) for shape in case.shapes]
-    return [x.requires_grad_() for x in made] if gradients else made
+    return [torch.randn(shape, generator=rng).to(dtype).to(device).requires_grad_(gradients) for shape in case.shapes]
 
 
 def results(case: Case, form: Callable, x: Sequence[Tensor], gradients: bool) -> list[Tensor]:
-    """The values and, if asked for, the gradients of every input for fixed ones of the values; fp32, on the host."""
+    """The values and, with `gradients`, the gradients of the inputs for fixed output gradients; fp32, on the host."""
     out = case.call(form, *x)
     out = list(out) if isinstance(out, tuple) else [out]
     if gradients:
@@ -174,41 +173,36 @@ def results(case: Case, form: Callable, x: Sequence[Tensor], gradients: bool) ->
 
 
 def errors(case: Case, form: Callable, device: torch.device, dtype: torch.dtype) -> list[float]:
-    """The largest error of the values and, where there are gradients, of the gradients; see the module."""
-    exact = results(case, case.form("reference"), _widened(case, dtype), case.gradients)
-    mine = results(case, form, inputs(case, device, dtype, case.gradients), case.gradients)
-    shares = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, exact, strict=True)]
+    """The largest error of the values and, if the case has gradients, of the gradients; see the module."""
+    rounded = [x.float().requires_grad_(case.gradients) for x in inputs(case, torch.device("cpu"), dtype, False)]
+    exact = results(case, case.form("reference"), rounded, case.gradients)
+    checked = results(case, form, inputs(case, device, dtype, case.gradients), case.gradients)
+    shares = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(checked, exact, strict=True)]
     values = len(exact) - len(case.shapes) * case.gradients
     return [max(shares[:values]), *([max(shares[values:])] if case.gradients else [])]
 
 
-def _widened(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    rounded = inputs(case, torch.device("cpu"), dtype, False)
-    return [x.float().requires_grad_(case.gradients) for x in rounded]
-
-
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round; the calls take turns. On a CPU they are those of the process."""
+    """Seconds of each call in each round, after two rounds of warm-up; the calls take turns. On a CPU, CPU time."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 2):
-        for call, mine in zip(calls, times, strict=True):
-            wait()
-            began = clock()
+    for _ in range(rounds + 2):
+        for call, own in zip(calls, times, strict=True):
+            synchronize()
+            start = clock()
             call()
-            wait()
-            if turn > 1:  # the first two warm up
-                mine.append(clock() - began)
-    return times
+            synchronize()
+            own.append(clock() - start)
+    return [own[2:] for own in times]
 
 
-def row(small: Case, large: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
-    """One line of the table."""
-    found, name = errors(small, small.form("chosen"), device, dtype), str(dtype).removeprefix("torch.")
-    out = {"operation": small.name, "dtype": name, "values": found[0]}
-    out |= {"gradients": found[1]} if small.gradients else {}
-    out["ok"] = max(found) <= LIMITS[name]
+def measure(small: Case, large: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
+    """A row of the table: errors of the small case, times of the large one."""
+    shares, name = errors(small, small.form("chosen"), device, dtype), str(dtype).removeprefix("torch.")
+    out = {"operation": small.name, "dtype": name, "values": shares[0]}
+    out |= {"gradients": shares[1]} if small.gradients else {}
+    out["ok"] = max(shares) <= LIMITS[name]
     if device.type == "cpu" and dtype == torch.bfloat16:
         return out
     x = inputs(large, device, dtype, False)
@@ -219,15 +213,15 @@ def row(small: Case, large: Case, device: torch.device, dtype: torch.dtype, roun
 
 
 def machine(device: torch.device) -> dict:
-    """What the figures were made on."""
+    """The device and versions behind the figures."""
     npu = sys.modules.get("torch_npu")
     name = platform.machine() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    found = {"device": device.type, "name": name, "torch": torch.__version__, "python": platform.python_version()}
-    return found | ({"torch_npu": npu.__version__} if npu else {})
+    out = {"device": device.type, "name": name, "torch": torch.__version__, "python": platform.python_version()}
+    return out | ({"torch_npu": npu.__version__} if npu else {})
 
 
 def show(rows: Sequence[dict]) -> str:
-    """Rows of one set of keys, or of fewer, as a table in Markdown."""
+    """The rows as a table in Markdown; a row may lack keys."""
     keys = list(dict.fromkeys(key for r in rows for key in r))
     cells = [[_cell(r.get(key, "")) for key in keys] for r in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])
@@ -240,16 +234,16 @@ def _cell(value: object) -> str:
 
 
 def main(rounds: int = 5, as_json: bool = False) -> int:
-    """Check every operation in fp32 and bf16; 1 if one of them is wrong. rounds: of each timing."""
+    """Check every operation in fp32 and bf16; returns 1 if an error exceeds its limit. rounds: timings of each form."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     large = cases(LAPTOP if device.type == "cpu" else CARD)
     rows = [
-        row(small, big, device, dtype, rounds)
+        measure(small, big, device, dtype, rounds)
         for dtype in (torch.float32, torch.bfloat16)
         for small, big in zip(cases(SMALL), large, strict=True)
     ]
-    found = {"machine": machine(device), "rows": rows}
-    print(json.dumps(found) if as_json else f"{found['machine']}\n\n{show(rows)}")
+    about = machine(device)
+    print(json.dumps({"machine": about, "rows": rows}) if as_json else f"{about}\n\n{show(rows)}")
     return int(not all(r["ok"] for r in rows))
 
 

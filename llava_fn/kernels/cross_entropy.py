@@ -1,8 +1,8 @@
-"""Cross-entropy of rows that carry a label; rows without one never get here.
+"""Cross-entropy of labelled rows.
 
 Contract: logits: r v, targets: int64[r] in [0, v) -> -log softmax(logits)[target], fp32[r], computed in fp32.
-There is no ignored label: npu_cross_entropy_loss takes a negative ignore_index for none at all, so that the usual -100
-would be read as an index. Rows without a label are left out before the head instead, which also saves their logits.
+There is no ignore_index: npu_cross_entropy_loss does not support a negative one and would read the usual -100 as a
+class. The caller drops unlabelled rows before the head instead, which also saves their logits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def reference(logits: Tensor, targets: Tensor) -> Tensor:
-    """torch's, on fp32 logits."""
+    """torch's cross-entropy of fp32 logits."""
     return F.cross_entropy(at_least_fp32(logits), targets, reduction="none")
 
 
 def npu(logits: Tensor, targets: Tensor) -> Tensor:
-    """npu_cross_entropy_loss, one loss a row. It keeps the dtype of its input, hence fp32 logits."""
+    """npu_cross_entropy_loss, one loss a row, in the dtype of its input: hence fp32 logits."""
     rows = len(logits)
     require(1 <= rows <= 200_000, "npu_cross_entropy_loss", f"1 to 200000 rows, not {rows}")
     require(

@@ -1,12 +1,12 @@
-"""Attention of one new token a row to a preallocated cache: the step of autoregressive decoding.
+"""Attention of one new token per row to a preallocated KV cache: a step of autoregressive decoding.
 
 Contract: q: b n h, k and v: b s m h -> b n h, all of one dtype. n is a multiple of m (grouped KV heads: query head j
-reads KV head j // (n/m)). Scores are scaled by h**-0.5. Row j sees keys 0 .. lengths[j]-1, where its own key already
-stands; what the cache holds beyond is never read into the result, whatever it is, as long as it is finite.
-lengths: int64[b], each from 1 to s, on q's device or on the host. No shape depends on a length, and nothing waits for
-the device, so that one graph serves all steps. On an NPU lengths must stand on the host, because the fused op reads
-host integers (`lengths_device` says where); its limits are raised as ValueError.
-In what order a cache stands in memory is the device's choice too, and `empty_cache` makes it: its shape is b s m h.
+reads KV head j // (n/m)). Scores are scaled by h**-0.5. Row j sees keys 0 .. lengths[j]-1, the new token's included.
+The rest of the cache does not change the result, as long as it is finite.
+lengths: int64[b], each from 1 to s, on q's device or on the host. No shape depends on a length and no step synchronises
+with the device, so that one graph serves all steps. On an NPU lengths must be on the host, because the fused op reads
+host integers (see `lengths_device`); its limits are raised as ValueError.
+The memory order of a cache depends on the device, too: `empty_cache` allocates it.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
@@ -22,7 +22,7 @@ from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """q: b n h, k v: b s m h, lengths: int64[b] -> b n h; see the module's contract.
 
-    ValueError if the shapes do not fit. The values of lengths are not looked at: that would wait for the device.
+    ValueError if the shapes do not fit. The values of lengths are not checked: that would synchronise with the device.
     """
     (b, n, h), m = q.shape, k.shape[2]
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (b, h) or n % m or lengths.shape != (b,):
@@ -34,14 +34,14 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
 
 
 def lengths_device(device: torch.device) -> torch.device:
-    """Where the lengths belong that go with a cache on `device`: the host for an NPU, else `device` itself."""
+    """The device for the lengths of a cache on `device`: the host for an NPU, else `device` itself."""
     return torch.device("cpu") if device.type == "npu" else device
 
 
 def empty_cache(like: Tensor, blocks: int, rows: int, size: int, heads: int, head: int) -> Tensor:
-    """Zeros in the dtype and on the device of `like`: l b s m h, in memory l b m s h.
+    """Zeros in the dtype and on the device of `like`, l b s m h.
 
-    So the keys of a head stand together. On an NPU in memory too l b s m h, which the fused op reads in place.
+    In memory l b m s h, so that the keys of a head are contiguous; on an NPU l b s m h, which the fused op needs.
     """
     if like.device.type == "npu":
         return like.new_zeros(blocks, rows, size, heads, head)
@@ -49,17 +49,17 @@ def empty_cache(like: Tensor, blocks: int, rows: int, size: int, heads: int, hea
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """The query heads of one KV head are the rows of one dense attention: no key is repeated."""
+    """Dense attention in which the query heads of a KV head are the queries, so that no key is repeated."""
     seen = torch.arange(k.shape[1], device=q.device) < lengths.to(q.device)[:, None]  # b s
     q, k, v = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # b m g h, b m s h
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
 
 
 def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Two batched products over as many keys as the longest row holds: the lengths cost no wait here.
+    """Two batched products over the keys of the longest row.
 
-    In half precision, whose products would round the scores, and in a graph, where no shape depends on a length, it is
-    the reference.
+    The reference in half precision, whose products would round the scores, and in a compiled graph, in which no shape
+    may depend on a length.
     """
     if q.dtype.itemsize < 4 or torch.compiler.is_compiling():
         return reference(q, k, v, lengths)
@@ -73,9 +73,9 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """npu_fused_infer_attention_score on the whole cache with the lengths of its rows, and no mask.
+    """npu_fused_infer_attention_score on the whole cache, with lengths and without a mask; `masked` for fp32.
 
-    It has neither fp32 nor a gradient: fp32 takes `masked`.
+    The fused op has neither fp32 nor a gradient.
     """
     op, (n, h), (s, m) = "npu_fused_infer_attention_score", q.shape[1:], k.shape[1:3]
     require_float(op, q)
@@ -97,7 +97,7 @@ def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """npu_fusion_attention, the training kernel, with a mask that is True where a key is hidden."""
+    """npu_fusion_attention, the kernel for training, with a mask that is True where a key is hidden."""
     n, h = q.shape[1:]
     require(n <= 256 and h <= 768, "npu_fusion_attention", f"at most 256 heads of at most 768, not {n} of {h}")
     hidden = torch.arange(k.shape[1], device=q.device) >= lengths.to(q.device)[:, None]  # b s

@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs: the tensor's device decides, and nothing else.
+"""The choice of an operation's implementation, by the tensor's device.
 
-One exception, for debugging: LLAVA_FN_KERNELS=reference in the environment, read once when this module is imported,
-makes every operation its reference on every device. A failure that goes away with it is the fused kernel's; one that
-stays is not. This is the only module of kernels/ that reads the environment or imports torch_npu.
+For debugging, LLAVA_FN_KERNELS=reference in the environment, read once when this module is imported, selects the
+reference of every operation on every device. A failure that then disappears comes from a fused kernel.
+This is the only module of kernels/ that reads the environment or imports torch_npu.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)  # a missing library of CANN shows up as any of these
+NPU_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)  # a missing CANN library raises any of these
 
 
 def forced(environ: Mapping[str, str]) -> bool:
-    """Whether the references are forced. ValueError for another value of LLAVA_FN_KERNELS than reference."""
+    """Whether LLAVA_FN_KERNELS selects the references. ValueError for any value but "reference"."""
     value = environ.get("LLAVA_FN_KERNELS", "")
     if value not in ("", "reference"):
         raise ValueError(f"LLAVA_FN_KERNELS={value!r}: must be reference, to debug; or unset it")
@@ -29,14 +29,14 @@ FORCED = forced(os.environ)
 
 
 def choose(x: Tensor, reference: Callable, **fused: Callable) -> Callable:
-    """The member of `fused`, named by device type, that is for x's device; the reference where there is none."""
+    """The form in `fused` that is named like x's device type, or else the reference."""
     return reference if FORCED else fused.get(x.device.type, reference)
 
 
 def require(condition: bool, op: str, limit: str) -> None:
-    """ValueError before a fused call that cannot take its input. limit: what the op needs and what it was given.
+    """ValueError unless the condition holds. limit: what the fused op needs and what it was given.
 
-    The kernels' own checks are thin: many a wrong value gives a wrong result without an error.
+    Checked before the call, because for many inputs the kernels return a wrong result without an error.
     """
     if not condition:
         raise ValueError(
@@ -51,7 +51,7 @@ def require_float(op: str, x: Tensor) -> None:
 
 
 def npu_op(name: str) -> Callable:
-    """The function of torch_npu with this name. ValueError says what is wrong if torch_npu cannot give it."""
+    """The function of torch_npu with this name. ValueError if torch_npu cannot be imported or lacks the function."""
     try:
         module = importlib.import_module("torch_npu")
     except NPU_ERRORS as error:

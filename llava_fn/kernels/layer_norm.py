@@ -2,7 +2,7 @@
 
 Contract: x: ... d, gain and bias: d -> (x - mean) / sqrt(var + eps) * gain + bias, in x's dtype. Computed in fp32 and
 rounded once. Source: Ba et al. 2016, arXiv 1607.06450; fp32 inside as in OpenAI's clip/model.py, LayerNorm.
-No op of torch_npu is needed: native_layer_norm has NPU and CUDA kernels, which keep their sums in fp32 themselves.
+No op of torch_npu is needed: native_layer_norm has NPU and CUDA kernels, which accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def reference(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Through fp32 and back."""
+    """torch's LayerNorm in fp32."""
     return F.layer_norm(at_least_fp32(x), gain.shape, at_least_fp32(gain), at_least_fp32(bias), eps).to(x.dtype)
 
 

@@ -1,14 +1,14 @@
-"""The two linears of sequence-sharded tensor parallelism, in the form that lets an NPU overlap products and transfers.
+"""The two linears of tensor parallelism with sequence-sharded activations; an NPU overlaps their collectives.
 
-Two primitives, each the transpose of the other, over a process group of w ranks that hold the tokens in rank order:
+Two primitives over a process group of w ranks, which hold the tokens in rank order; each is the other's transpose:
 
-    gather_matmul(x, b): x: t/w k, b: k n -> (t n, t k), the product with the tokens of all ranks, and these tokens
-    matmul_scatter(x, b): x: t k, b: k n -> t/w n, the sum over ranks of x b, of which each keeps its own tokens
+    gather_matmul(x, b): x: t/w k, b: k n -> (t n, t k), an all-gather of x, then x b; returns x b and the gathered x
+    matmul_scatter(x, b): x: t k, b: k n -> t/w n, x b, then a reduce-scatter over tokens
 
-and from them `column_linear` (gather, then its share of the output columns) and `row_linear` (its share of the input
-columns, then sum and scatter), whose backward passes are made of the same two. On NPUs they are the fused ops of MC2,
-whose limits on Atlas A2 and A3 are: fp16 or bf16; k from 256 to 65534; x not transposed; 2, 4, 8, 16 or 32 ranks (at
-most 8 on A2); on A2 one communicator for all such ops of a model.
+`column_linear` (column-parallel) is gather_matmul, `row_linear` (row-parallel) is matmul_scatter, and each is the main
+part of the other's backward pass. On NPUs they are the fused ops of MC2, whose limits on Atlas A2 and A3 are: fp16 or
+bf16; k from 256 to 65534; x not transposed; 2, 4, 8, 16 or 32 ranks (at most 8 on A2); on A2 one communicator for all
+such ops of a model.
 Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2.
 """
 
@@ -65,12 +65,12 @@ class _Row(_Linear):
 
 
 def gather_matmul(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """x: t/w k, b: k n -> (t n, t k); see the module's contract. No gradient of its own."""
+    """x: t/w k, b: k n -> (t n, t k); see the module's contract. Not differentiable."""
     return choose(x, gather_matmul_reference, npu=gather_matmul_npu)(x, b, group)
 
 
 def matmul_scatter(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x: t k, b: k n -> t/w n; see the module's contract. No gradient of its own."""
+    """x: t k, b: k n -> t/w n; see the module's contract. Not differentiable."""
     return choose(x, matmul_scatter_reference, npu=matmul_scatter_npu)(x, b, group)
 
 
@@ -80,13 +80,13 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_matmul_reference(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """One after the other."""
+    """All-gather, then product."""
     tokens = all_gather(x, group)
     return tokens @ b, tokens
 
 
 def matmul_scatter_reference(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """One after the other."""
+    """Product, then reduce-scatter."""
     return funcol.wait_tensor(funcol.reduce_scatter_tensor((x @ b).contiguous(), "sum", 0, group))
 
 
@@ -105,16 +105,16 @@ def matmul_scatter_npu(x: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor
 
 
 def check(op: str, x: Tensor, b: Tensor, ranks: int) -> None:
-    """ValueError unless MC2 takes the product of x and b over this many ranks."""
+    """ValueError unless MC2 supports the product of x and b over this many ranks."""
     require(x.ndim == b.ndim == 2 and x.shape[1] == b.shape[0], op, f"m k and k n, not {[*x.shape]} and {[*b.shape]}")
     require(x.dtype == b.dtype, op, f"one dtype, not {x.dtype} and {b.dtype}")
     require(x.dtype in (torch.float16, torch.bfloat16), op, f"float16 or bfloat16, not {x.dtype}")
     require(256 <= x.shape[1] < 65_535, op, f"k from 256 to 65534, not {x.shape[1]}")
-    require(x.is_contiguous(), op, "x as it stands in memory, not transposed or sliced")
+    require(x.is_contiguous(), op, "a contiguous x, not a transposed or sliced one")
     require(ranks in (2, 4, 8, 16, 32), op, f"2, 4, 8, 16 or 32 ranks, not {ranks}")
 
 
 def communicator(group: dist.ProcessGroup) -> str:
-    """HCCL's name of the group, by which the fused ops find it."""
+    """HCCL's name of the group, which the fused ops take."""
     backend = group._get_backend(torch.device("npu"))
     return backend.get_hccl_comm_name(group.rank())  # pyright: ignore[reportAttributeAccessIssue]  # torch_npu adds it

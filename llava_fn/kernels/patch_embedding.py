@@ -1,8 +1,8 @@
-"""CLIP's patch embedding: a convolution whose stride is its size, and so a matrix product over flattened patches.
+"""CLIP's patch embedding: a convolution whose stride is its kernel size, hence a matrix product of flattened patches.
 
 Contract: pixels: i 3 y x, weight: d (3 a a) -> i p d, patches in row-major order, a patch flattened as (channel, row,
-column). It is the same code on every device. An NPU runs fp32 convolutions in HF32 (10 bits of mantissa) unless it is
-told otherwise, and CUDA in TF32; neither does so to a matrix product by default.
+column). The same code runs on every device. By default an NPU computes fp32 convolutions in HF32 (10 bits of mantissa)
+and CUDA in TF32, but neither rounds matrix products so.
 """
 
 from __future__ import annotations

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or as it is if it is wider: so that finite differences in fp64 can check a gradient."""
+    """x in fp32, or unchanged if it is fp64, in which finite differences check gradients."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

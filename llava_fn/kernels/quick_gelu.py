@@ -1,7 +1,7 @@
 """CLIP's activation.
 
 Contract: x * sigmoid(1.702 x), elementwise. Source: OpenAI clip/model.py, QuickGELU.
-npu_fast_gelu is this formula on Atlas A2 and A3; on older cards (910A, 310P) it is another arrangement of it.
+npu_fast_gelu is this formula on Atlas A2 and A3, and a rearrangement of the formula on older cards (910A, 310P).
 """
 
 from __future__ import annotations

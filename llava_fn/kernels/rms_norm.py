@@ -21,31 +21,31 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Spelled out: on the CPU the backward pass of F.rms_norm takes four times as long (torch 2.13)."""
+    """The formula: on the CPU the backward pass of F.rms_norm takes four times as long (torch 2.13)."""
     h = at_least_fp32(x)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * at_least_fp32(gain)).to(x.dtype)
 
 
 def cpu(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The reference; where no gradient is wanted and one dtype is given, torch's kernel."""
+    """The reference; without gradients and in one dtype, torch's fused kernel."""
     if torch.is_grad_enabled() or x.dtype != gain.dtype:
         return reference(x, gain, eps)
     return F.rms_norm(x, gain.shape, gain, eps)
 
 
 def cuda(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """torch's fused kernel, which takes one dtype for both."""
+    """torch's fused kernel, which needs x and gain in one dtype."""
     return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps)
 
 
 def npu(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """npu_rms_norm. F.rms_norm is no fused op on an NPU: there it runs as five."""
+    """npu_rms_norm: on an NPU F.rms_norm runs as five ops."""
     check("npu_rms_norm", x, gain)
     return npu_op("npu_rms_norm")(x, gain, eps)[0]
 
 
 def check(op: str, x: Tensor, gain: Tensor) -> None:
-    """ValueError unless an NPU norm takes x and gain: gain is of x's last dim, in x's dtype or fp32."""
+    """ValueError unless the NPU's norms support x and gain: gain of x's last dim, in x's dtype or fp32."""
     require_float(op, x)
     require(
         gain.dtype in (x.dtype, torch.float32), op, f"gain in x's dtype or float32, not {gain.dtype} for x in {x.dtype}"

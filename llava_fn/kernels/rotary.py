@@ -1,7 +1,7 @@
 """Rotary position embedding, half-rotation form (GPT-NeoX, HF Llama).
 
-Contract: x: t n h, cos and sin: t 1 h -> x * cos + rotate_half(x) * sin, t n h. The tables are rounded to x's dtype
-first, as npu_rotary_mul does and HF too. h is even.
+Contract: x: t n h, cos and sin: t 1 h -> x * cos + rotate_half(x) * sin, t n h. cos and sin are rounded to x's dtype
+first, as in npu_rotary_mul and in HF. h is even.
 Source: Su et al. 2021, arXiv 2104.09864, eq. 34, with the pairs (j, j + h/2).
 """
 
@@ -26,15 +26,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Two passes."""
+    """The formula."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
 
 
 def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """npu_rotary_mul in BSND with a batch of one, where every length is legal; its TND is younger.
+    """npu_rotary_mul in BSND with a batch of one, which allows every length; older versions lack TND.
 
-    Not npu_apply_rotary_pos_emb: that writes into its inputs without saying so, and has no gradient.
+    Not npu_apply_rotary_pos_emb, which silently overwrites its inputs and has no gradient.
     """
     t, n, h = x.shape
     require_float("npu_rotary_mul", x)
@@ -44,8 +44,6 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos.shape == sin.shape == (t, 1, h), "npu_rotary_mul",
         f"tables of {(t, 1, h)}, not {tuple(cos.shape)} and {tuple(sin.shape)}",
     )  # fmt: skip
-    require(
-        not (cos.requires_grad or sin.requires_grad), "npu_rotary_mul", "tables without a gradient, as angles are given"
-    )
+    require(not (cos.requires_grad or sin.requires_grad), "npu_rotary_mul", "tables that do not require a gradient")
     cos, sin = (table.to(x.dtype)[None] for table in (cos, sin))
     return npu_op("npu_rotary_mul")(x.contiguous()[None], cos, sin, "half")[0]

@@ -1,8 +1,8 @@
 """The gated half of Llama's feed-forward layer.
 
 Contract: x: ... d, w_gate and w_up: f d -> silu(x w_gate^T) * (x w_up^T), ... f.
-Source: Shazeer 2020, arXiv 2002.05202, eq. 6. The matrix products belong to the operation because npu_swiglu wants
-gate and up beside each other in one tensor, and there are two ways to get them there.
+Source: Shazeer 2020, arXiv 2002.05202, eq. 6. The operation includes the matrix products because npu_swiglu takes gate
+and up concatenated, and either the weights or the products can be concatenated.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
 
 
 def cpu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """The reference; where no gradient is wanted, in the memory of the products, which spares fresh pages."""
+    """The reference; without gradients in place, which spares the allocation of fresh pages."""
     if torch.is_grad_enabled():
         return reference(x, w_gate, w_up)
     return F.silu(linear(x, w_gate), inplace=True).mul_(linear(x, w_up))
 
 
 def swiglu_products(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu` of the two products, both ... f, where a weight is no plain tensor."""
+    """`swiglu` from its two products, both ... f, for weights that are not plain tensors."""
     return choose(gate, gated, npu=npu_products)(gate, up)
 
 
@@ -43,9 +43,9 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """npu_swiglu, which takes [gate, up] along the last dim. Copies whichever is smaller: the weights, or the products.
+    """npu_swiglu of [gate, up] along the last dim, after concatenating the smaller: the weights, or the products.
 
-    A training step has more rows than d and joins the weights; a decoding step has a few and joins the products.
+    In a training step, with more rows than d, these are the weights; in a decoding step, the products.
     """
     require_float("npu_swiglu", x)
     require(x.numel() > 0, "npu_swiglu", f"at least one row, not x of {tuple(x.shape)}")
@@ -53,11 +53,10 @@ def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
         w_gate.shape == w_up.shape, "npu_swiglu", f"two equal halves, not {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
     )
     if x.numel() > x.shape[-1] ** 2:
-        both = linear(x, torch.cat([w_gate, w_up]))
-        return npu_op("npu_swiglu")(both, -1)
+        return npu_op("npu_swiglu")(linear(x, torch.cat([w_gate, w_up])), -1)
     return npu_products(linear(x, w_gate), linear(x, w_up))
 
 
 def npu_products(gate: Tensor, up: Tensor) -> Tensor:
-    """npu_swiglu of the two products, joined along the last dim."""
+    """npu_swiglu of the two products, concatenated."""
     return npu_op("npu_swiglu")(torch.cat([gate, up], -1), -1)

@@ -81,10 +81,10 @@ def size(source: Weights) -> int:
 
 
 def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
-    """Write `source` in `layout` to a folder, or to a file for mm_projector, which must not exist.
+    """Write `source` in a layout of `LAYOUTS` or tables.PEFT to the folder `to`, or to a file for mm_projector.
 
-    layout: of LAYOUTS, or of tables.PEFT. It appears whole or not at all. ValueError if the layout holds a part that
-    the source does not bring, or if there is no tokenizer; OSError if the disk is full.
+    `to` must not exist, and appears complete or not at all. ValueError if the source lacks a part of the layout or a
+    tokenizer; OSError if the disk is full.
     """
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")

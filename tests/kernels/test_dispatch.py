@@ -205,7 +205,7 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (module("rotary").npu, (R(2, 3, 8), R(2, 1, 4), R(2, 1, 4)), r"tables of \(2, 1, 8\)"),
     (module("rotary").npu, (R(2, 3, 7), R(2, 1, 7), R(2, 1, 7)), "an even head size below 896, not 7"),
     (module("rotary").npu, (R(2, 1000, 2), R(2, 1, 2), R(2, 1, 2)), "fewer than 1000 heads"),
-    (module("rotary").npu, (R(2, 3, 8), R(2, 1, 8).requires_grad_(), R(2, 1, 8)), "tables without a gradient"),
+    (module("rotary").npu, (R(2, 3, 8), R(2, 1, 8).requires_grad_(), R(2, 1, 8)), "tables that do not require"),
     (module("swiglu").npu, (R(0, 8), R(4, 8), R(4, 8)), "at least one row"),
     (module("swiglu").npu, (R(2, 8), R(4, 8), R(5, 8)), "two equal halves"),
     (module("swiglu").npu, (R(2, 8, dtype=F64), R(4, 8), R(4, 8)), "npu_swiglu needs float16"),
@@ -225,7 +225,7 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (linear, (R(4, 256, dtype=B), R(256, 8, dtype=torch.float16)), "one dtype, not torch.bfloat16 and torch.float16"),
     (linear, (R(4, 255, dtype=B), R(255, 8, dtype=B)), "k from 256 to 65534, not 255"),
     (linear, (R(4, 256), R(256, 8)), "float16 or bfloat16, not torch.float32"),
-    (linear, (R(256, 4, dtype=B).t(), R(256, 8, dtype=B)), "not transposed or sliced"),
+    (linear, (R(256, 4, dtype=B).t(), R(256, 8, dtype=B)), "not a transposed or sliced one"),
     (linear, (R(4, 256, dtype=B), R(256, 8, dtype=B), 3), "2, 4, 8, 16 or 32 ranks, not 3"),
     (linear, (R(4, 256, dtype=B), R(8, 256, dtype=B)), "m k and k n"),
 ]

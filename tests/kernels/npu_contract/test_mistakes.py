@@ -19,9 +19,9 @@ MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case o
     ),
     "the scale left out": ("attention", "scale=h**-0.5, ", "", "causal attention"),
     "lengths instead of ends": (
-        "attention", "[list(accumulate(rows)) for", "[list(rows) for", "causal attention",
+        "attention", "[list(accumulate(lengths)) for", "[list(lengths) for", "causal attention",
     ),
-    "a leading 0": ("attention", "list(accumulate(rows))", "[0, *accumulate(rows)]", "causal attention"),
+    "a leading 0": ("attention", "list(accumulate(lengths))", "[0, *accumulate(lengths)]", "causal attention"),
     "ends of queries and keys swapped": (
         "attention", "actual_seq_qlen=ends[0], actual_seq_kvlen=ends[1]",
         "actual_seq_qlen=ends[1], actual_seq_kvlen=ends[0]", "causal attention",
