@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -29,6 +30,7 @@ class Serve:
 
     model: Annotated[ChatOptions, tyro.conf.arg(name="")]
     name: str | None = None  # of the model in requests; its folder's, unless given
+    adapters: tuple[str, ...] = ()  # NAME=PATH: PEFT folders or runs on the same weights; a request's model picks one
     host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
     port: int = 8000  # 0: one that is free
     api_key: str | None = None  # requests without it are refused
@@ -39,6 +41,9 @@ class Serve:
     def __post_init__(self) -> None:
         if self.api_key == "":
             raise ValueError("--api-key is empty; give one, or leave it out")
+        names = [text.partition("=")[0] for text in self.adapters]
+        if len(set(names)) < len(names) or any(not all(text.partition("=")) for text in self.adapters):
+            raise ValueError(f"adapters={' '.join(self.adapters)}: give each as NAME=PATH, with a name of its own")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port}: must be from 0, which is one that is free, to 65535")
 
@@ -58,7 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
 def main(c: Serve) -> None:
     """Load the model and answer until a signal comes. ValueError if the model fails meanwhile."""
     # imports stand where they are used: torch takes seconds, and --help does without
-    from llava_fn.generate import assistant
+    from llava_fn.generate import assistant, family
     from llava_fn.serve.worker import Worker
 
     try:
@@ -68,14 +73,16 @@ def main(c: Serve) -> None:
     except ImportError as error:
         raise ValueError(f"the server wants more packages ({error}): pip install 'llava_fn[serve]'") from error
     sock = bind(c.host, c.port)
-    a = assistant.load(c.model)
+    f = family.load(c.model, {name: Path(path) for name, _, path in (text.partition("=") for text in c.adapters)})
     if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
         print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
-    if warning := assistant.warning(a):
+    if warning := assistant.warning(f.base):
         print(warning, file=sys.stderr)
     name = c.name or c.model.weights[-1].resolve().name
-    worker = Worker(a, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    app = build(Service(a, name, worker, c.limits, c.api_key), c.host)
+    if name in f.adapters:
+        raise ValueError(f"the base and an adapter are both called {name}; give the base another --name")
+    worker = Worker(f, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    app = build(Service(f, name, worker, c.limits, c.api_key), c.host)
     config = uvicorn.Config(app, log_level="warning", ws="none", server_header=False)
     config.timeout_graceful_shutdown = c.grace  # pyright: ignore[reportAttributeAccessIssue]  # it is for asyncio
     server = uvicorn.Server(config)
@@ -84,7 +91,7 @@ def main(c: Serve) -> None:
     sock.listen()
     worker.start()
     host, port = sock.getsockname()[:2]
-    print(f"{name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"{', '.join((name, *f.adapters))}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
         server.run(sockets=[sock])
     finally:

@@ -10,6 +10,7 @@ import openai
 import uvicorn
 
 from llava_fn.generate import conversation
+from llava_fn.generate.family import Family
 from llava_fn.serve.app import Service, build
 from llava_fn.serve.options import Limits
 from llava_fn.serve.worker import Worker
@@ -35,8 +36,9 @@ class Running:
 @contextlib.contextmanager
 def serving(a, key=None, host="127.0.0.1", **limits):
     """4 slots on a free port."""
-    worker = Worker(a, 4, Limits(**limits))
-    service = Service(a, "tiny", worker, worker._limits, key)
+    f = a if isinstance(a, Family) else Family(a)
+    worker = Worker(f, 4, Limits(**limits))
+    service = Service(f, "tiny", worker, worker._limits, key)
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what is not read soon fills it
     options = {"log_level": "error", "ws": "none", "timeout_graceful_shutdown": 1}

@@ -30,7 +30,7 @@ from starlette.types import Receive, Scope, Send
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate import assistant
-from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.family import Family
 from llava_fn.serve import ask
 from llava_fn.serve.ask import ChatRequest, Refused
 from llava_fn.serve.engine import Delta
@@ -48,9 +48,9 @@ Deltas = asyncio.Queue[Delta | Refused]
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes share. name: of the model. key: the API key that requests must bring, if any."""
+    """What the routes share. name: of the base. key: the API key that requests must bring, if any."""
 
-    a: Assistant
+    family: Family
     name: str
     worker: Worker
     limits: Limits
@@ -87,26 +87,25 @@ async def health(s: Service, request: Request) -> Response:
     return JSONResponse({"status": "ok" if alive else "failed"} | s.worker.figures(), 200 if alive else 503)
 
 
-def _model(s: Service) -> dict:
+def _model(s: Service, name: str) -> dict:
     """OpenAI's fields, and those that the chat page needs."""
-    caption = template_of(s.a.form.template).caption
-    own = {"warning": assistant.warning(s.a), "caption": caption, "max_tokens": s.limits.tokens}
-    return {"id": s.name, "object": "model", "created": s.started, "owned_by": "llava_fn"} | own
+    a = s.family.member(ask.adapter_of(s.family, s.name, name))
+    own = {"warning": assistant.warning(a), "caption": template_of(a.form.template).caption}
+    return {"id": name, "object": "model", "created": s.started, "owned_by": "llava_fn"} | own | {
+        "max_tokens": s.limits.tokens
+    }  # fmt: skip
 
 
 async def models(s: Service, request: Request) -> Response:
-    """The list of the one model."""
+    """The list of the base and its adapters."""
     _authorise(s, request)
-    return JSONResponse({"object": "list", "data": [_model(s)]})
+    return JSONResponse({"object": "list", "data": [_model(s, name) for name in (s.name, *s.family.adapters)]})
 
 
 async def one_model(s: Service, request: Request) -> Response:
-    """The model, by its name."""
+    """A model, by its name."""
     _authorise(s, request)
-    name = request.path_params["name"]
-    if name != s.name:
-        raise Refused(404, f"no model {name!r}; this server has {s.name!r}", "model", "model_not_found")
-    return JSONResponse(_model(s))
+    return JSONResponse(_model(s, request.path_params["name"]))
 
 
 async def complete(s: Service, request: Request) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
@@ -127,7 +126,7 @@ async def _read(s: Service, request: Request, name: str) -> ChatRequest:
     try:
         body = await _body(request, s.limits)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(s.pool, ask.chat_request, body, s.a, s.name, s.limits, name)
+        return await loop.run_in_executor(s.pool, ask.chat_request, body, s.family, s.name, s.limits, name)
     finally:
         s.reading.discard(name)
 
@@ -209,7 +208,7 @@ async def _whole(s: Service, chat: ChatRequest, deltas: Deltas) -> Response:
     except Refused as refused:
         return _refused(None, refused)
     body = _head(s, chat, "chat.completion") | {
-        "choices": [_choice(s.a.tokenizer, j, answer, chat.logprobs) for j, answer in enumerate(answers)],
+        "choices": [_choice(s.family.base.tokenizer, j, answer, chat.logprobs) for j, answer in enumerate(answers)],
         "usage": _usage(chat, sum(len(delta.ids) for answer in answers for delta in answer)),
     }
     return JSONResponse(body)
@@ -232,7 +231,7 @@ async def _stream(s: Service, chat: ChatRequest, deltas: Deltas, send: Send) -> 
             await _event(send, head | {"choices": [_chunk(j, {"role": "assistant", "content": ""})]})
         async for delta in _each(chat, deltas):
             tokens += len(delta.ids)
-            for choice in _chunks(s.a.tokenizer, delta, chat.logprobs):
+            for choice in _chunks(s.family.base.tokenizer, delta, chat.logprobs):
                 await _event(send, head | {"choices": [choice]})
         if chat.usage:
             await _event(send, head | {"choices": [], "usage": _usage(chat, tokens)})
@@ -261,7 +260,7 @@ async def _send(send: Send, data: bytes) -> None:
 
 
 def _head(s: Service, chat: ChatRequest, kind: str) -> dict:
-    return {"id": chat.name, "object": kind, "created": int(time.time()), "model": s.name}
+    return {"id": chat.name, "object": kind, "created": int(time.time()), "model": chat.model}
 
 
 def _usage(chat: ChatRequest, tokens: int) -> dict:

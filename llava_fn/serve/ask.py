@@ -20,6 +20,7 @@ from llava_fn.errors import BadRecord
 from llava_fn.generate import conversation
 from llava_fn.generate.assistant import Assistant, with_stop
 from llava_fn.generate.conversation import Chat, Picture
+from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.options import Limits
@@ -46,6 +47,7 @@ class ChatRequest:
     stream: bool
     usage: bool
     logprobs: bool
+    model: str  # as the request names it
 
     @property
     def name(self) -> str:
@@ -169,18 +171,37 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def chat_request(body: bytes, a: Assistant, served: str, limits: Limits, name: str) -> ChatRequest:
-    """What the body of a request asks for. served: the model's name; name: the request's. Raises Refused."""
+def chat_request(body: bytes, f: Family, served: str, limits: Limits, name: str) -> ChatRequest:
+    """What the body of a request asks for. served: the base's name; name: the request's. Raises Refused."""
     values = fields(body)
-    if values.model != served:
-        raise Refused(404, f"no model {values.model!r}; this server has {served!r}", "model", "model_not_found")
+    adapter = adapter_of(f, served, values.model)
+    a = f.member(adapter)
     if values.stream_options is not None and not values.stream:
         raise Refused(400, "stream_options goes with stream; leave it out", "stream_options")
     try:
         answers = _answers(a, chat_of(values.messages, a, limits), values, limits, name)
+        answers = tuple(_of(answer, adapter) for answer in answers)
     except BadRecord as error:
         raise Refused(400, str(error), "messages") from error
-    return ChatRequest(answers, values.stream, bool(values.stream_options), values.logprobs)
+    return ChatRequest(answers, values.stream, bool(values.stream_options), values.logprobs, values.model)
+
+
+def adapter_of(f: Family, served: str, wanted: str) -> str:
+    """The adapter that a model's name means; "" for the base, whose name is `served`. Raises Refused."""
+    if wanted != served and wanted not in f.adapters:
+        names = ", ".join(map(repr, (served, *f.adapters)))
+        raise Refused(404, f"no model {wanted!r}; this server has {names}", "model", "model_not_found")
+    return "" if wanted == served else wanted
+
+
+def _of(answer: AnswerRequest, adapter: str) -> AnswerRequest:
+    """An answer by an adapter. Its keys and its pictures' keys tell its features and its cache from those of others."""
+    if not adapter:
+        return answer
+    tag = f"{adapter}:"
+    keys = [tag + key if isinstance(key, str) else key for key in answer.keys]
+    pictures = tuple(replace(p, key=tag + p.key) for p in answer.pictures)
+    return replace(answer, adapter=adapter, keys=(f"{tag}{keys[0]}", *keys[1:]), pictures=pictures)
 
 
 def chat_of(messages: Sequence[object], a: Assistant, limits: Limits) -> Chat:

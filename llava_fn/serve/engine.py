@@ -21,9 +21,10 @@ from llava_fn.generate import conversation, decode
 from llava_fn.generate.assistant import Assistant, vocabulary
 from llava_fn.generate.conversation import Key, Picture, common_prefix, visible
 from llava_fn.generate.decode import ROOM
+from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import sample, uniforms
-from llava_fn.generate.types import DecodeState, PartialAnswer, Prompt, Vocabulary
+from llava_fn.generate.types import DecodeState, Model, PartialAnswer, Prompt
 
 AnswerName = tuple[str, int]  # of the HTTP request, and the number of the sample
 
@@ -37,6 +38,7 @@ class AnswerRequest:
     keys: tuple[Key, ...]
     pictures: tuple[Picture, ...]
     decoding: Decoding  # the template's stop text included; one sample, no beams
+    adapter: str = ""  # its name; "" for the base
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Desk:
     seats: tuple[Seat | None, ...]
     cached: tuple[tuple[Key, ...], ...]
     feats: Mapping[str, Tensor]  # of the newest pictures, key -> f[p, d]
+    rows: tuple[tuple[str, ...], Model] | None = None  # the adapter of each row of the last step, and their model
 
     @property
     def free(self) -> int:
@@ -76,21 +79,23 @@ class Desk:
         return self.seats.count(None)
 
 
-def empty(a: Assistant, slots: int) -> Desk:
+def empty(f: Family, slots: int) -> Desk:
     """A desk whose every slot has room for the assistant's whole context. ValueError without a slot."""
     if slots < 1:
         raise ValueError(f"slots={slots}: must be at least 1")
+    a = f.base
     like = a.model.embed
     seen = torch.zeros(slots, vocabulary(a).size, dtype=torch.bool, device=like.device)
     state = DecodeState(like.new_zeros(slots, a.config.llama.width), a.model.cache(slots, a.context), seen)
     return Desk(state, (None,) * slots, ((),) * slots, {})
 
 
-def admit(a: Assistant, desk: Desk, request: AnswerRequest) -> Desk:
+def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
     """Takes a request into a free slot and prefills its prompt.
 
     The caller makes sure that a slot is free and that the context has room for the answer.
     """
+    a = f.member(request.adapter)
     feats = conversation.features(a, request.pictures, desk.feats)
     common = [common_prefix(request.keys[:-1], cached) for cached in desk.cached]
     best = max(range(len(common)), key=lambda j: (common[j], desk.seats[j] is None))
@@ -103,7 +108,8 @@ def admit(a: Assistant, desk: Desk, request: AnswerRequest) -> Desk:
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
     seat = Seat(request, uniforms([request.decoding.seed], request.decoding.tokens)[0])
-    return Desk(desk.state, _put(desk.seats, slot, seat), _put(desk.cached, slot, request.keys), feats)
+    seats, cached = _put(desk.seats, slot, seat), _put(desk.cached, slot, request.keys)
+    return replace(desk, seats=seats, cached=cached, feats=feats)
 
 
 def _slot(desk: Desk, best: int, common: Sequence[int]) -> int:
@@ -124,21 +130,21 @@ def release(desk: Desk, request: str) -> Desk:
 
 
 @torch.no_grad()
-def step(a: Assistant, desk: Desk) -> tuple[Desk, list[Delta]]:
+def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
     """Decodes the next token of every answer. An answer that has ended leaves its slot."""
     busy = [j for j, seat in enumerate(desk.seats) if seat]
     if not busy:
         return desk, []
-    known, n = vocabulary(a), busy[-1] + 1
+    n = busy[-1] + 1
     state = _rows(desk.state, 0, n)
-    tokens, logprobs = _choose(decode.logits(a.model, state), state.seen, desk.seats[:n])
+    tokens, logprobs = _choose(decode.logits(f.base.model, state), state.seen, desk.seats[:n])
     seats, deltas = list(desk.seats), []
     for j, seat in enumerate(desk.seats):
         if seat:
-            seats[j], delta = _grow(a, seat, tokens[j], logprobs[j], known)
+            seats[j], delta = _grow(f.member(seat.request.adapter), seat, tokens[j], logprobs[j])
             deltas.append(delta)
     desk = replace(desk, seats=tuple(seats))
-    return (_feed(a, desk, tokens) if desk.free < len(seats) else desk), deltas
+    return (_feed(f, desk, tokens) if desk.free < len(seats) else desk), deltas
 
 
 def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> tuple[list[int], list[tuple[float, ...]]]:
@@ -158,12 +164,10 @@ def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> tuple
     return ids.tolist(), [(logprobs[j],) if j in logprobs else () for j in range(len(seats))]
 
 
-def _grow(
-    a: Assistant, seat: Seat, token: int, logprobs: tuple[float, ...], known: Vocabulary
-) -> tuple[Seat | None, Delta]:
+def _grow(a: Assistant, seat: Seat, token: int, logprobs: tuple[float, ...]) -> tuple[Seat | None, Delta]:
     """The seat after one more token, None if its answer has ended, and what the token adds to the answer."""
     d = seat.request.decoding
-    row = seat.row.grow(token, logprobs, d, known)
+    row = seat.row.grow(token, logprobs, d, vocabulary(a))
     ended = row.ended or seat.steps + 1 == d.tokens
     text = visible(a.tokenizer.decode(row.ids), d.stop, ended)
     finish = ("stop" if row.ended else "length") if ended else None
@@ -172,7 +176,7 @@ def _grow(
     return None if ended else replace(seat, row=row, steps=seat.steps + 1, text=text), delta
 
 
-def _feed(a: Assistant, desk: Desk, tokens: Sequence[int]) -> Desk:
+def _feed(f: Family, desk: Desk, tokens: Sequence[int]) -> Desk:
     """A decoding step with the chosen tokens, for all rows up to the last busy slot.
 
     Free rows among them compute too. They write behind the positions that they keep, and nobody reads what they write.
@@ -183,11 +187,13 @@ def _feed(a: Assistant, desk: Desk, tokens: Sequence[int]) -> Desk:
     lengths = torch.tensor([min(len(keys), size - 1) for keys in desk.cached[:n]])
     c = part.cache
     part = replace(part, cache=Cache(c.k[:, :, :size], c.v[:, :, :size], lengths.to(c.lengths.device)))
-    new = decode.step(a.model, part, torch.tensor(tokens[:n], device=part.hidden.device))
+    who = tuple(seat.request.adapter if seat else "" for seat in desk.seats[:n])
+    rows = desk.rows if desk.rows and desk.rows[0] == who else (who, f.model(who))
+    new = decode.step(rows[1], part, torch.tensor(tokens[:n], device=part.hidden.device))
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
     cached = [(*keys, tokens[j]) if desk.seats[j] else keys[: c.size - 1] for j, keys in enumerate(desk.cached)]
-    return replace(desk, cached=tuple(cached))
+    return replace(desk, cached=tuple(cached), rows=rows)
 
 
 def _reach(cache: Cache, tokens: int) -> int:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llava_fn.generate.assistant import Assistant
+from llava_fn.generate.family import Family
 from llava_fn.serve import engine
 from llava_fn.serve.ask import Refused
 from llava_fn.serve.engine import AnswerRequest, Delta
@@ -39,10 +39,10 @@ class Ticket:
 class Worker:
     """Owns the model's thread. `submit` and `cancel` may be called from any other, and return at once."""
 
-    def __init__(self, a: Assistant, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, f: Family, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None) -> None:
         """on_crash: called if the thread ends by an error, which is then in `error`."""
-        self._a, self._limits, self._on_crash = a, limits, on_crash
-        self._desk = engine.empty(a, slots)
+        self._family, self._limits, self._on_crash = f, limits, on_crash
+        self._desk = engine.empty(f, slots)
         self._inbox: queue.SimpleQueue[Ticket | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[str] = set()  # names of requests that have no slot yet
@@ -143,8 +143,8 @@ class Worker:
         if self._pending and self._desk.free:
             request = self._pending.popleft()
             self._leave_queue(request.name[0])
-            self._desk = engine.admit(self._a, self._desk, request)
-        self._desk, deltas = engine.step(self._a, self._desk)
+            self._desk = engine.admit(self._family, self._desk, request)
+        self._desk, deltas = engine.step(self._family, self._desk)
         for delta in deltas:
             name = delta.name[0]
             self._tickets[name].emit(delta)

@@ -30,6 +30,17 @@ def _one(sources: Sequence[Weights], what: str):
     return given[0][1] if given else None
 
 
+def _form(sources: Sequence[Weights], adapted: Weights | None, what: str) -> str | None:
+    """How questions or pictures reach the model: as the adapters were trained, which is said if the base differs."""
+    own = getattr(adapted, what, None)
+    if adapted is None or own is None:
+        return _one(sources, what)
+    others = [x for source in sources if (x := getattr(source, what)) not in (None, own)]
+    if others:
+        print(f"{what} {own}, with which {adapted.where} was trained, in place of {others[0]}", file=sys.stderr)
+    return own
+
+
 def merge(sources: Sequence[Weights]) -> Weights:
     """The weights of all sources in one, with the adapters of at most one of them beside the weights.
 
@@ -56,8 +67,8 @@ def merge(sources: Sequence[Weights]) -> Weights:
         vision=vision,
         llama=next((s.llama for s in sources if "llama" in s.parts), None),
         lora=adapters, trained=adapted.trained if adapted else (),
-        tokenizer=_one(sources, "tokenizer"), image_mode=_one(sources, "image_mode"),
-        template=_one(sources, "template"), compat=_one(sources, "compat"),
+        tokenizer=_one(sources, "tokenizer"), image_mode=_form(sources, adapted, "image_mode"),
+        template=_form(sources, adapted, "template"), compat=_form(sources, adapted, "compat"),
     )  # fmt: skip
     _check_widths(whole)
     return whole

@@ -188,15 +188,40 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     )  # fmt: skip
 
 
-def _ours(c: Checkpoint) -> Weights:
-    """A checkpoint of ours, with the missing parts from its base."""
+def is_adapter(path: Path) -> bool:
+    """Whether it is a run, or a checkpoint of one, that trained adapters."""
+    path = checkpoint.newest(path)
+    return (path / checkpoint.SUMS).is_file() and checkpoint.read_manifest(path).lora is not None
+
+
+def open_adapter(path: Path, base: Path) -> Weights:
+    """The adapters of a PEFT folder or of a run, with what was trained beside them, and without the run's base.
+
+    ValueError if it holds no adapters, or if it was trained on another base than the checkpoint or run `base`.
+    """
+    path = checkpoint.newest(path)
+    if not (path / checkpoint.SUMS).is_file():
+        source = open_source(path)
+    else:
+        c, there = checkpoint.open_checkpoint(path, verified=True), checkpoint.newest(base)
+        own = c.manifest.base
+        if own and (there / checkpoint.SUMS).is_file() and checkpoint.fingerprint(there) != own.fingerprint:
+            raise ValueError(f"{path} was trained on {own.path}, and {there} is another base")
+        source = _ours(c, alone=True)
+    if not source.lora:
+        raise ValueError(f"{path} holds no adapters; name a PEFT folder, or a run that trained some")
+    return source
+
+
+def _ours(c: Checkpoint, alone: bool = False) -> Weights:
+    """A checkpoint of ours, with the missing parts from its base, unless it is wanted alone."""
     m = c.manifest
     unused = open_archive(c.folder / UNUSED) if (c.folder / UNUSED).is_file() else None
     own, archives = _leaves(c)
     leaves = {path: leaf for path, leaf in own.items() if not path.startswith(f"{lora.PART}/")}
     spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
     archives = ([unused] if unused else []) + archives
-    if c.base:
+    if not alone and c.base:
         base = _ours(c.base)
         archives += base.archives
         leaves |= {path: leaf for path, leaf in base.leaves.items() if not specs.under(path.split("/"), m.parts)}
@@ -210,7 +235,7 @@ def _ours(c: Checkpoint) -> Weights:
 def _adapters(c: Checkpoint, own: Mapping[str, Leaf]) -> dict[str, tuple[Leaf, Leaf, float]]:
     """Path of an adapted weight -> A, B and scale, of a checkpoint that holds adapters, or of its base."""
     if c.manifest.lora is None:
-        return _adapters(c.base, _leaves(c.base)[0]) if c.base else {}
+        return {}
     paths = [path.removesuffix("/a") for path in own if path.startswith(f"{lora.PART}/") and path.endswith("/a")]
     scale = c.manifest.lora.scale
     return {path.removeprefix(f"{lora.PART}/"): (own[f"{path}/a"], own[f"{path}/b"], scale) for path in paths}

@@ -9,6 +9,7 @@ import pytest
 from llava_fn import llama
 from llava_fn.generate import assistant, conversation
 from llava_fn.generate.conversation import Chat, ask, picture
+from llava_fn.generate.family import Family
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 from llava_fn.serve.ask import Refused
@@ -75,11 +76,11 @@ class Collected:
 
 def serve(a, jobs, slots, desk=None, every=1):
     """A new job every so many steps, if a slot is free."""
-    desk, got, waiting, t = desk or engine.empty(a, slots), Collected(), list(jobs), 0
+    desk, got, waiting, t = desk or engine.empty(Family(a), slots), Collected(), list(jobs), 0
     while waiting or desk.free < slots:
         if waiting and desk.free and t % every == 0:
-            desk = engine.admit(a, desk, waiting.pop(0))
-        desk, pieces = engine.step(a, desk)
+            desk = engine.admit(Family(a), desk, waiting.pop(0))
+        desk, pieces = engine.step(Family(a), desk)
         got.add(pieces)
         t += 1
     return desk, got
@@ -154,10 +155,10 @@ def test_a_slot_keeps_a_long_conversation_when_a_short_beginning_is_all_that_is_
 
 
 def test_a_released_slot_is_free_and_the_others_go_on(a, chats):
-    desk, got = engine.empty(a, 2), Collected()
+    desk, got = engine.empty(Family(a), 2), Collected()
     for j in range(2):
-        desk = engine.admit(a, desk, job(a, chats[j], Decoding(tokens=12), f"{j}"))
-    desk, pieces = engine.step(a, desk)
+        desk = engine.admit(Family(a), desk, job(a, chats[j], Decoding(tokens=12), f"{j}"))
+    desk, pieces = engine.step(Family(a), desk)
     got.add(pieces)
     desk = engine.release(desk, "0")
     assert desk.free == 1
@@ -175,7 +176,7 @@ def test_features_of_a_picture_are_computed_once(a, chats, monkeypatch):
 
 def test_a_desk_has_a_slot(a):
     with pytest.raises(ValueError, match="slots=0"):
-        engine.empty(a, 0)
+        engine.empty(Family(a), 0)
 
 
 class Client:
@@ -202,7 +203,7 @@ def worker(a):
     made = []
 
     def make(**more):
-        made.append(Worker(a, more.pop("slots", 2), Limits(**more)))
+        made.append(Worker(Family(a), more.pop("slots", 2), Limits(**more)))
         made[-1].start()
         return made[-1]
 
@@ -280,7 +281,7 @@ def test_samples_end_each_for_itself(a, chats, worker):
 
 
 def test_a_stopped_worker_refuses_what_it_has_and_what_comes(a, chats):
-    w = Worker(a, 1, Limits())
+    w = Worker(Family(a), 1, Limits())
     w.start()
     running = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "r")], "r")
     waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w")
@@ -294,7 +295,7 @@ def test_a_stopped_worker_refuses_what_it_has_and_what_comes(a, chats):
 
 def test_a_model_that_fails_is_told_to_everybody(a, chats, monkeypatch):
     crashed = threading.Event()
-    w = Worker(a, 1, Limits(), crashed.set)
+    w = Worker(Family(a), 1, Limits(), crashed.set)
     monkeypatch.setattr(engine, "step", lambda a, desk: 1 / 0)
     w.start()
     clients = [Client(w, [job(a, chats[1], OPTIONS[0], f"{j}")], f"{j}") for j in range(1)]
