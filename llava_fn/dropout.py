@@ -55,10 +55,10 @@ class Keys:
     @staticmethod
     def make(batch: Batch, step: int, p: float, blocks: int, tp: Axis) -> Keys:
         """step: number of the update. p: share of the elements that is dropped."""
-        lengths = torch.tensor(batch.stream.segments.queries)
+        queries = batch.stream.segments.queries
         names = torch.tensor([_int32(name) for name in batch.records], dtype=torch.int32)
-        names = torch.cat([names, names.new_zeros(len(lengths) - len(names))])  # a padding segment has no record
-        names = names.repeat_interleave(lengths).to(batch.ids.device)
+        names = torch.cat([names, names.new_zeros(len(queries) - len(names))])  # a padding segment has no record
+        names = names.repeat_interleave(torch.tensor(queries), output_size=sum(queries)).to(batch.ids.device)
         rows = _mixed(_mixed(names) ^ batch.stream.positions.int())
         return Keys(step, p, rows, rows[batch.stream.read], blocks, tp)
 

@@ -126,6 +126,15 @@ def quantise(
     return out.lock_()
 
 
+def empty(w: Tensor, kind: Kind) -> TensorDict:
+    """A compressed weight of w's shape, f[out, in], whose values nobody has set."""
+    out, size = w.shape
+    if kind == "int8":
+        return TensorDict({"int8": w.new_empty(out, size, dtype=torch.int8), "scale": w.new_empty(out, 1)})
+    codes = w.new_empty(out, size // 2, dtype=torch.uint8)
+    return TensorDict({"nf4": codes, "scale": w.new_empty(out, size // BLOCK)})
+
+
 def compressible(path: tree.Path) -> bool:
     """Whether a leaf is a linear layer of the decoder."""
     return path[:2] == ("llama", "blocks") and path[-1] in COLUMN + ROW

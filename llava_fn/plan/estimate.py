@@ -29,6 +29,7 @@ class Device:
 DEVICES = {
     "910B": Device(313e12, 78e12, 64 * GIB, 196e9, 25e9),  # Ascend 910B3; HCCS, a full mesh of 8; RoCE, 200 Gbit/s
     "A100": Device(312e12, 19.5e12, 80 * GIB, 300e9, 25e9),  # SXM 80 GB; NVLink 3; 200 Gbit/s
+    "4090": Device(165e12, 82.6e12, 24 * GIB, 32e9, 12.5e9),  # GeForce RTX; PCIe 4.0; 100 Gbit/s
     "H200": Device(989e12, 67e12, 140 * GIB, 450e9, 50e9),  # SXM; NVLink 4; 400 Gbit/s
 }
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from llava_fn.config import Parallel, Stage
+from llava_fn.config import STAGES, Lora, Parallel, Stage
 
 DESCRIPTION = """What one update costs on a cluster, before there is one: memory, traffic, arithmetic, estimated time.
 
 It runs the real train step on tensors without memory, as ranks of each role of the world that you name, and sends
 nothing. Bytes and operations are counted; seconds are an estimate, whose assumptions are printed with it. `--config
-finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first.
+finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first, `lora` and `qlora` from
+the second with adapters, on weights as they are or in four bits.
 """
 
 
@@ -48,8 +49,10 @@ class PlanOptions:
     model: Literal["llava-1.5-7b", "llava-1.5-13b", "emoji"] = "llava-1.5-7b"
     world: int = 8  # processes, one a device
     machine: int = 8  # devices of one machine
-    device: Literal["910B", "A100", "H200"] = "910B"
+    device: Literal["910B", "A100", "H200", "4090"] = "910B"
     train: Stage = "projector+llama"  # the others are frozen
+    lora: Lora | None = None  # adapters that are trained beside them
+    quantise: Literal["int8", "nf4"] | None = None  # the frozen linears of the decoder
     data: DataSizes = DataSizes()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and optimizer are float32
     recompute: bool = True  # keep only each block's input for the backward pass
@@ -58,12 +61,20 @@ class PlanOptions:
     json: bool = False  # print the report as JSON
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that are trained, adapters among them."""
+        return (*STAGES[self.train], *(("lora",) if self.lora else ()))
+
+    @property
     def dp(self) -> int:
         """Ranks that share the samples."""
         return self.world // self.parallel.tp
 
 
+LORA = PlanOptions(train="projector", lora=Lora(rank=128, alpha=256.0, dropout=0.05))
 PRESETS = {
     "finetune": PlanOptions(),
+    "lora": LORA,
+    "qlora": replace(LORA, quantise="nf4"),
     "pretrain": PlanOptions(train="projector", data=DataSizes(samples=256, length=640, accumulate=32)),
 }

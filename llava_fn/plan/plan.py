@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from llava_fn import config, llama, llava
+from llava_fn import config, llama, llava, lora
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.config import Llava, plain
 from llava_fn.data import records as data
@@ -96,8 +96,10 @@ def check(c: PlanOptions, model: Llava) -> None:
         raise ValueError(f"world={c.world} processes on machines of {c.machine}; both must be at least 1")
     check_world(c.world, c.parallel.tp, min(c.world, c.machine))
     llama.check_tp(model.llama, c.parallel.tp)
-    whole = llava.spec(model)
-    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero), model.vision)
+    whole = lora.extended(llava.spec(model), c.lora)
+    llava.execution(c.recompute, "", Zero(whole, level=c.parallel.zero, train=c.parts), model.vision)
+    if c.quantise and "llama" in c.parts:
+        raise ValueError(f"quantise={c.quantise} is of frozen weights, and train={c.train} trains the decoder")
     Data(samples=c.data.samples, accumulate=c.data.accumulate)
     for name, value, least in (("images", c.data.images, 0), ("labelled", c.data.labelled, 1)):
         if value is not None and value < least:
@@ -129,9 +131,14 @@ def batches(c: PlanOptions, model: Llava, dp: int, micro: int, text: bool = Fals
     return [collate([sample] * n, c.parallel.tp, pixels) for n in sizes]
 
 
+def _trained(c: PlanOptions) -> str:
+    adapters = f" and adapters of rank {c.lora.rank}" if c.lora else ""
+    return f"{c.train}{adapters}" + (f" on {c.quantise}" if c.quantise else "")
+
+
 def _job(c: PlanOptions, model: Llava, dp: int, tp: int) -> Workload:
     rank = dp * c.parallel.tp + tp
-    return Workload(model, c.train, c.parallel, c.world, rank, getattr(torch, c.dtype), c.recompute)
+    return Workload(model, c.parts, c.parallel, c.world, rank, getattr(torch, c.dtype), c.recompute, c.lora, c.quantise)
 
 
 def alone(c: PlanOptions, model: Llava, say: Say = lambda line: None) -> tuple[Report, Traced]:
@@ -225,7 +232,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def text(r: Report) -> str:
     """The report for a person."""
     c, parts = r.plan, []
-    parts.append(f"{c.model}, {c.train} trained, on {c.world} x {c.device}: {_brief(c)}, {c.dtype}")
+    parts.append(f"{c.model}, {_trained(c)} trained, on {c.world} x {c.device}: {_brief(c)}, {c.dtype}")
     parts.append(f"{c.data.samples} samples of {c.data.length} tokens and {c.data.images} images an update")
     if r.peak:
         parts += ["", *_figures(r)]

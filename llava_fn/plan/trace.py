@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from llava_fn import llava, optim, spec, train, tree
+from llava_fn import linear, llava, lora, optim, spec, train, tree
 from llava_fn.batch import Batch
-from llava_fn.config import STAGES, Llava, Parallel, Stage
+from llava_fn.config import Llava, Lora, Parallel
+from llava_fn.linear import Kind
 from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 
@@ -45,15 +46,17 @@ _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 @dataclass(frozen=True)
 class Workload:
-    """What is traced: rank `rank` of `world`."""
+    """What is traced: rank `rank` of `world`. train: the trained parts, as in config.STAGES, with lora."""
 
     model: Llava
-    train: Stage
+    train: tuple[str, ...]
     parallel: Parallel
     world: int
     rank: int
     dtype: torch.dtype
     recompute: bool
+    lora: Lora | None = None
+    quantise: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -268,15 +271,21 @@ def update(job: Workload, batches: Sequence[Batch]) -> Traced:
 
 
 def _start(job: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
-    """As runs.start makes them, without memory."""
-    whole = llava.spec(job.model)
-    zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead, STAGES[job.train])
-    params = spec.build(whole, lambda path, p: torch.empty([s.stop - s.start for s in spec.shard(p, mesh)]))
-    trainable, frozen = tree.split(params, train.trains(STAGES[job.train]))
-    kept: TensorDict = zero.store(trainable)
+    """As a recipe makes them, without memory."""
+    whole = lora.extended(llava.spec(job.model), job.lora)
+    zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead, job.train)
+
+    def kept(path: tree.Path, p: spec.Param) -> Tensor | TensorDict:
+        x = torch.empty([s.stop - s.start for s in spec.shard(p, mesh)])
+        if spec.under(path, job.train):
+            return zero.keep(p, x)
+        y = linear.empty(x, job.quantise) if job.quantise and linear.compressible(path) else x.to(job.dtype)
+        return tree.each(lambda leaf: zero.keep(p, leaf), y) if zero.late(path) else y
+
+    trainable, frozen = tree.split(spec.build(whole, kept), train.trains(job.train))
     run = llava.execution(job.recompute, "", zero, job.model.vision)
-    task = train.Task(tree.cast(frozen, job.dtype), job.model, optim.Optim(), 100, zero, run=run)
-    return train.TrainState(0, kept, optim.init(kept)), task
+    task = train.Task(frozen, job.model, optim.Optim(), 100, zero, run=run, lora=job.lora)
+    return train.TrainState(0, trainable, optim.init(trainable)), task
 
 
 def without_memory(batch: Any) -> Any:
