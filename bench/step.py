@@ -7,6 +7,10 @@ towers frozen by requires_grad, torch.optim.AdamW. Both begin with the same loss
 times one step of each. The figure is CPU seconds of the process (with one thread: work done, whatever else the machine
 does) and, with more threads or on a card, wall seconds. The last line is the ratio of medians. Needs the test extra.
 
+    python bench/step.py --model wide --stage lora
+
+compares adapters and the projector with PEFT's, and with our own steps of a frozen decoder and of one that is trained.
+
     python bench/step.py --device cuda --model 7b --dtype bfloat16 --samples 16
 
 is LLaVA-1.5's pre-training on a card, with random weights: the peer's frozen parts are in bf16 too, its projector and
@@ -29,10 +33,11 @@ from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_fn import config, llava, optim, tree, vit
+from llava_fn import config, llava, lora, optim, spec, tree, vit
 from llava_fn.batch import IMAGE, Batch, Sample, collate
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import Task, TrainState, train_step, trains
+from llava_fn.weights import peft
 from llava_fn.weights.model import from_state_dict
 
 LLAMA = {"width": 512, "blocks": 8, "heads": 8, "kv_heads": 8, "ffn": 1376}
@@ -43,8 +48,14 @@ MODELS = {
     "prop": config.Llava(  # head, image tower and decoder have the shares of LLaVA-1.5-7B
         config.Vision(image=336, width=128, blocks=8, heads=2, ffn=512), config.Llama(vocab=1024, **LLAMA)
     ),
+    "wide": config.Llava(  # blocks a quarter as wide as the 7B's; few tokens but those of pictures
+        config.Vision(image=336, width=128, blocks=4, heads=2, ffn=512),
+        config.Llama(vocab=1024, width=1024, blocks=4, heads=16, kv_heads=16, ffn=2752),
+    ),
     "7b": config.LLAVA_7B,
 }
+OPTIM = optim.Optim(lr=1e-4)
+OURS = {"frozen decoder": "projector", "whole decoder": "projector+llama"}  # what adapters are compared with
 HF_IMAGE = 3  # the id of the peer's placeholder
 
 
@@ -52,9 +63,10 @@ HF_IMAGE = 3  # the id of the peer's placeholder
 class Bench:
     """One comparison."""
 
-    model: Literal["brief", "prop", "7b"] = "prop"
+    model: Literal["brief", "prop", "wide", "7b"] = "prop"
     device: Literal["cpu", "cuda", "npu"] = "cpu"
-    stage: Literal["projector", "projector+llama"] = "projector"
+    stage: Literal["projector", "projector+llama", "lora"] = "projector"  # lora: the projector, and adapters
+    rank: int = 16  # of adapters
     samples: int = 4  # per step
     threads: int = 1
     rounds: int = 7
@@ -98,6 +110,15 @@ def peer_model(model: config.Llava, c: Bench) -> LlavaForConditionalGeneration:
     return peer
 
 
+def adapted(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """The peer with PEFT's adapters at every linear of the decoder, and with its projector trained."""
+    from peft import LoraConfig, get_peft_model  # it takes seconds to import
+
+    projector = ["multi_modal_projector"]
+    how = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=peft.DECODER, modules_to_save=projector)
+    return get_peft_model(model, how)
+
+
 def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.Optim) -> Callable[[int], float]:
     """One step of the usual kind, from its number to its loss."""
     longest = max(len(s.ids) for s in samples)
@@ -109,8 +130,11 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
         mask[row, :n] = 1
     pixels = vit.normalise(torch.cat([s.pixels for s in samples]))
     ids, labels, mask, pixels = (x.to(c.device) for x in (ids, labels, mask, pixels))
-    for name, p in model.named_parameters():
-        p.requires_grad = "multi_modal_projector" in name or (c.stage != "projector" and "vision_tower" not in name)
+    if c.stage == "lora":
+        model = adapted(model, c.rank)
+    else:
+        for name, p in model.named_parameters():
+            p.requires_grad = "multi_modal_projector" in name or (c.stage != "projector" and "vision_tower" not in name)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
 
     def step(number: int) -> float:
@@ -127,19 +151,16 @@ def peer_step(model: torch.nn.Module, samples: list[Sample], c: Bench, o: optim.
     return step
 
 
-def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, o: optim.Optim) -> Callable[[int], float]:
+def our_step(params: TensorDict, batch: Batch, model: config.Llava, c: Bench, stage: str) -> Callable[[int], float]:
     """One step of ours, from its number to its loss."""
-    dtype = getattr(torch, c.dtype)
-    mine, frozen = tree.split(params, trains(config.STAGES[c.stage]))
+    dtype, adapters = getattr(torch, c.dtype), config.Lora(c.rank, 2.0 * c.rank) if stage == "lora" else None
+    parts = ("projector", "lora") if adapters else config.STAGES[stage]
+    if adapters:
+        params = tree.merge(params, spec.init({"lora": lora.spec(llava.spec(model), adapters)}, 0).to(c.device))
+    mine, frozen = tree.split(params, trains(parts))
     mine = tree.rebuild(mine, [leaf.detach().clone() for leaf in tree.values(mine)])
-    task = Task(
-        tree.cast(frozen, dtype),
-        model,
-        o,
-        100,
-        Zero(dtype=dtype),
-        run=llava.execution(backend=c.compile, vision=model.vision),
-    )
+    run = llava.execution(backend=c.compile, vision=model.vision)
+    task = Task(tree.cast(frozen, dtype), model, OPTIM, 100, Zero(dtype=dtype), run=run, lora=adapters)
     state = [TrainState(0, mine, optim.init(mine))]
 
     def step(number: int) -> float:
@@ -177,13 +198,14 @@ def on_a_card(c: Bench, seconds: dict[str, float], memory: dict[str, float], flo
 def main(c: Bench) -> float:
     """Print both times of each round and the ratio; return it."""
     torch.set_num_threads(c.threads)
-    model, o = MODELS[c.model], optim.Optim(lr=1e-4)
+    model = MODELS[c.model]
     samples, peer = make_samples(model, c.stage, c.samples), peer_model(model, c)
     params = from_state_dict(peer.state_dict(), model)
-    pair = {
-        "ours": our_step(params, collate(samples).to(torch.device(c.device)), model, c, o),
-        "transformers": peer_step(peer, samples, c, o),
-    }
+    batch = collate(samples).to(torch.device(c.device))
+    pair = {"ours": our_step(params, batch, model, c, c.stage)}
+    if c.stage == "lora":
+        pair |= {name: our_step(params, batch, model, c, stage) for name, stage in OURS.items()}
+    pair["transformers"] = peer_step(peer, samples, c, OPTIM)
     for number in (1, 2, 3):  # also the warm-up
         print(f"loss of step {number}: " + ", ".join(f"{name} {step(number):.6f}" for name, step in pair.items()))
     with FlopCounterMode(display=False) as counter:
@@ -196,10 +218,12 @@ def main(c: Bench) -> float:
             times[name].append(seconds)
         print("  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()), flush=True)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    ours, theirs = medians.values()
+    ours, theirs = medians["ours"], medians["transformers"]
     if c.device != "cpu":
         print(on_a_card(c, medians, memory, counter.get_total_flops()))
     kind = "CPU" if c.threads == 1 and c.device == "cpu" else "wall"
+    for name in OURS.keys() & medians.keys():
+        print(f"{name}: {medians[name]:.3f} s, ours {ours / medians[name]:.2f} of it")
     print(f"{c}\nmedian {kind} seconds: ours {ours:.3f}, transformers {theirs:.3f}; ratio {theirs / ours:.2f}")
     return theirs / ours
 

@@ -11,8 +11,8 @@ DESCRIPTION = """What one update costs on a cluster, before there is one: memory
 
 It runs the real train step on tensors without memory, as ranks of each role of the world that you name, and sends
 nothing. Bytes and operations are counted; seconds are an estimate, whose assumptions are printed with it. `--config
-finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first, `lora` and `qlora` from
-the second with adapters, on weights as they are or in four bits.
+finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first, `lora` and `qlora`
+from the second with adapters, on weights as they are or in four bits.
 """
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_fn.data import index
@@ -28,6 +28,7 @@ def test_every_record_is_that_of_a_parser_of_the_whole(form, chunk, tmp_path, mo
     monkeypatch.setattr(index, "CHUNK", chunk)
     how, name = FORMS[form]
 
+    @settings(max_examples=40)
     @given(RECORDS)
     def check(values):
         path = tmp_path / name

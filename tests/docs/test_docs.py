@@ -1,5 +1,6 @@
 """Every command and snippet of the README and of docs/ runs, in an empty folder, as it stands there."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,9 +20,9 @@ from layouts import HFLlava
 from mindspeed_files import mindspeed_json
 from PIL import Image
 
-from llava_fn import config, llava, spec
+from llava_fn import config, llava, lora, spec
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.data import emoji
+from llava_fn.data import emoji, emoji_chat
 
 ROOT = Path(__file__).parents[2]
 # in the order in which a reader may need them: README's and weights.md's commands make what the others start from
@@ -43,6 +44,12 @@ def commands(page: str) -> list[str]:
     """Those that no earlier page has and that a test can run: not the set-up, and not the server, which never ends."""
     earlier = {line for other in PAGES[: PAGES.index(page)] for line in lines(other)}
     return [x for x in lines(page) if x not in earlier and "-m venv" not in x and "serve.py" not in x]
+
+
+SHORTER = {  # commands that take minutes, and options that make them short
+    r"python recipes/finetune\.py": "--data.epochs 0.03 --heldout.most 16 --heldout.answers 8",
+    r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
+}
 
 
 SETUP = [line for line in lines("README.md") if "-m venv" in line]
@@ -69,12 +76,28 @@ def clone(tmp_path_factory):
     (folder / "LLaVA-Pretrain").mkdir()
     (folder / "LLaVA-Pretrain/images").symlink_to(folder / "emoji-data")
     (folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json").write_text(json.dumps(pairs))
+    (folder / "mix665k").mkdir()
+    (folder / "mix665k/images").symlink_to(folder / "emoji-data")
+    people = emoji_chat.people(folder / "emoji-data/train.json")[:30]
+    talks = [emoji_chat.about(p, 0) for p in people] + [emoji_chat.without(i) for i in range(10)]
+    (folder / "mix665k/llava_v1_5_mix665k.json").write_text(json.dumps(talks))
     trained = checkpoint.Manifest(config.LLAVA_EMOJI, ("vision", "projector", "llama"), "square", "plain", None)
     params = spec.init(llava.spec(config.LLAVA_EMOJI), 0)
     checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
     emoji.unpack(folder / "runs/emoji-data")
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (folder / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
+    adapters = config.Lora(rank=2, alpha=4.0)
+    whole, record = (
+        lora.extended(llava.spec(config.LLAVA_EMOJI), adapters),
+        checkpoint.Base(
+            str(folder / "runs/emoji/checkpoints/000682"),
+            checkpoint.fingerprint(folder / "runs/emoji/checkpoints/000682"),
+        ),
+    )
+    own = dataclasses.replace(trained, parts=("projector", "lora"), base=record, lora=adapters, template="hf")
+    params = spec.init(spec.only(whole, own.parts), 1)
+    checkpoint.save(folder / "runs/emoji-lora/checkpoints/000420", own, params, None, words)
     Image.new("RGB", (60, 40), (200, 120, 30)).save(folder / "cat.jpg")
     for make in tsvs.ALL.values():
         make(folder, 3)
@@ -92,6 +115,7 @@ def run(clone, warm):
     """A command in the clone. Python and torchrun on one machine start from a warm process, the rest from a shell."""
 
     def call(command: str) -> subprocess.CompletedProcess:
+        command += next((f" {more}" for start, more in SHORTER.items() if re.fullmatch(start, command)), "")
         if command.startswith("python "):
             done = warm.run(command, clone, ENV)
         elif command.startswith(standalone := "torchrun --standalone --nproc-per-node 2 recipes/"):
@@ -131,7 +155,7 @@ def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
         done = run(command)
         if "validate" in command:
             assert "40 of 40 records are fine" in done.stdout
-        if "infer" in command and "llava" not in command:
+        if "infer" in command and "llava" not in command and "finetune" not in command:
             assert "stage 1" in done.stderr and done.stdout.strip()
         if "evaluate" in command:
             assert "dry-run" in command or "95 % interval" in done.stdout
@@ -145,6 +169,7 @@ def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
 def made_weights(clone):
     assert HFLlava.from_pretrained(clone / "out/llava-hf").config.image_token_index == layouts.C.llama.vocab
     assert checkpoint.load_model(clone / "weights/lora").manifest.parts == ("vision", "projector", "llama")
+    assert {p.name for p in (clone / "out/peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert (clone / "weights/moved-pretrain.json").exists() and (clone / "out/mm_projector.bin").exists()
 
 
@@ -162,6 +187,9 @@ def made_runs(clone):
     manifest = json.loads((clone / "runs/pretrain/checkpoints/000001/manifest.json").read_text())
     assert manifest["parts"] == ["projector"] and manifest["base"]["path"] == str((clone / "weights/base").resolve())
     assert (clone / "runs/emoji-short/samples.html").exists()
+    stage2, task = (next((clone / f"runs/{name}/checkpoints").glob("*")) for name in ("finetune", "task"))
+    assert json.loads((stage2 / "manifest.json").read_text())["parts"] == ["projector", "llama"]
+    assert json.loads((task / "manifest.json").read_text())["lora"]["rank"] == 128
 
 
 MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/evaluate.md": made_scores,
@@ -183,7 +211,7 @@ def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
 
 
 def test_server_of_the_docs_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
-    (command,), (client,) = lines("docs/serve.md"), blocks("docs/serve.md", "python")
+    (command, _), (client,) = lines("docs/serve.md"), blocks("docs/serve.md", "python")
     with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
         try:
             url = server.stdout.readline().decode().split()[1]
@@ -194,6 +222,15 @@ def test_server_of_the_docs_answers_its_client_and_ends_when_told_to(clone, monk
         finally:
             server.send_signal(signal.SIGINT)
     assert server.returncode == 0
+
+
+def test_server_of_adapters_names_them(clone):
+    _, command = lines("docs/serve.md")
+    with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
+        names, url = server.stdout.readline().decode().strip().rsplit(": ", 1)
+        told = json.load(urllib.request.urlopen(f"{url}/v1/models"))
+        server.send_signal(signal.SIGINT)
+    assert names == "emoji, chat" and [m["id"] for m in told["data"]] == ["emoji", "chat"] and server.returncode == 0
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
@@ -215,13 +252,24 @@ def test_options_of_the_tables_exist(page, run):
 
 
 @pytest.mark.slow
-def test_default_run_learns_to_caption_what_it_has_not_seen(tmp_path):
+def test_default_runs_learn_to_caption_and_to_answer_about_what_they_have_not_seen(tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (command,) = [line for line in SETUP if "pretrain" in line]
-    command = command.rpartition("&&")[2].replace(".venv/bin/python", "python").split()
-    done = subprocess.run(command, cwd=tmp_path, env=ENV | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = re.search(r"([\d.]+)% of 281 .*; ([\d.]+) nats .* image, ([\d.]+) with", done.stdout)
+    (first,) = [line for line in SETUP if "pretrain" in line]
+    first = first.rpartition("&&")[2].replace(".venv/bin/python", "python")
+    second = [line for line in lines("README.md") if "finetune" in line or "results" in line][:3]
+
+    def call(command):
+        env = ENV | {"OMP_NUM_THREADS": "2"}
+        done = subprocess.run(command.split(), cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    said = re.search(r"([\d.]+)% of 281 .*; ([\d.]+) nats .* image, ([\d.]+) with", call(first))
     exact, nll, shuffled = map(float, said.groups())
     assert exact >= 80 and shuffled - nll > 1
     assert (tmp_path / "runs/emoji/samples.html").exists()
+    for command in second:
+        call(command.replace('"What is the role?"', "role?"))
+    names, values = (tmp_path / "results/emoji-finetune_heldout_acc.csv").read_text().replace('"', "").splitlines()
+    scores = dict(zip(names.split(","), map(float, values.split(",")), strict=True))
+    assert scores["Overall"] >= 80 and min(scores["role"], scores["gender"]) >= 90 and scores["name"] >= 70

@@ -227,6 +227,37 @@ def test_all_roles_meet_in_every_collective(changes, micro):
     assert plan.plan(c, C).order == "the same on all roles"
 
 
+ADAPTERS = {"train": "projector", "lora": config.Lora(rank=2, alpha=3.0, dropout=0.1)}
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+@pytest.mark.parametrize("changes", [parallel(4), parallel(4, tp=2, zero=3)], ids=["zero1", "tp2 zero3"])
+def test_all_roles_meet_where_adapters_are_trained(changes, quantise):
+    c = replace(SMALL, **changes, **ADAPTERS, quantise=quantise, recompute=True)
+    report = plan.plan(c, C)
+    assert report.order == "the same on all roles" and "projector and adapters of rank 2" in plan.text(report)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_frozen_decoder_is_sharded_with_level_3_and_small_in_four_bits(zero):
+    wide = replace(C, llama=replace(C.llama, width=64, heads=4, kv_heads=4, ffn=128, blocks=2))
+    c = replace(SMALL, **parallel(4, zero=zero), **ADAPTERS, recompute=True)
+    blocks = [(path, p) for path, p in spec.leaves(llava.spec(wide)) if path[:2] == ("llama", "blocks")]
+    linears = sum(math.prod(p.shape) for path, p in blocks if len(p.shape) == 2)
+    norms = sum(math.prod(p.shape) for path, p in blocks if len(p.shape) == 1)
+    rest = spec.count({k: v for k, v in llava.spec(wide).items() if k != "projector"}) - linears - norms
+    ranks = 4 if zero == 3 else 1
+    for kind, bytes_of_one in ((None, 2), ("int8", 1), ("nf4", 0.5 + 4 / 64)):
+        _, traced = plan.alone(replace(c, quantise=kind), wide)
+        rows = sum(p.shape[0] * 4 for path, p in blocks if len(p.shape) == 2) if kind == "int8" else 0  # scales
+        assert traced.kept[FROZEN] == 2 * rest + (2 * norms + bytes_of_one * linears + rows) / ranks
+
+
+def test_a_quantised_decoder_that_is_trained_is_refused():
+    with pytest.raises(ValueError, match="quantise=int8 is of frozen weights, and train=projector.llama trains"):
+        plan.plan(replace(SMALL, quantise="int8"), C)
+
+
 def test_a_rank_without_images_that_leaves_the_tower_out_is_found(monkeypatch):
     """What execution(images=...) prevents, where the tower's blocks are gathered in them."""
     execution = llava.execution
