@@ -1,4 +1,4 @@
-"""The config of each part: from the JSON that stands beside the weights or, for a bare file, from its shapes."""
+"""The config of each part of a model: from the config.json of a folder, or from the shapes of a file's tensors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights.tables import MEGATRON_LLAMA, Rule, Slot
+from llava_fn.weights.tables import Rule, Slot, megatron_llama
 
 Values = Mapping[str, Any]  # of a config.json
-FIXED = {  # fields of HF's and of LLaVA's config that change what is computed, and the value that LLaVA-1.5 has
+ANY = Llava(Vision(blocks=1000), Llama(blocks=1000))  # more blocks than any model, for the rules of all
+FIXED = {  # fields of HF's and of LLaVA's configs that change the computation, and their values in LLaVA-1.5
     "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
 }  # fmt: skip
 
 
 def vision_config(values: Values, feature_layer: int = -2) -> Vision:
-    """Ours from HF's CLIPVisionConfig, which leaves out what is at its default (configuration_clip.py)."""
+    """Our config from HF's CLIPVisionConfig, which omits fields at their defaults (configuration_clip.py)."""
     return Vision(
         image=values.get("image_size", 224),
         patch=values.get("patch_size", 32),
@@ -34,14 +35,13 @@ def vision_config(values: Values, feature_layer: int = -2) -> Vision:
 
 
 def llama_config(values: Values) -> Llama:
-    """Ours from HF's LlamaConfig, which leaves out what is at its default (configuration_llama.py).
+    """Our config from HF's LlamaConfig, which omits fields at their defaults (configuration_llama.py).
 
-    ValueError for a scaled rotary embedding, biases or heads of their own width: nothing here computes those.
+    ValueError for what is not implemented: a scaled rotary embedding, biases, a head width that is not width / heads.
     """
     rope = values.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
-    if values.get("rope_scaling") or kind != "default":
-        scaling = values.get("rope_scaling") or kind
+    if scaling := values.get("rope_scaling") or (kind if kind != "default" else None):
         raise ValueError(f"this Llama scales its rotary embedding ({scaling}); not supported")
     if values.get("attention_bias") or values.get("mlp_bias"):
         raise ValueError("this Llama has biases; not supported")
@@ -63,77 +63,73 @@ def llama_config(values: Values) -> Llama:
 
 
 def check_fixed(values: Values) -> None:
-    """ValueError listing every field of `FIXED` that has another value: such a model is not a LLaVA-1.5."""
+    """ValueError listing every field of `FIXED` with another value: such a model is not a LLaVA-1.5."""
     wrong = [f"{k}={values[k]!r}, not {v!r}" for k, v in FIXED.items() if values.get(k, v) != v]
     if wrong:
-        raise ValueError(f"this is not a LLaVA-1.5, which alone is computed here: {'; '.join(wrong)}")
+        raise ValueError(f"this is not a LLaVA-1.5, the only model supported: {'; '.join(wrong)}")
 
 
 def feature_layer(values: Values) -> int:
-    """The hidden state that the projector reads, counted as HF does; -2 where nothing says."""
+    """The hidden state that the projector reads, counted as in HF; -2 if no field names one."""
     layer = values.get("vision_feature_layer", values.get("mm_vision_select_layer", -2))
     if not isinstance(layer, int):
         raise ValueError(f"features of several layers ({layer}) are not supported: LLaVA-1.5 reads one")
     return layer
 
 
-def _of(rows: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Shape of the tensor that holds the leaf `path`. ValueError if it is missing."""
-    name = next(row.theirs for row in rows if path in row.ours)
+def _shape(rules: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of the tensor that holds the leaf `path`. ValueError if it is missing."""
+    name = next(rule.theirs for rule in rules if path in rule.ours)
     if name not in tensors:
-        raise ValueError(f"{name} is missing, and the sizes of the model cannot be told without it")
+        raise ValueError(f"{name} is missing, from which the sizes of the model follow")
     return tuple(tensors[name].shape)
 
 
-def _count(rows: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> int:
-    """Blocks whose leaf `path` is there."""
-    return sum(row.theirs in tensors for row in rows for ours in row.ours if ours.endswith(f"/{path}"))
+def _blocks(rules: list[Rule], tensors: Mapping[str, Tensor]) -> int:
+    """The number of blocks, counted by their leaves wo."""
+    return sum(rule.theirs in tensors for rule in rules if rule.ours[0].endswith("/wo"))
 
 
-MANY = 1000  # blocks, more than any model has
-
-
-def vision_of(slot: Slot, tensors: Mapping[str, Tensor], layer: int) -> Vision:
-    """The config of a CLIP that brings none, by OpenAI's rule: heads are 64 wide, quick GELU (clip/model.py).
+def vision_from_shapes(slot: Slot, tensors: Mapping[str, Tensor], layer: int) -> Vision:
+    """The config of a CLIP without config.json, by OpenAI's rule: heads of 64, quick GELU (clip/model.py).
 
     layer: the hidden state that the projector reads.
-    23 blocks are those of ViT-L without the last, which MindSpeed-MM's later converters leave out.
+    23 blocks stand for ViT-L's 24: MindSpeed-MM's later converters omit the last, which LLaVA does not read.
     """
-    rows = slot.rows(Llava(vision=Vision(blocks=MANY)))
-    width, _, patch, _ = _of(rows, "patch", tensors)
-    side = math.isqrt(_of(rows, "positions", tensors)[0] - 1)
+    rules = slot.rules(ANY)
+    width, _, patch, _ = _shape(rules, "patch", tensors)
+    side = math.isqrt(_shape(rules, "positions", tensors)[0] - 1)
     if width % 64:
         raise ValueError(f"the image tower is {width} wide, no multiple of 64: give a folder with its config.json")
-    blocks = _count(rows, "wo", tensors)
-    ffn = _of(rows, "blocks/0/w_up", tensors)[0]
+    blocks, ffn = _blocks(rules, tensors), _shape(rules, "blocks/0/w_up", tensors)[0]
     return Vision(side * patch, patch, width, 24 if blocks == 23 else blocks, width // 64, ffn, feature_layer=layer)
 
 
-def llama_of(slot: Slot, tensors: Mapping[str, Tensor]) -> Llama:
-    """The config of MindSpeed-MM's Vicuna: Llama-2's heads of 128, its eps and its rotary base.
+def llama_from_shapes(slot: Slot, tensors: Mapping[str, Tensor]) -> Llama:
+    """The config of MindSpeed-MM's Vicuna, with Llama 2's heads of 128, eps and rotary base.
 
-    ValueError for another layout, whose tensors tell neither heads nor rotary base.
+    ValueError for another layout, whose shapes give neither heads nor rotary base.
     """
-    if slot.rows is not MEGATRON_LLAMA:
-        raise ValueError("the tensors of a decoder do not tell its heads: give the folder with its config.json")
-    rows = slot.rows(Llava(llama=Llama(blocks=MANY)))
-    vocab, width = _of(rows, "embed", tensors)
+    if slot.rules is not megatron_llama:
+        raise ValueError("the shapes of a decoder do not give its heads: give the folder with its config.json")
+    rules = slot.rules(ANY)
+    vocab, width = _shape(rules, "embed", tensors)
     if width % 128:
         raise ValueError(f"the decoder is {width} wide, no multiple of 128: give MindSpeed-MM's model.json too")
     heads = width // 128
-    kv_heads = (_of(rows, "blocks/0/wq", tensors)[0] // 128 - heads) // 2  # rows are queries, keys and values
-    ffn = _of(rows, "blocks/0/w_down", tensors)[1]
-    return Llama(vocab, width, _count(rows, "wo", tensors), heads, kv_heads, ffn)
+    kv_heads = (_shape(rules, "blocks/0/wq", tensors)[0] // 128 - heads) // 2  # the rows are q, k and v
+    ffn = _shape(rules, "blocks/0/w_down", tensors)[1]
+    return Llama(vocab, width, _blocks(rules, tensors), heads, kv_heads, ffn)
 
 
-def vision_beside(values: Values) -> Vision | None:
-    """The image tower's config out of a config.json of LLaVA or CLIP, or None if it has none."""
+def vision_in(values: Values) -> Vision | None:
+    """The image tower's config from a config.json of LLaVA or CLIP; None if it holds none."""
     inner = values.get("vision_config", values.get("mm_vision_config", values if "patch_size" in values else None))
     return None if inner is None else vision_config(inner, feature_layer(values))
 
 
-def llama_beside(values: Values) -> Llama | None:
-    """The decoder's config out of a config.json of LLaVA or Llama, or None if there is none."""
+def llama_in(values: Values) -> Llama | None:
+    """The decoder's config from a config.json of LLaVA or Llama; None if it is empty."""
     inner = values.get("text_config", values)
     kind = inner.get("model_type", "llama")
     if kind not in ("llama", "llava", "llava_llama"):

@@ -1,4 +1,4 @@
-"""Weights out: the same leaves under the names of another layout, one tensor at a time, and the files beside them."""
+"""Export of weights: leaves under the names of another layout, written one tensor at a time, and configs."""
 
 from __future__ import annotations
 
@@ -18,52 +18,57 @@ from llava_fn.weights import companions, model, peft, placing, tables
 from llava_fn.weights.source import OURS, UNUSED, Weights
 from llava_fn.weights.tables import Rule
 
-Wrote = Callable[[int], None]  # called with the bytes of every tensor that has been written
+Progress = Callable[[int], None]  # called after each tensor with its size in bytes
 LAYOUTS = (OURS, *tables.WRITTEN)
 
 
-def _join(row: Rule, leaves: Mapping[str, Leaf], part: str) -> Leaf:
-    """Their tensor, made of our leaves when it is read."""
-    ours = [leaves[f"{part}/{path}"] for path in row.ours]
-    shape = placing.their_shape(row, {path: o.shape for path, o in zip(row.ours, ours, strict=True)})
-    return Leaf(shape, ours[0].dtype, lambda: row.how.join(*[o.read() for o in ours]))
+def _join(rule: Rule, leaves: Mapping[str, Leaf], part: str) -> Leaf:
+    """The tensor of a rule, computed from our leaves when it is read."""
+    ours = [leaves[f"{part}/{path}"] for path in rule.ours]
+    shape = placing.their_shape(rule, {path: o.shape for path, o in zip(rule.ours, ours, strict=True)})
+    return Leaf(shape, ours[0].dtype, lambda: rule.reshape.join(*[o.read() for o in ours]))
 
 
 def names(layout: str, source: Weights, c: Llava) -> dict[str, Leaf]:
-    """Name in the layout -> leaf, for every tensor of the layout's parts. ValueError names a part that is not there."""
+    """Name in the layout -> leaf, for every tensor of the layout. ValueError names a part that the source lacks."""
     leaves, out = {**source.spare, **source.leaves}, {}
     for slot in tables.WRITTEN[layout]:
         if slot.part not in source.parts:
             raise ValueError(f"{source.where} does not bring the {slot.part}, part of {layout}; name its source too")
-        for row in slot.rows(c):
-            if f"{slot.part}/{row.ours[0]}" in leaves:  # no head if tied, no last block if the source had none
-                out[slot.before + row.theirs] = _join(row, leaves, slot.part)
+        for rule in slot.rules(c):
+            if (
+                f"{slot.part}/{rule.ours[0]}" in leaves
+            ):  # a tied decoder has no head; a source may lack spare leaves
+                out[slot.prefix + rule.theirs] = _join(rule, leaves, slot.part)
     return out
 
 
 def _padded(source: Weights, rows: int) -> dict[str, Leaf]:
-    """The embedding and the head with `rows` rows: those that llava-hf brought, else the mean, as in HF's script."""
+    """The embedding and the head with `rows` rows, the added ones from the llava-hf source, or else their mean.
+
+    The mean of all rows is what HF's script takes; it adds noise of 1e-5 variances.
+    """
     out = {}
     for path in {"llama/embed", "llama/head"} & source.leaves.keys():
-        text, rest = source.leaves[path], source.spare.get(path)
-        if rest is None or text.shape[0] + rest.shape[0] != rows:
-            rest = text.then(lambda t: _mean_row(t).expand(rows - t.shape[0], -1))
+        text, added = source.leaves[path], source.spare.get(path)
+        if added is None or text.shape[0] + added.shape[0] != rows:
+            added = text.then(lambda t: _mean_row(t).expand(rows - t.shape[0], -1))
         shape = (rows, text.shape[1])
-        out[path] = Leaf(shape, text.dtype, lambda text=text, rest=rest: torch.cat([text.read(), rest.read()]))
+        out[path] = Leaf(shape, text.dtype, lambda text=text, added=added: torch.cat([text.read(), added.read()]))
     return out
 
 
 def _mean_row(t: Tensor) -> Tensor:
-    """The mean of all rows, summed in fp32 without a whole copy. Differs: HF's script adds noise of 1e-5 variances."""
+    """The mean of all rows, summed in fp32 chunk by chunk, without an fp32 copy of t."""
     if t.is_meta:
         return t[0]
     return (reduce(torch.add, (part.float().sum(0) for part in t.split(4096))) / len(t)).to(t.dtype)
 
 
 def _complete(source: Weights, c: Llava) -> tuple[Weights, Llava]:
-    """With CLIP's last norm and a config of as many blocks as there are: no reader of HF's layouts does without.
+    """The weights with CLIP's last norm and the config with the source's number of blocks, which HF's code expects.
 
-    Where the source has no norm it is the identity; LLaVA never reads it.
+    If the source lacks the norm, it becomes the identity; LLaVA does not read it.
     """
     blocks = {path.split("/")[2] for path in (*source.leaves, *source.spare) if path.startswith("vision/blocks/")}
     vision = dataclasses.replace(c.vision, blocks=len(blocks), feature_layer=c.vision.used - len(blocks) - 1)
@@ -80,7 +85,7 @@ def size(source: Weights) -> int:
     return sum(x.nbytes for x in (*source.leaves.values(), *source.spare.values()))
 
 
-def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None) -> None:
+def export(source: Weights, to: Path, layout: str, progress: Progress = lambda n: None) -> None:
     """Write `source` in a layout of `LAYOUTS` or tables.PEFT to the folder `to`, or to a file for mm_projector.
 
     `to` must not exist, and appears complete or not at all. ValueError if the source lacks a part of the layout or a
@@ -94,7 +99,7 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
     if source.lora:
         raise ValueError(
             f"{source.where} holds LoRA adapters; give --merge-lora to add them to the weights, or --to peft to write "
-            "them alone"
+            "only the adapters"
         )
     if layout == "mm_projector":
         with checkpoint.appearing(to) as part, part.open("wb") as f:
@@ -105,7 +110,7 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
 
     def done(size: int) -> None:
         source.release()
-        wrote(size)
+        progress(size)
 
     with checkpoint.appearing(to) as part:
         part.mkdir()
@@ -116,8 +121,8 @@ def export(source: Weights, to: Path, layout: str, wrote: Wrote = lambda n: None
 def _adapter(source: Weights, to: Path, style: str) -> None:
     others = [part for part in source.trained if part != "projector"]
     if not source.lora or others:
-        what = f"{', '.join(others)} was trained too" if others else "there are none"
-        raise ValueError(f"{source.where}: {style} is for adapters and a projector, and {what}; write a whole layout")
+        why = f"{', '.join(others)} was trained too" if others else "there are no adapters"
+        raise ValueError(f"{source.where}: {style} is for adapters and a projector, and {why}; write a whole layout")
     trained = source.leaves.items() if "projector" in source.trained else ()
     projector = {path.removeprefix("projector/"): x for path, x in trained if path.startswith("projector/")}
     with checkpoint.appearing(to) as part:
@@ -129,16 +134,16 @@ def _adapter(source: Weights, to: Path, style: str) -> None:
             (part / "config.json").write_bytes(files["config.json"])
 
 
-def _ours(source: Weights, tokenizer: bytes, part: Path, wrote: Wrote) -> None:
+def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Progress) -> None:
     c = model.config(source)
     files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
-    digests = {name: leaf.write(part / name, leaves, source.archives, wrote) for name, leaves in files.items()}
+    digests = {name: leaf.write(part / name, leaves, source.archives, progress) for name, leaves in files.items()}
     modes = source.image_mode or "square", source.template or "plain", source.compat
     manifest = checkpoint.Manifest(c, source.parts, *modes)
     checkpoint.seal(part, manifest, tokenizer, digests)
 
 
-def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, wrote: Wrote) -> None:
+def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, progress: Progress) -> None:
     source, c = _complete(source, model.config(source))
     dtype = source.leaves["llama/embed"].dtype
     image_mode, template = source.image_mode or "square", source.template or "plain"
@@ -148,6 +153,6 @@ def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, wrote: W
         files = companions.llava_hf(c, dtype, tokenizer, image_mode, template)
     else:
         files = companions.liuhaotian(c, dtype, tokenizer, image_mode)
-    leaf.write(part / "model.safetensors", names(layout, source, c), source.archives, wrote)
+    leaf.write(part / "model.safetensors", names(layout, source, c), source.archives, progress)
     for name, content in files.items():
         (part / name).write_bytes(content)

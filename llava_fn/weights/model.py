@@ -1,4 +1,4 @@
-"""Weights of several sources merged into one model, and loaded by a device."""
+"""One model from the weights of several sources, and its parameters in memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava_fn import llama, projector
 from llava_fn import spec as specs
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
 from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.llava import tower
@@ -21,30 +22,30 @@ from llava_fn.weights import peft, placing
 from llava_fn.weights.source import Weights, interpret
 
 
-def _one(sources: Sequence[Weights], what: str):
-    """The value on which the sources agree, or None if none states it. ValueError names two that differ."""
-    given = [(source, getattr(source, what)) for source in sources if getattr(source, what) is not None]
-    other = [source for source, value in given if value != given[0][1]]
+def _common(sources: Sequence[Weights], field: str):
+    """The value of a field on which the sources agree; None if none has one. ValueError names two that differ."""
+    stated = [(source, getattr(source, field)) for source in sources if getattr(source, field) is not None]
+    other = [source for source, value in stated if value != stated[0][1]]
     if other:
-        raise ValueError(f"{given[0][0].where} and {other[0].where} differ in {what}; give the one that holds")
-    return given[0][1] if given else None
+        raise ValueError(f"{stated[0][0].where} and {other[0].where} differ in {field}; give only sources that agree")
+    return stated[0][1] if stated else None
 
 
-def _form(sources: Sequence[Weights], adapted: Weights | None, what: str) -> str | None:
-    """How questions or pictures reach the model: as the adapters were trained, which is said if the base differs."""
-    own = getattr(adapted, what, None)
+def _form(sources: Sequence[Weights], adapted: Weights | None, field: str) -> str | None:
+    """The form of questions or images: the adapters', with a warning if the base's differs, or else `_common`."""
+    own = getattr(adapted, field, None)
     if adapted is None or own is None:
-        return _one(sources, what)
-    others = [x for source in sources if (x := getattr(source, what)) not in (None, own)]
+        return _common(sources, field)
+    others = [value for source in sources if (value := getattr(source, field)) not in (None, own)]
     if others:
-        print(f"{what} {own}, with which {adapted.where} was trained, in place of {others[0]}", file=sys.stderr)
+        print(f"{field} {own}, with which {adapted.where} was trained, in place of {others[0]}", file=sys.stderr)
     return own
 
 
 def merge(sources: Sequence[Weights]) -> Weights:
-    """The weights of all sources in one, with the adapters of at most one of them beside the weights.
+    """The weights of all sources in one, and the adapters of at most one source, not merged into the weights.
 
-    ValueError if two sources bring the same part, if parts do not fit each other, or adapters the weights.
+    ValueError if two sources hold the same part, if parts do not fit each other, or if adapters do not fit the weights.
     """
     sources, adapted = _with_adapter_last(sources)
     owner: dict[str, Weights] = {}
@@ -57,7 +58,7 @@ def merge(sources: Sequence[Weights]) -> Weights:
     vision = next((s.vision for s in sources if "vision" in s.parts), None)
     adapters = {
         path: adapter for path, adapter in (adapted.lora.items() if adapted else ())
-        if not (vision and placing.is_spare(path, vision))  # PEFT adapts blocks too that LLaVA never reads
+        if not (vision and placing.is_spare(path, vision))  # PEFT also adapts blocks that LLaVA does not read
     }  # fmt: skip
     peft.check(leaves, adapters, adapted.where if adapted else "")
     whole = Weights(
@@ -67,7 +68,7 @@ def merge(sources: Sequence[Weights]) -> Weights:
         vision=vision,
         llama=next((s.llama for s in sources if "llama" in s.parts), None),
         lora=adapters, trained=adapted.trained if adapted else (),
-        tokenizer=_one(sources, "tokenizer"), image_mode=_form(sources, adapted, "image_mode"),
+        tokenizer=_common(sources, "tokenizer"), image_mode=_form(sources, adapted, "image_mode"),
         template=_form(sources, adapted, "template"), compat=_form(sources, adapted, "compat"),
     )  # fmt: skip
     _check_widths(whole)
@@ -75,9 +76,9 @@ def merge(sources: Sequence[Weights]) -> Weights:
 
 
 def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weights | None]:
-    """The sources, the one with adapters last, and that one. Its projector replaces that of the others, which is said.
+    """The sources, with the source of adapters last, and the latter alone or None.
 
-    ValueError if two hold adapters.
+    The projector of the latter replaces another source's, with a message. ValueError if two sources hold adapters.
     """
     adapted = [source for source in sources if source.lora]
     if len(adapted) > 1:
@@ -99,7 +100,7 @@ def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weigh
 
 
 def merge_lora(source: Weights) -> Weights:
-    """The weights with the adapters in them. ValueError if there are none."""
+    """The weights with the adapters added to them. ValueError if there are no adapters."""
     if not source.lora:
         raise ValueError(f"--merge-lora is given, but {source.where} holds no adapters")
     return dataclasses.replace(source, leaves={**source.leaves, **peft.merge(source.leaves, source.lora)}, lora={})
@@ -107,10 +108,12 @@ def merge_lora(source: Weights) -> Weights:
 
 def cast(source: Weights, dtype: torch.dtype) -> Weights:
     """The weights in another dtype."""
-    leaves, spare = ({k: x.then(lambda t: t.to(dtype)) for k, x in of.items()} for of in (source.leaves, source.spare))
-    adapters = {
-        k: (*(x.then(lambda t: t.to(dtype)) for x in (a, b)), scale) for k, (a, b, scale) in source.lora.items()
-    }
+
+    def to(leaf: Leaf) -> Leaf:
+        return leaf.then(lambda t: t.to(dtype))
+
+    leaves, spare = ({path: to(x) for path, x in group.items()} for group in (source.leaves, source.spare))
+    adapters = {path: (to(a), to(b), scale) for path, (a, b, scale) in source.lora.items()}
     return dataclasses.replace(source, leaves=leaves, spare=spare, lora=adapters)
 
 
@@ -135,7 +138,7 @@ def config(source: Weights) -> Llava:
 
 
 def spec(source: Weights) -> specs.Spec:
-    """The declared parameters of the parts that the source brings, in our order."""
+    """The declared parameters of the source's parts, in our order."""
     w1 = source.leaves.get("projector/w1")
     parts = {
         "vision": source.vision and tower(source.vision).spec(source.vision),
@@ -146,36 +149,36 @@ def spec(source: Weights) -> specs.Spec:
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
-    """The parameters of a state dict of any public layout, such as that of a model of `transformers`.
+    """The parameters in a state dict of any public layout, such as a `transformers` model's.
 
-    c: the model; the config of a part that the state dict lacks does not matter. ValueError lists what does not fit.
+    c: the model's config, of which parts that the state dict lacks are not read. ValueError lists what does not fit.
     """
     return load(interpret("the state dict", tensors, {}, c))
 
 
 def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:
-    """The parameters in memory, locked: this rank's tensor-parallel block of each leaf, in the dtype of its file.
+    """The parameters in memory, locked: this rank's tensor-parallel shard of each leaf, in the dtype of its file.
 
-    Other blocks of a mapped file are not read, nor are adapters, see `adapters`.
+    Other shards of a mapped file are not read. Adapters are loaded by `adapters`.
     """
 
-    def block(path: tuple[str, ...], p: specs.Param) -> Tensor:
+    def shard(path: tuple[str, ...], p: specs.Param) -> Tensor:
         own = source.leaves["/".join(path)].read()[specs.shard(p, mesh)].clone()
         source.release()
         return own
 
-    return specs.build(spec(source), block)
+    return specs.build(spec(source), shard)
 
 
 def adapters(
     source: Weights, mesh: Mesh, device: torch.device, dtype: torch.dtype
 ) -> dict[tuple[str, ...], dict[str, Tensor]]:
-    """Path of an adapted weight -> a, b and scale: this rank's tensor-parallel block, for lora.attached."""
+    """Path of an adapted weight -> this rank's tensor-parallel shards of a and b, and scale, for lora.attached."""
     params, out = {"/".join(path): (path, p) for path, p in specs.leaves(spec(source))}, {}
     for name, (a, b, scale) in source.lora.items():
         path, p = params[name]
         rows, columns = specs.shard(p, mesh)
-        blocks = {"a": a.read()[:, columns], "b": b.read()[rows]}
-        out[path] = {k: x.to(device, dtype, copy=True) for k, x in blocks.items()} | {"scale": torch.tensor(scale)}
+        shards = {"a": a.read()[:, columns], "b": b.read()[rows]}
+        out[path] = {k: x.to(device, dtype, copy=True) for k, x in shards.items()} | {"scale": torch.tensor(scale)}
         source.release()
     return out

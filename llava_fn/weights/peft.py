@@ -1,10 +1,10 @@
-"""PEFT's low-rank adapters on disk, in and out (Hu et al. 2021, arXiv 2106.09685; peft/tuners/lora/config.py).
+"""PEFT folders of low-rank adapters, read and written (Hu et al. 2021, arXiv 2106.09685; peft/tuners/lora/config.py).
 
-    adapter_config.json           of whose fields only those are accepted for which the tensors mean W + scale B A
+    adapter_config.json           accepted if its fields mean that an adapted weight is W + scale B A
     adapter_model.safetensors     base_model.model.MODULE.lora_A.weight, r in; .lora_B.weight, out r; the projector
     non_lora_trainables.bin       LLaVA's own file for the projector
 
-MODULE is named as in transformers 5 or 4, or as in LLaVA's code, with or without the adapter's name behind lora_A.
+MODULE is named as in transformers 5 or 4, or as in LLaVA's code; the adapter's name may follow lora_A and lora_B.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from llava_fn import lora
 from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.archive import Archive
 from llava_fn.checkpoint.leaf import Leaf
-from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights.configs import MANY
-from llava_fn.weights.tables import HF, PEFT, Slot
+from llava_fn.weights.configs import ANY
+from llava_fn.weights.tables import HF, PEFT
 
 CONFIG, TENSORS, OTHERS = "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"
 NAME = re.compile(r"(?P<module>base_model\.model\..+)\.lora_(?P<which>[AB])(\.default)?\.weight")
 USED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-HARMLESS = (  # none changes what the tensors mean, whatever its value
+HARMLESS = (  # fields that do not change the meaning of the tensors
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
 )  # fmt: skip
-PLAIN = {  # fields that are harmless with one of these values; every other field, where it is not set
+PLAIN = {  # fields that are harmless with one of these values; all other fields are harmless only if unset
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
@@ -49,10 +48,10 @@ Values = Mapping[str, Any]
 
 
 def read(folder: Path, values: Values, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Adapters:
-    """The adapters of a PEFT folder, by our paths. others: the tensors that are no adapters.
+    """The adapters of a PEFT folder, by our paths. others: the folder's tensors that are no adapters.
 
-    ValueError names each field of the config that W + scale B A does not express, each module to save that is not in
-    the files, and each tensor without a place or a partner, of another rank, or with NaN or infinite values.
+    ValueError names each field that W + scale B A does not express, each module to save that is not in the files, and
+    each adapter tensor of an unknown module, without its partner, of another rank, or with NaN or infinite values.
     """
     where = folder / CONFIG
     _check_fields(where, values, others)
@@ -114,8 +113,8 @@ def _check_pattern(where: Path, field: str, pattern: str) -> None:
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name. Source: peft get_pattern_key."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
+    matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matches, default)
 
 
 def _scale(values: Values, module: str) -> float:
@@ -125,20 +124,18 @@ def _scale(values: Values, module: str) -> float:
 
 
 @cache
-def _tables() -> list[tuple[Slot, dict[str, str]]]:
-    """Each slot of the layout, and the names in it of the linear layers -> our paths."""
-    c = Llava(Vision(blocks=MANY), Llama(blocks=MANY))
-    linears = [
-        (slot, {r.theirs: f"{slot.part}/{r.ours[0]}" for r in slot.rows(c) if r.ours[0].split("/")[-1][0] == "w"})
-        for slot in HF.places
+def _tables() -> list[tuple[str, dict[str, str]]]:
+    """For each slot of HF's layout the prefix, and name of a linear layer -> our path."""
+    return [
+        (slot.prefix, {r.theirs: f"{slot.part}/{r.ours[0]}" for r in slot.rules(ANY) if "/w" in f"/{r.ours[0]}"})
+        for slot in HF.slots
     ]
-    return linears
 
 
 def _path(module: str) -> str | None:
     """Our path of a module's weight, or None if it is no linear layer of LLaVA."""
     name = f"{module}.weight"
-    matches = ((table, re.match(slot.before, name)) for slot, table in _tables())
+    matches = ((table, re.match(prefix, name)) for prefix, table in _tables())
     return next((table[name[m.end() :]] for table, m in matches if m and name[m.end() :] in table), None)
 
 
@@ -154,7 +151,7 @@ def check(leaves: Mapping[str, Leaf], adapters: Adapters, where: str) -> None:
 
 
 def merge(leaves: Mapping[str, Leaf], adapters: Adapters) -> dict[str, Leaf]:
-    """The leaves that the adapters change, with the adapters in them."""
+    """The adapted leaves, each with its adapter added."""
 
     def merged(path: str) -> Leaf:
         of, (a, b, scale) = leaves[path], adapters[path]
@@ -166,40 +163,40 @@ def merge(leaves: Mapping[str, Leaf], adapters: Adapters) -> dict[str, Leaf]:
 def write(
     folder: Path, adapters: Adapters, projector: Mapping[str, Leaf], style: str, archives: tuple[Archive, ...]
 ) -> None:
-    """Write a PEFT folder into `folder`, which exists. projector: its leaves by name, if it was trained too.
+    """Write the files of a PEFT folder into the existing `folder`. projector: its leaves by name if it was trained.
 
     style: "peft" for the names of transformers 5, with the projector among the modules to save; "peft-liuhaotian" for
-    those of LLaVA's code, with the projector in a file of its own.
+    those of LLaVA's code, with the projector in a separate file.
     """
     names, saved = {}, {}
     for slot in PEFT[style]:
-        c = Llava(Vision(blocks=MANY), Llama(blocks=MANY))
-        names |= {f"{slot.part}/{r.ours[0]}": (slot.before + r.theirs).removesuffix(".weight") for r in slot.rows(c)}
+        theirs = {r.ours[0]: slot.prefix + r.theirs for r in slot.rules(ANY)}
+        names |= {f"{slot.part}/{path}": name.removesuffix(".weight") for path, name in theirs.items()}
         if slot.part == "projector":
-            saved = {slot.before + r.theirs: projector[r.ours[0]] for r in slot.rows(c) if projector}
+            saved = {name: projector[path] for path, name in theirs.items() if projector}
     tensors = {}
     for path, (a, b, _) in adapters.items():
         tensors |= {f"{names[path]}.lora_A.weight": a, f"{names[path]}.lora_B.weight": b}
-    apart = style == "peft-liuhaotian"
-    leaf.write(folder / TENSORS, tensors if apart else tensors | saved, archives, lambda n: None)
-    if saved and apart:
+    separate = style == "peft-liuhaotian"
+    leaf.write(folder / TENSORS, tensors if separate else tensors | saved, archives, lambda n: None)
+    if saved and separate:
         torch.save({name: x.read().clone() for name, x in saved.items()}, folder / OTHERS)
     modules = {path: names[path].removeprefix("base_model.model.") for path in adapters}
     ranks = {modules[path]: a.shape[0] for path, (a, _, _) in adapters.items()}
     alphas = {modules[path]: scale * a.shape[0] for path, (a, _, scale) in adapters.items()}
-    values = _config(ranks, alphas) | {"modules_to_save": list(PROJECTOR[:1]) if saved and not apart else None}
+    values = _config(ranks, alphas) | {"modules_to_save": list(PROJECTOR[:1]) if saved and not separate else None}
     (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """The fields of a plain LoRA. A module's own rank or alpha is a pattern of its whole name."""
+    """The fields of a plain LoRA. A module with another rank or alpha gets a pattern of its whole name."""
     rank, alpha = (max(set(values), key=list(values).count) for values in (ranks.values(), alphas.values()))
-    every = all(re.fullmatch(DECODER, module) for module in ranks)
+    decoder = all(re.fullmatch(DECODER, module) for module in ranks)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank, "lora_alpha": alpha,
         "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
         "init_lora_weights": True, "inference_mode": True,
-        "target_modules": DECODER if every and len(ranks) % 7 == 0 else sorted(ranks),
+        "target_modules": DECODER if decoder and len(ranks) % 7 == 0 else sorted(ranks),
         "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(module): x for module, x in alphas.items() if x != alpha},
     }  # fmt: skip

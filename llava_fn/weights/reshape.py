@@ -1,4 +1,4 @@
-"""The few places where a tensor of another layout is not one of ours renamed: invertible functions, bit for bit."""
+"""Invertible reshapes, exact to the bit, between our leaves and the tensors of another layout that differ from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reshape:
-    """split: their tensor -> ours, views where it can; join: ours -> theirs. Each undoes the other."""
+    """split: their tensor -> our leaves, views where possible. join: our leaves -> their tensor; inverse of split."""
 
     split: Callable[[Tensor], tuple[Tensor, ...]]
     join: Callable[..., Tensor]
@@ -25,16 +25,17 @@ def _conv(w: Tensor) -> Tensor:
 
 
 SAME = Reshape(lambda t: (t,), lambda t: t)
-CONV = Reshape(lambda t: (t.flatten(1),), _conv)  # the patch embedding is a convolution elsewhere, a matmul here
+CONV = Reshape(lambda t: (t.flatten(1),), _conv)  # their patch embedding is a convolution, ours a matrix product
 TOKEN = Reshape(lambda t: (t.flatten(),), lambda t: t[None, None])  # Megatron's class token is 1 1 d
-STACK = Reshape(lambda t: t.chunk(3), lambda *qkv: torch.cat(qkv))  # OpenAI's rows are q | k | v
-PAIR = Reshape(lambda t: t.chunk(2), lambda *pair: torch.cat(pair))  # Megatron's rows are gate | up
+STACK = Reshape(lambda t: t.chunk(3), lambda *qkv: torch.cat(qkv))  # OpenAI's rows are q, k, v
+PAIR = Reshape(lambda t: t.chunk(2), lambda *pair: torch.cat(pair))  # Megatron's rows are gate, up
 
 
 def interleave(groups: int, head: int) -> Reshape:
-    """Megatron's rows: for each group of heads that share a key, its queries, then its key, then its value.
+    """Megatron's rows: for each KV head, the rows of its query heads, of its key and of its value.
 
-    groups: KV heads. head: width of one. Source: Megatron-LM, attention.py, SelfAttention.get_query_key_value_tensors.
+    groups: number of KV heads. head: rows of a head. Source: Megatron-LM, attention.py,
+    SelfAttention.get_query_key_value_tensors.
     """
 
     def split(t: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Import of weights: files of any public layout become leaves under our paths, and no tensor is left over."""
+"""Import of weights: files of any public layout become leaves under our paths; no tensor is ignored silently."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from llava_fn.checkpoint.folder import Checkpoint
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama, Llava, Vision
 from llava_fn.weights import configs, peft, placing
-from llava_fn.weights.companions import image_mode_of
+from llava_fn.weights.image_processor import image_mode_of
 from llava_fn.weights.placing import Tensors
 
 OURS = "llava_fn"
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 PARTS = ("vision", "projector", "llama")
-UNUSED = "unused.safetensors"  # in a checkpoint: tensors that LLaVA never reads, kept for a later export
+UNUSED = "unused.safetensors"  # file of a checkpoint with the spare leaves, for a later export
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The content of files or folders of weights. What they do not hold or state is None: a config, a tokenizer."""
+    """The content of files or folders of weights; None for what they lack."""
 
     where: str
     layout: str
     leaves: Mapping[str, Leaf]  # "llama/blocks/0/wq" -> leaf
-    spare: Mapping[str, Leaf]  # public layouts hold them, LLaVA never reads them
+    spare: Mapping[str, Leaf]  # leaves of public layouts that LLaVA does not read
     archives: tuple[Archive, ...]
     vision: Vision | None = None
     llama: Llama | None = None
     lora: peft.Adapters = field(default_factory=dict)
-    trained: tuple[str, ...] = ()  # beside the adapters
-    base: str | None = None  # what PEFT's config calls the base
+    trained: tuple[str, ...] = ()  # parts that were trained together with the adapters
+    base: str | None = None  # name of the base in PEFT's config
     tokenizer: bytes | None = None
     image_mode: str | None = None
     template: str | None = None
-    compat: str | None = None  # see text.py
+    compat: str | None = None  # see data/text.py
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that it brings, of vision, projector and llama."""
-        there = {path.partition("/")[0] for path in self.leaves}
-        return tuple(part for part in PARTS if part in there)
+        """The parts that have leaves."""
+        held = {path.partition("/")[0] for path in self.leaves}
+        return tuple(part for part in PARTS if part in held)
 
     def release(self) -> None:
         """Free the memory of the pages that were read."""
@@ -62,41 +62,40 @@ class Weights:
 
 
 def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Weights:
-    """Weights out of named tensors. values: of the config.json beside them. given: the model, if it is known.
+    """The weights that named tensors hold. values: the fields of their config.json. given: the model, if known.
 
     ValueError lists every tensor that is missing, unexpected, duplicate, or of a wrong shape or dtype.
     """
     layout = placing.detect(where, tensors)
     wrong: list[str] = []
-    found = placing.sort(tensors, layout, wrong)
+    slots = placing.assign(tensors, layout, wrong)
     vision = llama = None
     leaves: dict[str, Leaf] = {}
     try:
         configs.check_fixed(values)
         layer = configs.feature_layer(values)
-        for place, names in found.items():
-            if place.part == "vision":
-                beside = given.vision if given else configs.vision_beside(values)
-                vision = beside or configs.vision_of(place, names, layer)
-            if place.part == "llama":
-                llama = given.llama if given else configs.llama_beside(values) or configs.llama_of(place, names)
+        for slot, own in slots.items():
+            if slot.part == "vision":
+                config = given.vision if given else configs.vision_in(values)
+                vision = config or configs.vision_from_shapes(slot, own, layer)
+            if slot.part == "llama":
+                llama = given.llama if given else configs.llama_in(values) or configs.llama_from_shapes(slot, own)
         if vision is None and layer != -2:
-            raise ValueError(f"its projector reads hidden state {layer} of an image tower that it does not bring")
-        for place, names in found.items():
-            part = placing.leaves(place, names, vision, llama, wrong)
-            leaves |= {f"{place.part}/{path}": leaf for path, leaf in part.items()}
+            raise ValueError(f"the projector reads hidden state {layer} of an image tower that is not in the source")
+        for slot, own in slots.items():
+            part = placing.leaves(slot, own, vision, llama, wrong)
+            leaves |= {f"{slot.part}/{path}": leaf for path, leaf in part.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if wrong:
         lines = "\n  ".join(wrong)
         raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
-    spare = {k: leaf for k, leaf in leaves.items() if vision and placing.is_spare(k, vision)}
-    kept = {k: leaf for k, leaf in leaves.items() if k not in spare}
-    return _trim(Weights(where, layout.name, kept, spare, (), vision, llama), values)
+    spare = {k: leaves.pop(k) for k in list(leaves) if vision and placing.is_spare(k, vision)}
+    return _trim(Weights(where, layout.name, leaves, spare, (), vision, llama), values)
 
 
 def _trim(source: Weights, values: configs.Values) -> Weights:
-    """Move llava-hf's rows for `<image>`, `<pad>` and padding to `spare`: no id of the text vocabulary needs them."""
+    """Move llava-hf's rows for `<image>`, `<pad>` and padding, which have no token here, to `spare`."""
     first = values.get("image_token_index", values.get("image_token_id"))
     if source.llama is None or first is None or first >= source.llama.vocab:
         return source
@@ -109,38 +108,34 @@ def _trim(source: Weights, values: configs.Values) -> Weights:
 
 
 def open_source(path: Path, given: Llava | None = None) -> Weights:
-    """The weights of one file or folder; a run folder stands for its newest checkpoint.
+    """The weights of a file or folder; of a run folder, those of its newest checkpoint.
 
-    given: the model, where the file does not state it (MindSpeed-MM's model.json). ValueError if it is no file of
-    tensors, if its layout is not known, or if any tensor does not fit.
+    given: the model, if the source does not state it (from MindSpeed-MM's model.json). ValueError if the file holds no
+    tensors, has an unknown layout, or holds a tensor that does not fit.
     """
     path = checkpoint.newest(path)
     if path.is_file():
         archive = open_archive(path)
-        return _with(interpret(str(path), _model(archive), {}, given), [archive])
+        return dataclasses.replace(interpret(str(path), _model(archive), {}, given), archives=(archive,))
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if (path / checkpoint.SUMS).is_file():
-        return _ours(checkpoint.open_checkpoint(path, verified=True))
+        return _from_checkpoint(checkpoint.open_checkpoint(path, verified=True))
     if (rank := _megatron(path)) is not None:
         return open_source(rank, given)
     return _hugging_face(path, given)
 
 
 def _model(archive: Archive) -> Tensors:
-    """The tensors under "model", as in a checkpoint of Megatron; all tensors if there are none."""
+    """The tensors under "model", as in Megatron's checkpoints, or else all tensors."""
     inner = {name.removeprefix("model/"): t for name, t in archive.tensors.items() if name.startswith("model/")}
     return inner or archive.tensors
 
 
-def _with(source: Weights, archives: list[Archive], **more: Any) -> Weights:
-    return dataclasses.replace(source, archives=tuple(archives), **more)
-
-
 def _megatron(folder: Path) -> Path | None:
-    """The file of Megatron's newest iteration, or None if the folder is not Megatron's.
+    """The file of the newest iteration in Megatron's folder; None if the folder is not Megatron's.
 
-    ValueError if several ranks wrote it: MindSpeed-MM's LLaVA never ran with tensor or pipeline parallelism.
+    ValueError if several ranks wrote the iteration: MindSpeed-MM's LLaVA has no tensor or pipeline parallelism.
     """
     tracker = folder / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
@@ -150,7 +145,7 @@ def _megatron(folder: Path) -> Path | None:
             raise ValueError(f"{tracker} names {step!r}, but there is no {folder}")
     ranks = sorted(folder.glob("mp_rank_*/model_optim_rng.pt")) or sorted(folder.glob("model_optim_rng.pt"))
     if len(ranks) > 1:
-        raise ValueError(f"{folder} was written by {len(ranks)} ranks; only one rank's is read (tp 1, pp 1)")
+        raise ValueError(f"{folder} was written by {len(ranks)} ranks; only one is supported (tp 1, pp 1)")
     return ranks[0] if ranks else None
 
 
@@ -165,7 +160,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _hugging_face(folder: Path, given: Llava | None) -> Weights:
-    """A folder with config.json and weights, or PEFT's folder of an adapter."""
+    """The weights of a folder with config.json, or of a PEFT folder of adapters."""
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
     files = {name: _json(folder / name) for name in CONFIGS}
@@ -175,54 +170,55 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     source = Weights(str(folder), "PEFT", {}, {}, ())
     if rest:
         source = interpret(str(folder), rest, files["config.json"], given)
-    words = folder / "tokenizer.model"
+    tokenizer = folder / "tokenizer.model"
     whole = {"projector", "llama"} <= set(source.parts)
-    return _with(
-        source, archives,
+    return dataclasses.replace(
+        source,
+        archives=tuple(archives),
         lora=peft.read(folder, adapter, pairs, rest) if adapter else {},
         trained=source.parts if adapter else (),
         base=adapter.get("base_model_name_or_path") or None,
-        tokenizer=words.read_bytes() if words.is_file() else None,
+        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
         image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole else None,
         template="v1" if whole else None,
-    )  # fmt: skip
+    )
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether it is a run, or a checkpoint of one, that trained adapters."""
+    """Whether `path` is a run that trained adapters, or a checkpoint of such a run."""
     path = checkpoint.newest(path)
     return (path / checkpoint.SUMS).is_file() and checkpoint.read_manifest(path).lora is not None
 
 
 def open_adapter(path: Path, base: Path) -> Weights:
-    """The adapters of a PEFT folder or of a run, with what was trained beside them, and without the run's base.
+    """The adapters of a PEFT folder or of a run, and the other parts trained with them, without the base.
 
-    ValueError if it holds no adapters, or if it was trained on another base than the checkpoint or run `base`.
+    ValueError if there are no adapters, or if they were trained on another base than the checkpoint or run `base`.
     """
     path = checkpoint.newest(path)
     if not (path / checkpoint.SUMS).is_file():
         source = open_source(path)
     else:
-        c, there = checkpoint.open_checkpoint(path, verified=True), checkpoint.newest(base)
+        c, base = checkpoint.open_checkpoint(path, verified=True), checkpoint.newest(base)
         own = c.manifest.base
-        if own and (there / checkpoint.SUMS).is_file() and checkpoint.fingerprint(there) != own.fingerprint:
-            raise ValueError(f"{path} was trained on {own.path}, and {there} is another base")
-        source = _ours(c, alone=True)
+        if own and (base / checkpoint.SUMS).is_file() and checkpoint.fingerprint(base) != own.fingerprint:
+            raise ValueError(f"{path} was trained on {own.path}, and {base} is another base")
+        source = _from_checkpoint(c, with_base=False)
     if not source.lora:
         raise ValueError(f"{path} holds no adapters; name a PEFT folder, or a run that trained some")
     return source
 
 
-def _ours(c: Checkpoint, alone: bool = False) -> Weights:
-    """A checkpoint of ours, with the missing parts from its base, unless it is wanted alone."""
+def _from_checkpoint(c: Checkpoint, with_base: bool = True) -> Weights:
+    """The weights of a checkpoint of ours; the parts that it lacks come from its base."""
     m = c.manifest
-    unused = open_archive(c.folder / UNUSED) if (c.folder / UNUSED).is_file() else None
+    unused = [open_archive(c.folder / UNUSED)] if (c.folder / UNUSED).is_file() else []
     own, archives = _leaves(c)
     leaves = {path: leaf for path, leaf in own.items() if not path.startswith(f"{lora.PART}/")}
-    spare = {name: Leaf.of(t) for name, t in unused.tensors.items()} if unused else {}
-    archives = ([unused] if unused else []) + archives
-    if not alone and c.base:
-        base = _ours(c.base)
+    spare = {name: Leaf.of(t) for archive in unused for name, t in archive.tensors.items()}
+    archives = unused + archives
+    if with_base and c.base:
+        base = _from_checkpoint(c.base)
         archives += base.archives
         leaves |= {path: leaf for path, leaf in base.leaves.items() if not specs.under(path.split("/"), m.parts)}
         spare = {**base.spare, **spare}
@@ -233,7 +229,7 @@ def _ours(c: Checkpoint, alone: bool = False) -> Weights:
 
 
 def _adapters(c: Checkpoint, own: Mapping[str, Leaf]) -> dict[str, tuple[Leaf, Leaf, float]]:
-    """Path of an adapted weight -> A, B and scale, of a checkpoint that holds adapters, or of its base."""
+    """Path of an adapted weight -> A, B and scale, of the checkpoint's adapters."""
     if c.manifest.lora is None:
         return {}
     paths = [path.removesuffix("/a") for path in own if path.startswith(f"{lora.PART}/") and path.endswith("/a")]
@@ -242,7 +238,7 @@ def _adapters(c: Checkpoint, own: Mapping[str, Leaf]) -> dict[str, tuple[Leaf, L
 
 
 def _leaves(c: Checkpoint) -> tuple[dict[str, Leaf], list[Archive]]:
-    """The leaves that the checkpoint itself holds, and the files that are mapped for them.
+    """The leaves of the checkpoint without its base, and their mapped files.
 
     A leaf that several ranks wrote is assembled when it is read.
     """

@@ -34,7 +34,8 @@ from llava_fn.data.templates import TEMPLATES
 from llava_fn.data.text import render
 from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.weights import configs
-from llava_fn.weights.companions import OPEN_SYSTEM, image_mode_of, liuhaotian, llava_hf, padded
+from llava_fn.weights.companions import OPEN_SYSTEM, liuhaotian, llava_hf, padded
+from llava_fn.weights.image_processor import image_mode_of
 from llava_fn.weights.model import from_state_dict
 
 STAND_IN = (
@@ -154,10 +155,10 @@ def test_hf_config_gives_the_model_back(c, tokenizer, tmp_path):
     files = llava_hf(c, torch.bfloat16, tokenizer.model, "pad", "vicuna_v1")
     raw, loaded = parsed(files)["config.json"], LlavaConfig.from_pretrained(written(files, tmp_path))
     for values in (raw, loaded.to_dict()):
-        text = configs.llama_beside(values)
+        text = configs.llama_in(values)
         assert text.vocab == 576
         text = dataclasses.replace(text, vocab=values["image_token_index"])
-        assert Llava(configs.vision_beside(values), text) == c
+        assert Llava(configs.vision_in(values), text) == c
     assert raw["tie_word_embeddings"] == loaded.tie_word_embeddings == c.llama.tied
     assert loaded.text_config.max_position_embeddings == 4096
     assert loaded.image_seq_length == c.vision.patches
@@ -389,7 +390,7 @@ def test_liuhaotian_config_gives_the_model_back(c, tokenizer):
     model = STAND_IN if c is LLAVA_13B else tokenizer.model
     values = parsed(liuhaotian(c, torch.bfloat16, model, "pad"))["config.json"]
     for text in (values, LlamaConfig.from_dict(values).to_dict()):
-        assert Llava(configs.vision_beside(values), configs.llama_config(text)) == c
+        assert Llava(configs.vision_in(values), configs.llama_config(text)) == c
     assert values["mm_hidden_size"] == c.vision.width
 
 
@@ -515,8 +516,8 @@ def test_unknown_template_is_refused():
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (lambda: trained(model_type="unigram", normalization_rule_name="identity"), "no BPE model"),
-        (lambda: trained(model_type="bpe", normalization_rule_name="nmt_nfkc"), "normalises its text"),
+        (lambda: trained(model_type="unigram", normalization_rule_name="identity"), "not a BPE model"),
+        (lambda: trained(model_type="bpe", normalization_rule_name="nmt_nfkc"), "without normalisation"),
         (lambda: STAND_IN + piece("<image>", -5.0, 1), "the piece '<image>' already"),
         (lambda: STAND_IN + piece("<pad>", -5.0, 3), "the piece '<pad>' already"),
         (lambda: STAND_IN + piece("my\u16a0", -5.0, 4), "user-defined or unused pieces.*my"),

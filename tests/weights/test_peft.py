@@ -170,7 +170,7 @@ def test_a_whole_layout_is_not_written_with_adapters_beside_it(base, adapter, tm
     _, source = loaded(base, adapter[0])
     with pytest.raises(ValueError, match="holds LoRA adapters; give --merge-lora to add them .* or --to peft"):
         export.export(source, tmp_path / "out", "llava-hf")
-    with pytest.raises(ValueError, match="peft is for adapters and a projector, and there are none"):
+    with pytest.raises(ValueError, match="peft is for adapters and a projector, and there are no adapters"):
         export.export(loaded(base)[1], tmp_path / "out", "peft")
 
 

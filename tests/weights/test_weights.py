@@ -171,23 +171,23 @@ def test_transformers_loads_the_export_and_computes_the_same(name, folders, peer
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_each_table_covers_each_leaf_of_the_spec_once(layout):
     c = dataclasses.replace(C, llama=dataclasses.replace(C.llama, blocks=12))
-    for place in layout.places:
-        ours = [path for row in place.rows(c) for path in row.ours]
-        shapes = placing.shapes(place.part, c, (c.llama.width, c.vision.width))
+    for slot in layout.slots:
+        ours = [path for rule in slot.rules(c) for path in rule.ours]
+        shapes = placing.shapes(slot.part, c, (c.llama.width, c.vision.width))
         without_norm = {"post_g", "post_b"} if layout.name.startswith("MindSpeed") else set()
-        assert sorted(ours) == sorted(shapes.keys() - (without_norm if place.part == "vision" else set()))
-        names = [row.theirs for row in place.rows(c)]
+        assert sorted(ours) == sorted(shapes.keys() - (without_norm if slot.part == "vision" else set()))
+        names = [rule.theirs for rule in slot.rules(c)]
         assert len(set(names)) == len(names)
 
 
 def test_each_reshape_is_undone_by_its_inverse():
     for layout in LAYOUTS:
-        for place in layout.places:
-            shapes = placing.shapes(place.part, C, (C.llama.width, C.vision.width))
-            for row in place.rows(C):
-                ours = [torch.randn(shapes[path]) for path in row.ours]
-                back = row.how.split(row.how.join(*ours))
-                assert all(torch.equal(a, b) for a, b in zip(ours, back, strict=True)), row.theirs
+        for slot in layout.slots:
+            shapes = placing.shapes(slot.part, C, (C.llama.width, C.vision.width))
+            for rule in slot.rules(C):
+                ours = [torch.randn(shapes[path]) for path in rule.ours]
+                back = rule.reshape.split(rule.reshape.join(*ours))
+                assert all(torch.equal(a, b) for a, b in zip(ours, back, strict=True)), rule.theirs
 
 
 def test_a_tower_of_23_blocks_is_the_24_of_vit_l_without_the_last(state, tokenizer, tmp_path):
@@ -276,7 +276,7 @@ def test_a_projector_under_two_kinds_of_names_is_refused(state, tmp_path):
     path = layouts.write_projector(tmp_path / "p.bin", state)
     both = torch.load(path) | {n: t for n, t in state.items() if n.startswith("multi_modal")}
     torch.save(both, path)
-    with pytest.raises(ValueError, match="duplicate: the projector stands there under two kinds of names"):
+    with pytest.raises(ValueError, match="duplicate: the projector is held under two kinds of names"):
         open_source(path)
 
 
@@ -319,7 +319,7 @@ def test_a_projector_for_another_layer_of_an_absent_tower_is_refused(state, toke
     folder = layouts.write_liuhaotian(tmp_path / "liu", state, False, tokenizer.model)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"mm_vision_select_layer": -1}))
-    with pytest.raises(ValueError, match="reads hidden state -1 of an image tower that it does not bring"):
+    with pytest.raises(ValueError, match="reads hidden state -1 of an image tower that is not in the source"):
         open_source(folder)
 
 
@@ -327,7 +327,7 @@ def test_what_is_no_model_is_named(tmp_path, folders, state, tokenizer):
     with pytest.raises(ValueError, match="nothing.pt: no such file or folder"):
         open_source(tmp_path / "nothing.pt")
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors holds 2 tensors of no layout known here .a, b"):
+    with pytest.raises(ValueError, match="x.safetensors holds 2 tensors of an unknown layout .a, b"):
         open_source(tmp_path / "x.safetensors")
     bare = folders["OpenAI CLIP, Vicuna, mm_projector.bin"][1] / "pytorch_model-00001-of-00003.bin"
     with pytest.raises(ValueError, match="give the folder with its config.json"):
@@ -365,7 +365,7 @@ def test_parts_that_do_not_belong_together_are_refused(folders, state, tokenizer
         opened([few], tokenizer)
     bare = layouts.write_clip(tmp_path / "clip", state, False)
     (bare / "tokenizer.model").write_bytes(b"of another model")
-    with pytest.raises(ValueError, match="clip and .* differ in tokenizer; give the one that holds"):
+    with pytest.raises(ValueError, match="clip and .* differ in tokenizer; give only sources that agree"):
         opened([bare, vicuna], tokenizer)
 
 
