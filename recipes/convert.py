@@ -21,7 +21,7 @@ import tyro
 from llava_fn.launch import cli
 
 if TYPE_CHECKING:
-    from llava_fn.weights.mindspeed import Moved
+    from llava_fn.weights.mindspeed import Translation
     from llava_fn.weights.source import Weights
 
 OPENAI = {"ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}  # clip/clip.py
@@ -74,7 +74,7 @@ def is_json(path: Path) -> bool:
         return f.read(64).lstrip().startswith(b"{")
 
 
-def moved_sources(moved: Moved, given: list[Weights]) -> list[Weights]:
+def moved_sources(moved: Translation, given: list[Weights]) -> list[Weights]:
     """The files that MindSpeed-MM's JSON names, but for parts that a source on the command line brings."""
     from llava_fn.weights.source import open_source
 
@@ -89,7 +89,7 @@ def moved_sources(moved: Moved, given: list[Weights]) -> list[Weights]:
     return out
 
 
-def read(c: Convert) -> tuple[Weights, Moved | None]:
+def read(c: Convert) -> tuple[Weights, Translation | None]:
     """All sources put together. ValueError names what is missing, has no place, or does not fit."""
     import torch
 

@@ -36,9 +36,7 @@ def names(layout: str, source: Weights, c: Llava) -> dict[str, Leaf]:
         if slot.part not in source.parts:
             raise ValueError(f"{source.where} does not bring the {slot.part}, part of {layout}; name its source too")
         for rule in slot.rules(c):
-            if (
-                f"{slot.part}/{rule.ours[0]}" in leaves
-            ):  # a tied decoder has no head; a source may lack spare leaves
+            if f"{slot.part}/{rule.ours[0]}" in leaves:  # a tied decoder has no head; a source may lack spare leaves
                 out[slot.prefix + rule.theirs] = _join(rule, leaves, slot.part)
     return out
 

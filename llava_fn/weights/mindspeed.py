@@ -1,9 +1,9 @@
 """The JSON files of MindSpeed-MM's LLaVA-1.5 example in our terms: model.json, data.json, and those of its inference
 and its evaluation.
 
-Each field of a file is one of three: used (it sets something), checked (there is one value that LLaVA-1.5 computes
-with), or ignored, and then listed. MindSpeed-MM itself passes over what it does not know, and where a field is missing
-it takes Megatron's default, which often is not LLaVA's: a missing field is checked as that default.
+A field of a file is either used, or checked for the only value that is LLaVA-1.5's, or listed as ignored. MindSpeed-MM
+skips unknown fields and gives missing ones Megatron's defaults, which often are not LLaVA's: a missing field is checked
+as if it had that default.
 Sources: MindSpeed-MM vl_model.py, clip_vit_model.py, multimodal_projector.py, multimodal_dataset.py, and
 Megatron-LM transformer_config.py, both of core_r0.8.0.
 """
@@ -21,14 +21,14 @@ from typing import Any
 from llava_fn.config import Llama, Llava, Vision, differences, plain
 from llava_fn.data.options import Source
 
-MODEL, DATA = ("text_decoder", "image_encoder"), ("dataset_param",)  # blocks that tell what a file is
+MODEL, DATA = ("text_decoder", "image_encoder"), ("dataset_param",)  # objects by which a file is recognised
 LLAMA, VISION, PROJECTOR = "text_decoder", "image_encoder.vision_encoder", "image_encoder.vision_projector"
 PARTS = (LLAMA, VISION, PROJECTOR)
 BASIC, PREPROCESS = "dataset_param.basic_parameters", "dataset_param.preprocess_parameters"
 PIPELINE = f"{PREPROCESS}.train_pipeline"
-REQUIRED = "nothing"  # what a missing field means where MindSpeed-MM has no default for it
+REQUIRED = "nothing"  # in place of a default that MindSpeed-MM does not have
 
-# field, the value that LLaVA-1.5 computes with, what a missing field means
+# field, its value in LLaVA-1.5, its default
 LAYER_CHECKS = (
     ("attention_dropout", 0.0, 0.1),
     ("hidden_dropout", 0.0, 0.1),
@@ -58,7 +58,7 @@ VISION_CHECKS = LAYER_CHECKS + (
     ("post_layer_norm", False, False),
     ("add_class_token", True, REQUIRED),
     ("class_token_len", 1, REQUIRED),
-    ("recompute_granularity", None, None),  # with it, MindSpeed-MM's features are another hidden state's
+    ("recompute_granularity", None, None),  # if set, MindSpeed-MM reads another hidden state
 )
 PROJECTOR_CHECKS = (
     ("model_id", "mlp", REQUIRED),
@@ -68,9 +68,9 @@ PROJECTOR_CHECKS = (
     ("add_bias_linear", True, True),
 )
 MODEL_CHECKS = (("model_id", "llava", REQUIRED), ("text_encoder", None, None), ("video_encoder", None, None)) + tuple(
-    (f"{part}.{name}", wanted, absent)
-    for part, rows in ((LLAMA, LLAMA_CHECKS), (VISION, VISION_CHECKS), (PROJECTOR, PROJECTOR_CHECKS))
-    for name, wanted, absent in rows
+    (f"{part}.{name}", wanted, default)
+    for part, checks in ((LLAMA, LLAMA_CHECKS), (VISION, VISION_CHECKS), (PROJECTOR, PROJECTOR_CHECKS))
+    for name, wanted, default in checks
 )
 DATA_CHECKS = (
     (f"{PREPROCESS}.image_reader_type", "CLIPImageProcessor", REQUIRED),
@@ -88,38 +88,41 @@ DATA_CHECKS = (
 )
 
 _LAYER = {"width": "hidden_size", "blocks": "num_layers", "heads": "num_attention_heads", "ffn": "ffn_hidden_size"}
-SIZES = (  # our name of each size -> theirs
+SIZES = (  # of each part: our name of a size -> MindSpeed-MM's
     (VISION, _LAYER | {"image": "image_size", "patch": "patch_size"}),
     (LLAMA, _LAYER | {"vocab": "language_vocab_size"}),
 )
 
-TRAINS = {  # by what is frozen of PARTS
+TRAINS = {  # which of PARTS are frozen -> our name of the training stage
     (True, True, False): "projector",
     (False, True, False): "projector+llama",
     (False, False, False): "all",
 }
-TEMPLATES = {"llava-plain": "plain"}  # the one that MindSpeed-MM prepares images for
+TEMPLATES = {"llava-plain": "plain"}  # the only template that MindSpeed-MM supports with images
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float32": "float32"}
-RECOMPUTE = {"full": True, "selective": False, None: False}  # selective: attention alone, which keeps no scores here
+RECOMPUTE = {"full": True, "selective": False, None: False}  # selective: attention alone, which stores no scores here
 
 PLACEHOLDER = re.compile(r"<[^/]*>|\{[^/]*\}|(^|/)your_\w+_path(/|$)")
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What MindSpeed-MM's JSON files say, in our terms."""
+class Translation:
+    """The content of MindSpeed-MM's JSON files in our terms."""
 
-    model: Llava | None  # None if only data.json was given
-    weights: tuple[Path, ...]  # the ckpt_path of each part: decoder, image tower, projector; null ones left out
-    tokenizer: Path | None  # the folder or file that from_pretrained names
-    pretrain: dict | None  # values of recipes/pretrain.py as its config.json holds them; None without a data.json
+    model: Llava | None  # None without a model.json
+    weights: tuple[Path, ...]  # the ckpt_path of decoder, image tower and projector, without nulls
+    tokenizer: Path | None  # the folder or file in from_pretrained
+    pretrain: dict | None  # fields for a config.json of recipes/pretrain.py; None without a data.json
     image_mode: str | None
     ignored: tuple[str, ...]  # one line for each field that has no meaning here
 
 
 @dataclass
 class _File:
-    """One file while it is read. leaves: the value of each field by its path, as in "text_decoder.num_layers"."""
+    """A file and the errors found in it. leaves: path, as in "text_decoder.num_layers" -> value of the field.
+
+    The methods that return None for a wrong field also add it to `wrong`.
+    """
 
     name: str
     leaves: dict[str, Any]
@@ -127,29 +130,29 @@ class _File:
     wrong: list[str] = field(default_factory=list)
 
     def inside(self, name: str) -> dict[str, Any]:
-        """The leaves that are the field, or below it."""
+        """The leaves at the path `name` or below it."""
         return {k: v for k, v in self.leaves.items() if k == name or k.startswith((f"{name}.", f"{name}["))}
 
-    def take(self, name: str, absent: Any = None) -> Any:
-        """The field's value; a dict if it has fields of its own."""
-        found = self.inside(name)
-        self.taken.update(found)
-        return found.get(name, found) if found else absent
+    def take(self, name: str, default: Any = None) -> Any:
+        """The field's value, or the leaves below the field."""
+        leaves = self.inside(name)
+        self.taken.update(leaves)
+        return leaves.get(name, leaves) if leaves else default
 
     def refuse(self, name: str, why: str) -> None:
-        """Note that the field cannot stay as it is."""
+        """Add the field to `wrong`."""
         state = f"is {self.take(name)!r}" if self.inside(name) else "is missing"
         self.wrong.append(f"{self.name}: {name} {state}{why}")
 
-    def check(self, name: str, wanted: Any, absent: Any) -> None:
-        """The field must have, or mean where it is missing, the value that is wanted."""
-        value = self.take(name, absent)
+    def check(self, name: str, wanted: Any, default: Any) -> None:
+        """Refuse the field unless its value, or the default of a missing field, is the wanted one."""
+        value = self.take(name, default)
         if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
-            meaning = "" if self.inside(name) or absent is REQUIRED else f", which means {absent!r}"
+            meaning = "" if self.inside(name) or default is REQUIRED else f", which means {default!r}"
             self.refuse(name, f"{meaning}; wanted: {wanted!r}")
 
-    def choose(self, name: str, choices: Mapping[Any, Any]) -> Any:
-        """What the field's value stands for. None, and noted, if it stands for nothing."""
+    def choice(self, name: str, choices: Mapping[Any, Any]) -> Any:
+        """Our value for the field's; None if there is none."""
         value = self.take(name)
         if value is None or isinstance(value, str):
             if value in choices:
@@ -157,20 +160,20 @@ class _File:
         self.refuse(name, f"; wanted: one of {', '.join(map(repr, choices))}")
         return None
 
-    def size(self, name: str, absent: int | None = None) -> int | None:
-        """The field as a whole number above 0. None, and noted, if it is not."""
-        value = absent if self.take(name) is None else self.take(name)
+    def size(self, name: str, default: int | None = None) -> int | None:
+        """The field as a whole number above 0, or None."""
+        value = default if self.take(name) is None else self.take(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         self.refuse(name, "; wanted: a whole number above 0")
         return None
 
     def path(self, name: str) -> Path | None:
-        """The field as a path. None, and noted, if it is none or has to be edited first."""
+        """The field as a path; None if it is no path or still a placeholder."""
         value = self.take(name)
         if isinstance(value, str) and value and not PLACEHOLDER.search(value):
             return Path(value)
-        edit = ", which stands for a path; edit it first"
+        edit = ", a placeholder for a path; edit it first"
         self.refuse(name, edit if isinstance(value, str) and value else "; wanted: a path")
         return None
 
@@ -179,54 +182,54 @@ class _File:
         return None if self.take(name) is None else self.path(name)
 
     def items(self, name: str) -> list[str]:
-        """The paths of the field's items if it is a list of objects, else its own."""
-        found = (re.match(re.escape(name) + r"\[\d+\]", leaf) for leaf in self.leaves)
-        return list(dict.fromkeys(m.group() for m in found if m)) or [name]
+        """The paths of the items of a list of objects, or [name] for any other field."""
+        matches = (re.match(re.escape(name) + r"\[\d+\]", leaf) for leaf in self.leaves)
+        return list(dict.fromkeys(m.group() for m in matches if m)) or [name]
 
 
 def is_config(values: Any) -> bool:
-    """Whether parsed JSON is a model, data, inference or evaluation file of MindSpeed-MM, told from its content."""
+    """Whether parsed JSON has the content of a model, data, inference or evaluation file of MindSpeed-MM."""
     return isinstance(values, dict) and (_has(values, MODEL) or _has(values, DATA))
 
 
-def _has(values: Mapping[str, Any], blocks: Sequence[str]) -> bool:
-    return any(isinstance(values.get(block), dict) for block in blocks)
+def _has(values: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return any(isinstance(values.get(name), dict) for name in names)
 
 
-def read(files: Sequence[Path]) -> Moved:
-    """What the files say together. Relative paths stay as they are.
+def read(files: Sequence[Path]) -> Translation:
+    """The translation of all files together. Relative paths stay relative.
 
-    One ValueError lists each field that is missing, waits to be edited, or is not as LLaVA-1.5 computes, with its file.
-    ValueError also for a file that is no JSON (line and column) or none of MindSpeed-MM's, and for two files that
-    contradict each other.
+    One ValueError lists each field that is missing, a placeholder, or not LLaVA-1.5's, with its file. ValueError also
+    for a file that is no JSON (with line and column) or not MindSpeed-MM's, and for two files that contradict each
+    other.
     """
     parsed = [(str(path), _parse(path)) for path in files]
     opened = [(_File(name, _leaves(values)), values) for name, values in parsed]
-    models, datas = ([f for f, values in opened if _has(values, blocks)] for blocks in (MODEL, DATA))
-    said = [(f.name, _model(f, bool(datas))) for f in models]
-    known = next((facts["model"] for _, facts in said if facts["model"]), Llava())
-    said += [(f.name, _data(f, known.vision.image)) for f in datas]
+    models, datas = ([f for f, values in opened if _has(values, names)] for names in (MODEL, DATA))
+    facts = [(f.name, _model(f, bool(datas))) for f in models]
+    model = next((own["model"] for _, own in facts if own["model"]), Llava())
+    facts += [(f.name, _data(f, model.vision.image)) for f in datas]
     if wrong := [line for f, _ in opened for line in f.wrong]:
         raise ValueError(f"{len(wrong)} fields of MindSpeed-MM cannot be moved:" + "".join(f"\n  {w}" for w in wrong))
-    facts = _together(said)
-    return Moved(
-        facts.get("model"),
-        tuple(facts[f"{part}.ckpt_path"] for part in PARTS if f"{part}.ckpt_path" in facts),
-        facts.get("from_pretrained"),
-        _pretrain(facts) if datas else None,
-        facts.get("image_mode"),
+    joined = _joined(facts)
+    return Translation(
+        joined.get("model"),
+        tuple(joined[f"{part}.ckpt_path"] for part in PARTS if f"{part}.ckpt_path" in joined),
+        joined.get("from_pretrained"),
+        _pretrain(joined) if datas else None,
+        joined.get("image_mode"),
         tuple(f"{f.name}: {k} = {v!r}" for f, _ in opened for k, v in f.leaves.items() if k not in f.taken),
     )
 
 
-def pretrain_config(moved: Moved, base: Path) -> dict:
-    """A config.json of recipes/pretrain.py that trains from `base`, a checkpoint of ours with the moved weights.
+def pretrain_config(t: Translation, base: Path) -> dict:
+    """A config.json of recipes/pretrain.py that trains from `base`, a checkpoint of ours with the converted weights.
 
     ValueError if no data.json was among the files.
     """
-    if moved.pretrain is None:
+    if t.pretrain is None:
         raise ValueError("no data.json of MindSpeed-MM was given; a training config needs one")
-    return moved.pretrain | {"base": str(base)}
+    return t.pretrain | {"base": str(base)}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -234,11 +237,11 @@ def _parse(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from error
-    except ValueError as error:  # a field twice, or bytes that are no text
+    except ValueError as error:  # a duplicate field, or bytes that are not UTF-8
         raise ValueError(f"{path}: {error}") from error
     if not is_config(values):
-        blocks = ", ".join(MODEL + DATA)
-        raise ValueError(f"{path}: no JSON of MindSpeed-MM's LLaVA-1.5 example, which has one of {blocks}")
+        names = ", ".join(MODEL + DATA)
+        raise ValueError(f"{path}: no JSON of MindSpeed-MM's LLaVA-1.5 example, which has one of {names}")
     return values
 
 
@@ -252,32 +255,32 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Each field that has no fields of its own. A list of plain values is one; objects in a list are numbered."""
+    """Path -> value of each field without fields of its own. A list of plain values is one value."""
     if isinstance(value, dict) and value:
         below = [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
     elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
         below = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
     else:
         return {path: value}
-    return {name: leaf for where, v in below for name, leaf in _leaves(v, where).items()}
+    return {name: leaf for inner, v in below for name, leaf in _leaves(v, inner).items()}
 
 
 def _model(f: _File, training: bool) -> dict[str, Any]:
-    """What a file with a model says. training: a data.json is given as well."""
-    for row in MODEL_CHECKS:
-        f.check(*row)
+    """The facts in a file with a model. training: whether a data.json is given, too."""
+    for check in MODEL_CHECKS:
+        f.check(*check)
     facts: dict[str, Any] = {f"{part}.ckpt_path": f.optional_path(f"{part}.ckpt_path") for part in PARTS}
     facts["model"] = _llava(f)
     if f.inside("generation_config"):  # inference or evaluation; both pad
         facts |= {"image_mode": "pad", "from_pretrained": f.optional_path("tokenizer.from_pretrained")}
     elif training:
-        facts |= {"train": _train(f), "dtype": f.choose(f"{LLAMA}.params_dtype", DTYPES)}
-        facts["recompute"] = f.choose(f"{LLAMA}.recompute_granularity", RECOMPUTE)
+        facts |= {"train": _train(f), "dtype": f.choice(f"{LLAMA}.params_dtype", DTYPES)}
+        facts["recompute"] = f.choice(f"{LLAMA}.recompute_granularity", RECOMPUTE)
     return facts
 
 
 def _llava(f: _File) -> Llava | None:
-    """The model, and the checks of what follows from its sizes. None, and noted, if a size is missing or wrong."""
+    """The model, after checks of the fields that follow from its sizes; None if a size is missing or wrong."""
     sizes: dict[str, dict[str, Any]] = {
         part: {k: f.size(f"{part}.{name}") for k, name in names.items()} for part, names in SIZES
     }
@@ -287,7 +290,7 @@ def _llava(f: _File) -> Llava | None:
     llama["kv_heads"] = f.size(f"{LLAMA}.num_query_groups", llama["heads"] or 1)
     if None in (*vision.values(), *llama.values()):
         return None
-    if vision["blocks"] == 23:  # without CLIP's last block, which LLaVA does not run; the hidden state is the same one
+    if vision["blocks"] == 23:  # ViT-L without its last block, which LLaVA does not run
         vision["blocks"] = 24
     try:
         model = Llava(Vision(**vision, feature_layer=-2), Llama(**llama))
@@ -319,15 +322,15 @@ def _train(f: _File) -> str | None:
     for name in odd:
         f.refuse(name, "; wanted: true or false")
     if not odd and tuple(freeze) not in TRAINS:
-        said = ", ".join(f"{name} = {value}" for name, value in zip(names, freeze, strict=True))
-        f.wrong.append(f"{f.name}: {said}; what can be trained is {', '.join(TRAINS.values())}")
+        values = ", ".join(f"{name} = {value}" for name, value in zip(names, freeze, strict=True))
+        f.wrong.append(f"{f.name}: {values}; what can be trained is {', '.join(TRAINS.values())}")
     return None if odd else TRAINS.get(tuple(freeze))
 
 
 def _data(f: _File, image: int) -> dict[str, Any]:
-    """What a data.json says. image: pixels per side that the model sees."""
-    for row in DATA_CHECKS:
-        f.check(*row)
+    """The facts in a data.json. image: pixels per side of the model's images."""
+    for check in DATA_CHECKS:
+        f.check(*check)
     for name in ("crop_size.height", "crop_size.width", "size.shortest_edge"):
         f.check(f"{PIPELINE}.{name}", image, REQUIRED)
     if f.take("dataset_param.dataset_type") not in ("multimodal", "image"):
@@ -336,13 +339,13 @@ def _data(f: _File, image: int) -> dict[str, Any]:
     return {
         "data_path": None if None in sources else tuple(sources),
         "from_pretrained": f.path("dataset_param.tokenizer_config.from_pretrained"),
-        "template": f.choose("dataset_param.template_name", TEMPLATES),
-        "image_mode": "pad",  # MindSpeed-MM drops pad2square and pads every image that it trains on
+        "template": f.choice("dataset_param.template_name", TEMPLATES),
+        "image_mode": "pad",  # MindSpeed-MM ignores pad2square and pads every image that it trains on
     }
 
 
 def _entries(f: _File, name: str) -> list[str]:
-    inner = f.items(f"{name}.data_path")  # data_path itself may be the list of data sets
+    inner = f.items(f"{name}.data_path")  # may be a list of data sets
     return [name] if inner == [f"{name}.data_path"] else inner
 
 
@@ -353,31 +356,31 @@ def _source(f: _File, name: str) -> Source | None:
         f.refuse(f"{name}.data_path", "; wanted: a .json or .jsonl file; write the records as one")
     times = f.take(f"{name}.repeat_time", 1)
     whole = isinstance(times, (int, float)) and not isinstance(times, bool) and times >= 0 and times % 1 == 0
-    if not whole:  # Source.weight draws a share anew for each epoch, which is not the same records
+    if not whole:  # Source.weight < 1 draws other records in each epoch
         f.refuse(
             f"{name}.repeat_time",
-            "; wanted: a whole number. Below 1 it stands for the first records of the file, which no weight of a "
-            "source here does; write those to a file of their own",
+            "; wanted: a whole number. Below 1 MindSpeed-MM takes the first records of the file, which the weight of a "
+            "source cannot express; write these records to a file of their own",
         )
     return Source(records, images, float(times)) if whole and records and images else None
 
 
-def _together(said: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """All facts of all files. said: (file, its facts); None says nothing. ValueError names two files that disagree."""
-    facts, origin = {}, {}
-    for name, own in said:
+def _joined(facts: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The facts of all files, given as (file, facts), without None. ValueError names two files that disagree."""
+    joined, origin = {}, {}
+    for name, own in facts:
         for key, value in ((k, v) for k, v in own.items() if v is not None):
-            if key in facts and facts[key] != value:
-                how = "; ".join(differences(plain(facts[key]), plain(value), key))
+            if key in joined and joined[key] != value:
+                lines = "; ".join(differences(plain(joined[key]), plain(value), key))
                 raise ValueError(
-                    f"{origin[key]} and {name} contradict each other; give only files that belong together: {how}"
+                    f"{origin[key]} and {name} contradict each other; give only files that belong together: {lines}"
                 )
-            facts[key], origin[key] = value, name
-    return facts
+            joined[key], origin[key] = value, name
+    return joined
 
 
 def _pretrain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Pretrain's fields that the files say, and those without a default. The rest is in no JSON of MindSpeed-MM."""
+    """The fields of Pretrain that the files give, and those without a default. No JSON of MindSpeed-MM has the rest."""
     data = {"sources": plain(facts["data_path"]), "template": facts["template"], "image_mode": facts["image_mode"]}
     own = {key: facts[key] for key in ("dtype", "recompute") if key in facts}
     return {"run_dir": "runs/pretrain", "data": data, "optim": {}, "train": facts.get("train", "projector")} | own
