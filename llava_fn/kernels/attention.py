@@ -128,6 +128,6 @@ def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Te
 
 @cache  # autograd keeps these 4 MB for every block, so all blocks of a device share one tensor
 def hidden(device: torch.device) -> Tensor:
-    """The compressed causal mask that stands for one of any size: bool[2048, 2048], True above the diagonal."""
+    """The compressed causal mask, which serves every size: bool[2048, 2048], True above the diagonal."""
     with torch.inference_mode(False):  # autograd could not save a mask made in inference mode
         return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)

@@ -66,7 +66,7 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     seen = lengths.tolist()
     s, (m, h) = max(seen), k.shape[2:]
     q, k, v = q.unflatten(1, (m, -1)), k[:, :s].transpose(1, 2), v[:, :s].transpose(1, 2)  # b m g h, b m s h
-    scores = (k @ (q * h**-0.5).mT).mT  # b m g s; a matrix times a vector where there are no groups
+    scores = (k @ (q * h**-0.5).mT).mT  # b m g s; matrix times vector without groups
     if min(seen) < s:
         scores = scores.masked_fill(torch.arange(s) >= lengths[:, None, None, None], -torch.inf)
     return (scores.softmax(-1) @ v).flatten(1, 2)

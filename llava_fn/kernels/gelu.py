@@ -1,7 +1,7 @@
 """The projector's activation.
 
 Contract: x * Phi(x) with the exact erf, never the tanh form. Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
-F.gelu on an NPU ignores `approximate` and is documented as the tanh form, so there npu_gelu must be called.
+F.gelu on an NPU ignores `approximate` and is documented as the tanh form: hence npu_gelu.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _check_fields(where: Path, values: Values, others: Mapping[str, Tensor]) -> 
             _check_pattern(where, field, pattern)
     kept = [name.rpartition(".")[2] for name in values.get("modules_to_save") or ()]
     if foreign := [name for name in kept if name not in PROJECTOR]:
-        raise ValueError(f"{where}: modules_to_save={foreign}: only the projector can stand beside adapters here")
+        raise ValueError(f"{where}: modules_to_save={foreign}: only the projector is supported in addition to adapters")
     if kept and not any(f"{name}." in tensor for tensor in others for name in PROJECTOR):
         raise ValueError(f"{where}: modules_to_save names {', '.join(kept)}, and no tensor of it is in the folder")
 

@@ -61,8 +61,8 @@ class Weights:
             archive.release()
 
 
-def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava | None = None) -> Weights:
-    """The weights that named tensors hold. values: the fields of their config.json. given: the model, if known.
+def interpret(where: str, tensors: Tensors, values: configs.Values, c: Llava | None = None) -> Weights:
+    """The weights that named tensors hold. values: the fields of their config.json. c: the model, if known.
 
     ValueError lists every tensor that is missing, unexpected, duplicate, or of a wrong shape or dtype.
     """
@@ -76,10 +76,10 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, given: Llava
         layer = configs.feature_layer(values)
         for slot, own in slots.items():
             if slot.part == "vision":
-                config = given.vision if given else configs.vision_in(values)
+                config = c.vision if c else configs.vision_in(values)
                 vision = config or configs.vision_from_shapes(slot, own, layer)
             if slot.part == "llama":
-                llama = given.llama if given else configs.llama_in(values) or configs.llama_from_shapes(slot, own)
+                llama = c.llama if c else configs.llama_in(values) or configs.llama_from_shapes(slot, own)
         if vision is None and layer != -2:
             raise ValueError(f"the projector reads hidden state {layer} of an image tower that is not in the source")
         for slot, own in slots.items():
@@ -107,23 +107,23 @@ def _trim(source: Weights, values: configs.Values) -> Weights:
     return dataclasses.replace(source, leaves=leaves, spare=spare, llama=dataclasses.replace(source.llama, vocab=first))
 
 
-def open_source(path: Path, given: Llava | None = None) -> Weights:
+def open_source(path: Path, c: Llava | None = None) -> Weights:
     """The weights of a file or folder; of a run folder, those of its newest checkpoint.
 
-    given: the model, if the source does not state it (from MindSpeed-MM's model.json). ValueError if the file holds no
+    c: the model, if the source does not state it (from MindSpeed-MM's model.json). ValueError if the file holds no
     tensors, has an unknown layout, or holds a tensor that does not fit.
     """
     path = checkpoint.newest(path)
     if path.is_file():
         archive = open_archive(path)
-        return dataclasses.replace(interpret(str(path), _model(archive), {}, given), archives=(archive,))
+        return dataclasses.replace(interpret(str(path), _model(archive), {}, c), archives=(archive,))
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if (path / checkpoint.SUMS).is_file():
         return _from_checkpoint(checkpoint.open_checkpoint(path, verified=True))
     if (rank := _megatron(path)) is not None:
-        return open_source(rank, given)
-    return _hugging_face(path, given)
+        return open_source(rank, c)
+    return _hugging_face(path, c)
 
 
 def _model(archive: Archive) -> Tensors:
@@ -159,7 +159,7 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _hugging_face(folder: Path, given: Llava | None) -> Weights:
+def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     """The weights of a folder with config.json, or of a PEFT folder of adapters."""
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
@@ -169,7 +169,7 @@ def _hugging_face(folder: Path, given: Llava | None) -> Weights:
     rest = {name: t for name, t in tensors.items() if name not in pairs}
     source = Weights(str(folder), "PEFT", {}, {}, ())
     if rest:
-        source = interpret(str(folder), rest, files["config.json"], given)
+        source = interpret(str(folder), rest, files["config.json"], c)
     tokenizer = folder / "tokenizer.model"
     whole = {"projector", "llama"} <= set(source.parts)
     return dataclasses.replace(

@@ -9,7 +9,7 @@ Megatron-LM transformer_layer.py and MindSpeed-MM clip_vit_model.py, multimodal_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_fn.config import Llava
 from llava_fn.weights.reshape import CONV, PAIR, SAME, STACK, TOKEN, Reshape, interleave
@@ -187,7 +187,7 @@ MEGATRON = (
         r"encoder\.linear_fc1\.weight",
         (Slot("projector", r"encoder\.", projector("linear_fc1", "linear_fc2")),),
         _EXTRA,
-    ),  # fmt: skip
+    ),
 )
 _PEFT = r"(base_model\.model\.)?"
 HF = Layout(  # CLIPModel, LlamaForCausalLM, all versions of HF's LLaVA, and liuhaotian's
@@ -233,9 +233,5 @@ PEFT = {  # layouts of adapters that are written
         Slot("projector", "base_model.model.model.multi_modal_projector.", projector("linear_1", "linear_2")),
         Slot("llama", "base_model.model.model.language_model.", hf_llama),
     ),
-    "peft-liuhaotian": (
-        Slot("vision", "base_model.model.model.vision_tower.vision_tower.vision_model.", hf_vision),
-        Slot("projector", "base_model.model.model.mm_projector.", projector("0", "2")),
-        Slot("llama", "base_model.model.model.", hf_llama),
-    ),
+    "peft-liuhaotian": tuple(replace(s, prefix=f"base_model.model.{s.prefix}") for s in WRITTEN["liuhaotian"][:3]),
 }

@@ -214,7 +214,7 @@ REFUSED = [
     ({"rank_pattern": {"(": 4}}, "rank_pattern: '.' is no regular expression"),
     ({"rank_pattern": {"q_proj": None}}, r"rank_pattern\['q_proj'\]=None; it must be an integer"),
     ({"r": 5}, "is .4, 48., not of rank 5"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]: only the projector can stand beside adapters"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]: only the projector is supported"),
 ]
 
 
