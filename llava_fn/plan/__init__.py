@@ -1,1 +1,1 @@
-"""What an update will need on a mesh, found without devices."""
+"""The cost of an update on a mesh, found without devices."""

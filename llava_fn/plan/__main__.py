@@ -1,4 +1,4 @@
-"""`python -m llava_fn.plan`: print what an update will need."""
+"""`python -m llava_fn.plan`: print the memory, traffic and time of an update."""
 
 from llava_fn.launch import cli
 from llava_fn.plan.options import DESCRIPTION, PRESETS, PlanOptions
@@ -6,7 +6,7 @@ from llava_fn.plan.options import DESCRIPTION, PRESETS, PlanOptions
 
 def main(c: PlanOptions) -> None:
     """Plan, and print the report."""
-    from llava_fn.plan import plan  # imports torch, which --help does without
+    from llava_fn.plan import plan  # imports torch, which --help does not need
 
     plan.main(c)
 

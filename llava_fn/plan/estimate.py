@@ -1,6 +1,6 @@
-"""From bytes and operations to seconds: a small table of devices, and what is assumed of them.
+"""Seconds from bytes and FLOPs, by a small table of devices and assumed efficiencies.
 
-None of it was measured. Replace a figure when you have measured it (hccl_test, nccl-tests, a profile of a step).
+No figure was measured. Replace a figure when you have measured it (hccl_test, nccl-tests, a profile of a step).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a device as its vendor rates it. Of links: in one direction."""
+    """A device's figures as rated by its vendor; those of links are for one direction."""
 
     bfloat16: float  # FLOP/s, dense
     float32: float  # FLOP/s, without TF32 or HF32
     memory: float  # bytes
-    inside: float  # bytes/s that it sends to the others of its machine
-    outside: float  # bytes/s of its part of the machine's network
+    inside: float  # bytes/s to the other devices of its machine
+    outside: float  # bytes/s to other machines: its share of the machine's network
 
 
 DEVICES = {
@@ -36,7 +36,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank sends in an update by one kind of collective over one axis."""
+    """What one kind of collective over one axis sends from a rank in an update."""
 
     op: str
     axis: str
@@ -47,29 +47,30 @@ class Traffic:
 
 
 def traffic(calls: Iterable[Call], tp: int, machine: int, device: Device, assumed: Assumed) -> tuple[Traffic, ...]:
-    """One row for each kind and axis. tp: neighbours that share an axis; machine: devices of one machine."""
-    rows: dict[tuple[str, str, int], list[Call]] = {}
+    """The traffic of each kind of collective over each axis. tp: size of the tp axis; machine: devices a machine."""
+    groups: dict[tuple[str, str, int], list[Call]] = {}
     for call in calls:
-        rows.setdefault((call.axis, call.op, call.size), []).append(call)
+        groups.setdefault((call.axis, call.op, call.size), []).append(call)
+    local = {"tp": tp, "dp": max(1, machine // tp), "all": machine}  # ranks of an axis in one machine
     out = []
-    for (axis, op, size), group in sorted(rows.items()):
-        sent, near = sum(call.sent for call in group), {"tp": tp, "dp": max(1, machine // tp), "all": machine}[axis]
-        waits = len(group) * _hops(op, size) * assumed.hop
-        out.append(Traffic(op, axis, size, len(group), sent, sent / _rate(size, near, device, assumed) + waits))
+    for (axis, op, size), group in sorted(groups.items()):
+        sent, latency = sum(call.sent for call in group), len(group) * _hops(op, size) * assumed.hop
+        seconds = sent / _rate(size, local[axis], device, assumed) + latency
+        out.append(Traffic(op, axis, size, len(group), sent, seconds))
     return tuple(out)
 
 
-def _rate(size: int, near: int, device: Device, assumed: Assumed) -> float:
-    """Bytes/s of a ring of `size` ranks, of which `near` are in one machine and leave it by all of their networks."""
-    rated = device.inside if size <= near else min(device.inside, near * device.outside)
+def _rate(size: int, local: int, device: Device, assumed: Assumed) -> float:
+    """Bytes/s of rings of `size` ranks; the `local` ranks of a machine share their links to other machines."""
+    rated = device.inside if size <= local else min(device.inside, local * device.outside)
     return rated * assumed.links
 
 
 def _hops(op: str, size: int) -> int:
-    """Of a ring; of a tree, down and up, where each rank gets the sum."""
+    """Hops of a collective: a ring's, but for an all-reduce those up and down a tree."""
     return 2 * math.ceil(math.log2(size)) if op == "all_reduce" else size - 1
 
 
 def computing(flops: float, dtype: str, device: Device, assumed: Assumed) -> float:
-    """Seconds."""
+    """Seconds that this many FLOPs take."""
     return flops / (getattr(device, dtype) * assumed.arithmetic)

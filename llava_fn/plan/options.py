@@ -1,4 +1,4 @@
-"""The options of a plan. Nothing here imports torch, so that --help answers at once."""
+"""The options of a plan. Nothing here imports torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Literal
 
 from llava_fn.config import STAGES, Lora, Parallel, Stage
 
-DESCRIPTION = """What one update costs on a cluster, before there is one: memory, traffic, arithmetic, estimated time.
+DESCRIPTION = """What one update costs on a cluster, without the cluster: memory, traffic, arithmetic, estimated time.
 
-It runs the real train step on tensors without memory, as ranks of each role of the world that you name, and sends
-nothing. Bytes and operations are counted; seconds are an estimate, whose assumptions are printed with it. `--config
-finetune`, the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first, `lora` and `qlora`
-from the second with adapters, on weights as they are or in four bits.
+It runs the real train step of rank 0 and of the last ranks of each mesh axis on tensors without memory, and sends
+nothing. Bytes and operations are counted; seconds are estimated, and the assumptions are printed. `--config finetune`,
+the default, starts from LLaVA-1.5's second stage, `--config pretrain` from its first, `lora` and `qlora` from the
+second with adapters, on weights in bfloat16 or in four bits.
 """
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What an estimate takes for granted."""
+    """The assumptions of an estimate."""
 
-    arithmetic: float = 0.45  # share of the peak that a whole step reaches, whatever is no product of matrices included
+    arithmetic: float = 0.45  # share of the peak FLOP/s that a whole step reaches, elementwise operations included
     links: float = 0.8  # share of the rated bandwidth that a collective reaches
-    hop: float = 5e-6  # seconds from one rank to the next
-    memory: float = 0.9  # share of the memory that tensors can have; buffers of collectives and holes take the rest
+    hop: float = 5e-6  # latency in seconds from one rank to the next
+    memory: float = 0.9  # share of the memory for tensors; the rest is for communication buffers and fragmentation
 
     def __post_init__(self) -> None:
         for name in ("arithmetic", "links", "memory"):
@@ -33,28 +33,28 @@ class Assumed:
 
 @dataclass(frozen=True)
 class DataSizes:
-    """The data of an update, all samples alike."""
+    """The data of one update, whose samples are all alike."""
 
     samples: int = 128  # per update
-    length: int = 2048  # tokens of each, image positions included
-    images: int = 1  # in each
-    labelled: int | None = None  # tokens at the end of each; all behind the images, unless given
-    accumulate: int = 1  # micro-batches that an update is computed in
+    length: int = 2048  # tokens of a sample, image positions included
+    images: int = 1  # per sample
+    labelled: int | None = None  # labelled tokens at the end of a sample; by default all after the images
+    accumulate: int = 1  # micro-batches per update
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """A run on a cluster."""
+    """A training run on a cluster."""
 
     model: Literal["llava-1.5-7b", "llava-1.5-13b", "emoji"] = "llava-1.5-7b"
-    world: int = 8  # processes, one a device
-    machine: int = 8  # devices of one machine
+    world: int = 8  # processes, one per device
+    machine: int = 8  # devices per machine
     device: Literal["910B", "A100", "H200", "4090"] = "910B"
-    train: Stage = "projector+llama"  # the others are frozen
-    lora: Lora | None = None  # adapters that are trained beside them
-    quantise: Literal["int8", "nf4"] | None = None  # the frozen linears of the decoder
+    train: Stage = "projector+llama"  # the other parts are frozen
+    lora: Lora | None = None  # adapters, trained in addition
+    quantise: Literal["int8", "nf4"] | None = None  # format of the decoder's linears, which must be frozen
     data: DataSizes = DataSizes()
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and optimizer are float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; master weights and moments are float32
     recompute: bool = True  # keep only each block's input for the backward pass
     parallel: Parallel = Parallel()
     assumed: Assumed = Assumed()
@@ -62,12 +62,12 @@ class PlanOptions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that are trained, adapters among them."""
+        """The trained parts, adapters included."""
         return (*STAGES[self.train], *(("lora",) if self.lora else ()))
 
     @property
     def dp(self) -> int:
-        """Ranks that share the samples."""
+        """Size of the data axis."""
         return self.world // self.parallel.tp
 
 

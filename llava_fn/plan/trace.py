@@ -1,15 +1,15 @@
-"""One update of `train.train_step` on tensors without memory, as any rank of a world of any size sees it.
+"""One update of `train.train_step` on tensors without memory, by any rank of a world of any size.
 
 The process group is torch's "fake" one, which sends nothing, and the tensors are FakeTensors: every operation runs
-through the real dispatcher and autograd, and only shapes come out. A Recorder sees each of them and writes down what
-is sent, what is multiplied, and which memory lives when.
+through the real dispatcher and autograd but yields only shapes. A Recorder sees each operation and records collectives,
+FLOPs, and when memory is allocated and freed.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -31,22 +31,23 @@ from llava_fn.linear import Kind
 from llava_fn.parallel.mesh import Axis, Mesh, make_mesh
 from llava_fn.parallel.zero import Zero
 
-TRACED = 3  # micro-batches of an update at most: those after the second all do the same
+TRACED = 3  # micro-batches that are traced at most: those after the second do the same
 MASTERS, WEIGHTS, FROZEN = "masters", "weights", "frozen weights"
 GRADIENTS, MOMENTS, REST = "gradients", "optimizer state", "activations and the rest"
 KINDS: tuple[str, ...] = (MASTERS, WEIGHTS, FROZEN, GRADIENTS, MOMENTS, REST)
 PRODUCTS = (MATRICES, ATTENTION) = ("products of matrices", "attention")
-# What a gradient passes between autograd and the optimizer.
-_PASSES = {
+# Operations on a gradient between autograd and the optimizer.
+_DERIVES = {
     "aten::_to_copy", "aten::clone", "aten::constant_pad_nd", "aten::add_",
     "_c10d_functional::all_reduce_coalesced", "_c10d_functional::reduce_scatter_tensor_coalesced",
 }  # fmt: skip
 _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+Rank = tuple[int, int]  # index on the axes dp and tp
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is traced: rank `rank` of `world`. train: the trained parts, as in config.STAGES, with lora."""
+    """The update to trace, by rank `rank` of `world`. train: the trained parts, of config.STAGES and lora."""
 
     model: Llava
     train: tuple[str, ...]
@@ -61,24 +62,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Call:
-    """One collective. given: (dtype, numbers) of each tensor that a rank brings; size: ranks of the axis."""
+    """One collective. inputs: (dtype, number of elements) of each input tensor of a rank; size: ranks of the axis."""
 
     op: str
     axis: str
     size: int
-    given: tuple[tuple[torch.dtype, int], ...]
+    inputs: tuple[tuple[torch.dtype, int], ...]
 
     @property
     def sent(self) -> float:
         """Bytes that each rank sends in a ring."""
-        given = sum(dtype.itemsize * n for dtype, n in self.given)
         times = {"all_gather": self.size - 1, "reduce_scatter": 1 - 1 / self.size, "all_reduce": 2 - 2 / self.size}
-        return given * times[self.op]
+        return sum(dtype.itemsize * n for dtype, n in self.inputs) * times[self.op]
 
 
 @dataclass(frozen=True)
 class Product:
-    """Floating-point operations of one product of matrices or of one call of attention."""
+    """FLOPs of one matrix product or one call of attention."""
 
     kind: str
     flops: int
@@ -86,9 +86,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Traced:
-    """What a rank does in an update. second and third: where in `events` these micro-batches begin.
+    """The operations and the memory of one rank in an update of `micro` micro-batches.
 
-    kept, peak, highs: bytes by kind, before the update, when most is alive, and of each kind when most of it is.
+    second, third: the indices in `events` at which these micro-batches begin. Bytes by kind: kept, before the update;
+    peak, at the peak of all kinds together; highs, each at its own peak.
     """
 
     events: tuple[Call | Product, ...]
@@ -100,28 +101,28 @@ class Traced:
     highs: Mapping[str, int]
 
     def of(self, micro: int) -> tuple[Call | Product, ...]:
-        """The events of an update of so many micro-batches: those after the second do what the second does."""
+        """The events of an update of `micro` micro-batches, each after the second a copy of the second."""
         if micro == self.micro:
             return self.events
         if self.micro < TRACED or micro < 2:
-            raise ValueError(f"{self.micro} micro-batches were traced; they do not tell what {micro} would do")
-        between = self.events[self.second : self.third]
-        return self.events[: self.second] + between * (micro - 2) + self.events[self.third :]
+            raise ValueError(f"a trace of {self.micro} micro-batches does not give the events of {micro}")
+        second = self.events[self.second : self.third]
+        return self.events[: self.second] + second * (micro - 2) + self.events[self.third :]
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operation. Where the host asks for a number, it is told 1."""
+    """Records every operation. A tensor's number that the host reads is 1."""
 
     def __init__(self, axes: Sequence[Axis]) -> None:
         super().__init__()
         self.axes: dict[str, Axis] = {axis.group.group_name: axis for axis in axes if axis.group}
         self.events: list[Call | Product] = []
-        self.begun: list[int] = []  # where in `events` each micro-batch begins
-        self.bytes: list[int] = []  # of each storage, in the order in which they came to be
-        self.changes: list[int] = []  # i: storage i came to be; ~i: it is gone
+        self.starts: list[int] = []  # the index in `events` at which each micro-batch begins
+        self.bytes: list[int] = []  # of each storage, in order of allocation
+        self.changes: list[int] = []  # i: storage i is allocated; ~i: it is freed
         self.kinds: dict[int, str] = {}
-        self.made_of: dict[int, set[int]] = {}  # storage -> those that it was made of, if it may be a gradient
-        self._alive: dict[int, int] = {}  # address of a storage -> its number
+        self.sources: dict[int, set[int]] = {}  # storage of a possible gradient -> the storages it is computed from
+        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -130,21 +131,23 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if name == "_local_scalar_dense":
             return 1
-        if name == "wait_tensor":  # it gives back what it waits for; its fake form would be another tensor
+        if name == "wait_tensor":  # returns its argument; the fake implementation would return another tensor
             return args[0]
         out: Any = func(*args, **kwargs)
-        self._events(func, args, kwargs, out)
-        if func._schema.name in _PASSES:
-            self._pass(out if out is not None else args[0], args)
+        self._event(func, args, kwargs, out)
+        if func._schema.name in _DERIVES:
+            self._derive(out if out is not None else args[0], args)
         cast_master = name == "_to_copy" and self.kinds.get(self.number(args[0])) == MASTERS
         if cast_master or name == "all_gather_into_tensor_coalesced":
-            self.keep(WEIGHTS, tree_leaves(out))
+            self.label(WEIGHTS, tree_leaves(out))
         elif name == "_fused_adamw_":
-            self._gradients({self.number(g) for g in args[1]})
-        self.see(out)
+            self._label_gradients({self.number(g) for g in args[1]})
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.number(x)
         return out
 
-    def _events(self, func, args, kwargs, out) -> None:
+    def _event(self, func, args, kwargs, out) -> None:
         name = func._schema.name
         if name.startswith("_c10d_functional::"):
             self.events.append(self._call(name.partition("::")[2], args))
@@ -155,68 +158,59 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, name: str, args) -> Call:
         axis = self.axes[next(a for a in reversed(args) if isinstance(a, str))]
-        given = tuple((x.dtype, x.numel()) for x in tree_leaves(args[0]))
+        inputs = tuple((x.dtype, x.numel()) for x in tree_leaves(args[0]))
         kind = next(op for op in ("all_gather", "reduce_scatter", "all_reduce") if name.startswith(op))
-        return Call(kind, axis.name, axis.size, given)
-
-    def see(self, tensors) -> None:
-        """Note storages that were not seen before."""
-        for x in tree_leaves(tensors):
-            if isinstance(x, Tensor):
-                self.number(x)
+        return Call(kind, axis.name, axis.size, inputs)
 
     def number(self, x: Tensor) -> int:
-        """Of a tensor's storage."""
+        """The number of a tensor's storage. A new storage is recorded."""
         storage = x.untyped_storage()
         address = storage._cdata
-        if address not in self._alive:
-            self._alive[address] = len(self.bytes)
+        if address not in self._numbers:
+            self._numbers[address] = len(self.bytes)
             self.changes.append(len(self.bytes))
             self.bytes.append(storage.nbytes())
-            weakref.finalize(storage, self._gone, address)
-        return self._alive[address]
+            weakref.finalize(storage, lambda: self.changes.append(~self._numbers.pop(address)))
+        return self._numbers[address]
 
-    def _gone(self, address: int) -> None:
-        self.changes.append(~self._alive.pop(address))
-
-    def keep(self, kind: str, tensors: Sequence[Tensor]) -> None:
-        """Call these tensors' memory by this name."""
+    def label(self, kind: str, tensors: Sequence[Tensor]) -> None:
+        """Count the storages of these tensors as this kind of memory."""
         self.kinds.update((self.number(x), kind) for x in tensors)
 
-    def _pass(self, out, args) -> None:
-        given = {self.number(x) for x in tree_leaves(args) if isinstance(x, Tensor)}
+    def _derive(self, out, args) -> None:
+        sources = {self.number(x) for x in tree_leaves(args) if isinstance(x, Tensor)}
         for x in tree_leaves(out):
-            self.made_of.setdefault(self.number(x), set()).update(given)
+            self.sources.setdefault(self.number(x), set()).update(sources)
 
-    def _gradients(self, found: set[int]) -> None:
-        while found:
-            for i in found:
-                self.kinds[i] = GRADIENTS
-            found = {j for i in found for j in self.made_of.get(i, ())} - self.kinds.keys()
+    def _label_gradients(self, storages: set[int]) -> None:
+        """Label what the optimizer reads, and the storages from which it was computed."""
+        while storages:
+            self.kinds |= dict.fromkeys(storages, GRADIENTS)
+            storages = {j for i in storages for j in self.sources.get(i, ())} - self.kinds.keys()
 
     def alive(self, until: int) -> dict[str, int]:
-        """Bytes by kind after so many changes."""
-        out, here = Counter(dict.fromkeys(KINDS, 0)), set()
+        """Live bytes by kind after the first `until` changes."""
+        out, live = Counter(dict.fromkeys(KINDS, 0)), set()
         for change in self.changes[:until]:
-            here.symmetric_difference_update({max(change, ~change)})
-        for i in here:
+            live.symmetric_difference_update({max(change, ~change)})
+        for i in live:
             out[self.kinds.get(i, REST)] += self.bytes[i]
         return dict(out)
 
     def highest(self, kind: str = "") -> int:
-        """After how many changes most is alive, of this kind or of all."""
-        now = most = best = 0
+        """The number of changes after which the live bytes of this kind, or of all, peak."""
+        live = most = best = 0
         for j, change in enumerate(self.changes):
             i = max(change, ~change)
             if not kind or self.kinds.get(i, REST) == kind:
-                now += self.bytes[i] if change >= 0 else -self.bytes[i]
-            if now > most:
-                most, best = now, j + 1
+                live += self.bytes[i] if change >= 0 else -self.bytes[i]
+            if live > most:
+                most, best = live, j + 1
         return best
 
 
-class _Announced(list):
-    """Micro-batches that tell a recorder when each begins."""
+class _Batches(list):
+    """Micro-batches whose iteration tells a recorder where each begins."""
 
     def __init__(self, batches: Sequence[Batch], recorder: Recorder) -> None:
         super().__init__(batches)
@@ -224,25 +218,25 @@ class _Announced(list):
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
-            self.recorder.begun.append(len(self.recorder.events))
+            self.recorder.starts.append(len(self.recorder.events))
             yield batch
 
 
 def _attention(name: str, args, kwargs) -> int:
-    """Two products forward and five backward, of the pairs of query and key that see each other."""
+    """FLOPs of two products forward or five backward, over the pairs of query and key that are not masked."""
     backward = name.endswith("backward")
     (b, n, t, h), s = args[backward].shape, args[1 + backward].shape[2]
     causal = args[7] if backward else (args[4] if len(args) > 4 else kwargs.get("is_causal", False))
-    hidden = causal or kwargs.get("attn_mask") is not None  # both: anchored bottom right, see kernels/attention.py
-    pairs = t * s - (t * (t - 1) // 2 if hidden else 0)
+    masked = causal or kwargs.get("attn_mask") is not None  # either is anchored bottom right, see kernels/attention.py
+    pairs = t * s - (t * (t - 1) // 2 if masked else 0)
     return (5 if backward else 2) * 2 * b * n * h * pairs
 
 
 @contextmanager
 def world(size: int, rank: int, tp: int) -> Iterator[Mesh]:
-    """A mesh in which nothing is sent. ValueError if this process belongs to a real one."""
+    """The mesh of a process group that sends nothing. ValueError if this process belongs to a group already."""
     if dist.is_initialized():
-        raise ValueError("this process belongs to a group already; a plan needs a process of its own")
+        raise ValueError("this process belongs to a group already; plan in a process of its own")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield make_mesh(tp)
@@ -250,46 +244,46 @@ def world(size: int, rank: int, tp: int) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def update(job: Workload, batches: Sequence[Batch]) -> Traced:
-    """One update of one rank from these micro-batches, of which only shapes count."""
-    with world(job.world, job.rank, job.parallel.tp) as mesh, FakeTensorMode(), torch.enable_grad():
-        state, task = _start(job, mesh)
+def update(w: Workload, batches: Sequence[Batch]) -> Traced:
+    """The trace of one update from these micro-batches, of which only the shapes matter."""
+    with world(w.world, w.rank, w.parallel.tp) as mesh, FakeTensorMode(), torch.enable_grad():
+        state, task = _start(w, mesh)
         recorder = Recorder([mesh.all, mesh.dp, mesh.tp])
         for kind, part in (
             (MASTERS, state.params), (FROZEN, task.frozen), (MOMENTS, state.moments.first),
             (MOMENTS, state.moments.second),
         ):  # fmt: skip
-            recorder.keep(kind, tree.values(part))
+            recorder.label(kind, tree.values(part))
         kept = len(recorder.changes)
-        announced = _Announced([without_memory(b) for b in batches], recorder)
+        inputs = _Batches([without_memory(b) for b in batches], recorder)
         with recorder:
-            train.train_step(state, announced, task)
-    # train_step walks over the micro-batches twice: to count tokens, and to compute
-    second, third = [*recorder.begun[len(batches) :], 0, 0][1:3]
+            train.train_step(state, inputs, task)
+    # train_step iterates over the micro-batches twice: first to count tokens, then to compute
+    second, third = [*recorder.starts[len(batches) :], 0, 0][1:3]
     peak, highs = recorder.alive(recorder.highest()), {k: recorder.alive(recorder.highest(k))[k] for k in KINDS}
     return Traced(tuple(recorder.events), len(batches), second, third, recorder.alive(kept), peak, highs)
 
 
-def _start(job: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
-    """As a recipe makes them, without memory."""
-    whole = lora.extended(llava.spec(job.model), job.lora)
-    zero = Zero(whole, mesh, job.parallel.zero, job.dtype, job.parallel.ahead, job.train)
+def _start(w: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
+    """The state and the task of a run's first update, without memory."""
+    whole = lora.extended(llava.spec(w.model), w.lora)
+    zero = Zero(whole, mesh, w.parallel.zero, w.dtype, w.parallel.ahead, w.train)
 
     def kept(path: tree.Path, p: spec.Param) -> Tensor | TensorDict:
         x = torch.empty([s.stop - s.start for s in spec.shard(p, mesh)])
-        if spec.under(path, job.train):
+        if spec.under(path, w.train):
             return zero.keep(p, x)
-        y = linear.empty(x, job.quantise) if job.quantise and linear.compressible(path) else x.to(job.dtype)
+        y = linear.empty(x, w.quantise) if w.quantise and linear.compressible(path) else x.to(w.dtype)
         return tree.each(lambda leaf: zero.keep(p, leaf), y) if zero.late(path) else y
 
-    trainable, frozen = tree.split(spec.build(whole, kept), train.trains(job.train))
-    run = llava.execution(job.recompute, "", zero, job.model.vision)
-    task = train.Task(frozen, job.model, optim.Optim(), 100, zero, run=run, lora=job.lora)
+    trainable, frozen = tree.split(spec.build(whole, kept), train.trains(w.train))
+    run = llava.execution(w.recompute, "", zero, w.model.vision)
+    task = train.Task(frozen, w.model, optim.Optim(), 100, zero, run=run, lora=w.lora)
     return train.TrainState(0, trainable, optim.init(trainable)), task
 
 
 def without_memory(batch: Any) -> Any:
-    """The batch with its tensors as the FakeTensorMode makes them."""
+    """The batch with FakeTensors for its tensors; within a FakeTensorMode."""
     new = {}
     for f in fields(batch):
         value = getattr(batch, f.name)
@@ -300,33 +294,32 @@ def without_memory(batch: Any) -> Any:
     return replace(batch, **new)
 
 
-def disagreement(calls: Mapping[tuple[int, int], Sequence[Call]]) -> str:
-    """What stops these ranks, (dp, tp) -> its collectives in order; "" if all of them come to their ends.
+def deadlock(calls: Mapping[Rank, Sequence[Call]]) -> str:
+    """Where each rank waits if these sequences of collectives deadlock; "" if all ranks finish.
 
-    Each waits for the others of its axis, which must bring the same: a tp axis joins the ranks of one dp, a dp axis
-    those of one tp, and "all" everyone.
+    A collective waits until all ranks of its axis call the same one. A tp axis joins the ranks of one dp, a dp axis
+    those of one tp, and "all" joins all ranks.
     """
-    at = dict.fromkeys(calls, 0)
+    done = dict.fromkeys(calls, 0)
     while True:
-        heads = {rank: row[at[rank]] for rank, row in calls.items() if at[rank] < len(row)}
-        ready = next((ranks for ranks in map(lambda r: _with(r, heads, calls), heads) if ranks), None)
+        pending = {rank: own[done[rank]] for rank, own in calls.items() if done[rank] < len(own)}
+        ready = next((ranks for rank in pending if (ranks := _ready(rank, pending, calls))), None)
         if ready is None:
-            return "; ".join(_stuck(rank, heads.get(rank), at[rank]) for rank in calls) if heads else ""
+            return "; ".join(_waiting(rank, pending.get(rank), done[rank]) for rank in calls) if pending else ""
         for rank in ready:
-            at[rank] += 1
+            done[rank] += 1
 
 
-def _with(rank: tuple[int, int], heads: Mapping[tuple[int, int], Call], everyone) -> list[tuple[int, int]]:
-    """The ranks of the axis on which this one waits, if all of them have come to the same collective."""
-    axis = heads[rank].axis
-    same = {"dp": lambda r: r[1] == rank[1], "tp": lambda r: r[0] == rank[0], "all": lambda r: True}[axis]
-    ranks = [r for r in everyone if same(r)]
-    return ranks if all(heads.get(r) == heads[rank] for r in ranks) else []
+def _ready(rank: Rank, pending: Mapping[Rank, Call], ranks: Iterable[Rank]) -> list[Rank]:
+    """The ranks of the axis of this rank's pending collective, if the same collective is pending on all of them."""
+    joined = {"dp": lambda r: r[1] == rank[1], "tp": lambda r: r[0] == rank[0], "all": lambda r: True}
+    group = list(filter(joined[pending[rank].axis], ranks))
+    return group if all(pending.get(r) == pending[rank] for r in group) else []
 
 
-def _stuck(rank: tuple[int, int], call: Call | None, done: int) -> str:
+def _waiting(rank: Rank, call: Call | None, done: int) -> str:
     where = f"dp {rank[0]} tp {rank[1]}"
     if call is None:
-        return f"{where} has ended after {done}"
-    numbers = sum(n for _, n in call.given)
-    return f"{where} waits in its {done + 1}th, {call.op} of {numbers} numbers over {call.axis}"
+        return f"{where} ends after {done} collectives"
+    elements = sum(n for _, n in call.inputs)
+    return f"{where} waits in collective {done + 1}, {call.op} of {elements} elements over {call.axis}"

@@ -37,7 +37,7 @@ def parallel(world=4, **fields):
 
 @cache
 def alone(c, model):
-    return plan.alone(c, model)
+    return plan.cost(c, model)
 
 
 def seen(c=SMALL, model=C, **changes):
@@ -109,8 +109,10 @@ def test_cross_entropy_sends_three_numbers_a_labelled_row_and_no_logits():
     tokens, rows = 4 * 20, 4 * 8
     embedding = 2 * tokens * C.llama.width
     assert sent(report, "tp")["all_reduce"] == pytest.approx(2 * 3 / 4 * (embedding + 2 * 4 * rows) + 2 * 3 / 4 * 4)
-    tops = [e for e in events.events if isinstance(e, Call) and e.op == "all_gather" and e.given[0][0] == torch.float32]
-    assert [e.given for e in tops if e.axis == "tp" and len(e.given) == 1] == [((torch.float32, rows),)]
+    tops = [
+        e for e in events.events if isinstance(e, Call) and e.op == "all_gather" and e.inputs[0][0] == torch.float32
+    ]
+    assert [e.inputs for e in tops if e.axis == "tp" and len(e.inputs) == 1] == [((torch.float32, rows),)]
 
 
 @pytest.mark.parametrize("stage", ["projector", "all"])
@@ -178,17 +180,17 @@ def test_attention_of_the_last_block_counts_the_rows_that_are_read():
 def test_micro_batches_after_the_second_do_what_it_does():
     five = replace(SMALL, data=replace(SMALL.data, samples=20, accumulate=5), parallel=Parallel(zero=3), recompute=True)
     _, three = seen(five)
-    whole = trace.update(plan._job(five, C, 0, 0), plan.batches(five, C, 0, 5))
+    whole = trace.update(plan.workload(five, C, 0, 0), plan.batches(five, C, 0, 5))
     assert three.micro == 3 and three.of(5) == whole.events
     assert three.peak | {REST: 0} == whole.peak | {REST: 0}
     assert 0 < whole.peak[REST] - three.peak[REST] < 1000  # the pixels and ids of two more
     assert three.of(4) != three.of(5)
-    assert three.of(2) == trace.update(plan._job(five, C, 0, 0), plan.batches(five, C, 0, 2)).events
+    assert three.of(2) == trace.update(plan.workload(five, C, 0, 0), plan.batches(five, C, 0, 2)).events
 
 
 def test_two_micro_batches_do_not_tell_what_five_do():
     _, two = seen(data=replace(SMALL.data, accumulate=2))
-    with pytest.raises(ValueError, match="2 micro-batches were traced; they do not tell what 5"):
+    with pytest.raises(ValueError, match="a trace of 2 micro-batches does not give the events of 5"):
         two.of(5)
 
 
@@ -208,9 +210,9 @@ def test_a_trace_without_memory_is_the_trace_of_a_real_update():
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     recorder = Real([])
-    recorder.keep(MASTERS, tree.values(state.params))
-    recorder.keep(FROZEN, tree.values(task.frozen))
-    recorder.keep(MOMENTS, tree.values(state.moments.first) + tree.values(state.moments.second))
+    recorder.label(MASTERS, tree.values(state.params))
+    recorder.label(FROZEN, tree.values(task.frozen))
+    recorder.label(MOMENTS, tree.values(state.moments.first) + tree.values(state.moments.second))
     with recorder:
         train.train_step(state, plan.batches(c, C, 0, 2), task)
     assert tuple(recorder.events) == fake.events
@@ -263,7 +265,7 @@ def test_a_rank_without_images_that_leaves_the_tower_out_is_found(monkeypatch):
     execution = llava.execution
     monkeypatch.setattr(llava, "execution", lambda *args: replace(execution(*args), min_images=0))
     report = plan.plan(replace(SMALL, **parallel(4, zero=3), train="all", recompute=True), C)
-    assert not report.fits and "dp 0 tp 0 waits in its" in report.order and "dp 3 tp 0" in report.order
+    assert not report.fits and "dp 0 tp 0 waits in collective" in report.order and "dp 3 tp 0" in report.order
 
 
 def test_a_block_that_leaves_a_collective_out_on_one_rank_is_found(monkeypatch):
@@ -274,7 +276,7 @@ def test_a_block_that_leaves_a_collective_out_on_one_rank_is_found(monkeypatch):
     block = llama.block
     monkeypatch.setattr(llama, "block", lambda *args: block(*args[:-1], Lame(args[-1].axis)))
     report = plan.plan(replace(SMALL, **parallel(4, tp=2)), C)
-    assert not report.fits and "tp 0 waits in its" in report.order and "over tp" in report.order
+    assert not report.fits and "tp 0 waits in collective" in report.order and "over tp" in report.order
 
 
 def call(op, axis, numbers=4):
@@ -284,19 +286,19 @@ def call(op, axis, numbers=4):
 A, B, X = call("all_gather", "dp"), call("all_gather", "tp"), call("all_reduce", "all")
 ORDERS = {
     "everyone alike": ([[A, B, X]] * 4, ""),
-    "another size": ([[A], [A], [call("all_gather", "dp", 5)], [A]], "of 5 numbers over dp"),
-    "another operation": ([[A], [A], [call("all_reduce", "dp")], [A]], "all_reduce of 4 numbers"),
-    "one too few": ([[X, X], [X, X], [X, X], [X]], "dp 1 tp 1 has ended after 1"),
+    "another size": ([[A], [A], [call("all_gather", "dp", 5)], [A]], "of 5 elements over dp"),
+    "another operation": ([[A], [A], [call("all_reduce", "dp")], [A]], "all_reduce of 4 elements"),
+    "one too few": ([[X, X], [X, X], [X, X], [X]], "dp 1 tp 1 ends after 1 collectives"),
     "other tp axes do otherwise": ([[B, X], [B, X], [X], [X]], ""),
-    "each axis in the same order, but crossed": ([[A, B], [B, A], [B, A], [A, B]], "waits in its 1th"),
-    "another dtype": ([[A], [A], [replace(A, given=((torch.bfloat16, 4),))], [A]], "waits"),
+    "each axis in the same order, but crossed": ([[A, B], [B, A], [B, A], [A, B]], "waits in collective 1"),
+    "another dtype": ([[A], [A], [replace(A, inputs=((torch.bfloat16, 4),))], [A]], "waits"),
 }
 
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_ranks_wait_for_each_other_until_all_of_an_axis_bring_the_same(name):
     rows, told = ORDERS[name]
-    said = trace.disagreement(dict(zip([(0, 0), (0, 1), (1, 0), (1, 1)], rows, strict=True)))
+    said = trace.deadlock(dict(zip([(0, 0), (0, 1), (1, 0), (1, 1)], rows, strict=True)))
     assert told in said and bool(said) == bool(told)
 
 
@@ -394,6 +396,6 @@ def test_a_plan_needs_a_process_of_its_own():
 
 @pytest.mark.slow
 def test_7b_on_512_devices():
-    report = plan.plan(PlanOptions(world=512, parallel=Parallel(tp=4)), say=lambda line: print(line, file=sys.stderr))
+    report = plan.plan(PlanOptions(world=512, parallel=Parallel(tp=4)), log=lambda line: print(line, file=sys.stderr))
     assert report.fits and report.order == "the same on all roles"
     assert 13 < sum(report.peak.values()) / GIB < 14
