@@ -109,11 +109,12 @@ def check(c: PlanOptions, model: Llava) -> None:
     if c.data.length < least:
         raise ValueError(
             f"data.length={c.data.length}: its first token, {c.data.images} images of {patches} and {labelled} "
-            f"labelled tokens make {least}; raise it to that"
+            f"labelled tokens make {least}; raise it to {least}"
         )
 
 
 def _labelled(size: DataSizes, model: Llava) -> int:
+    """Labelled tokens of a sample."""
     return size.length - size.images * model.vision.patches - 1 if size.labelled is None else size.labelled
 
 
@@ -132,6 +133,7 @@ def batches(c: PlanOptions, model: Llava, dp: int, micro: int, text: bool = Fals
 
 
 def _trained(c: PlanOptions) -> str:
+    """The trained parts in words."""
     adapters = f" and adapters of rank {c.lora.rank}" if c.lora else ""
     return f"{c.train}{adapters}" + (f" on {c.quantise}" if c.quantise else "")
 
