@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -282,16 +282,13 @@ def _start(w: Workload, mesh: Mesh) -> tuple[train.TrainState, train.Task]:
     return train.TrainState(0, trainable, optim.init(trainable)), task
 
 
-def without_memory(batch: Any) -> Any:
-    """The batch with FakeTensors for its tensors; within a FakeTensorMode."""
-    new = {}
-    for f in fields(batch):
-        value = getattr(batch, f.name)
-        if isinstance(value, Tensor):
-            new[f.name] = torch.empty(value.shape, dtype=value.dtype)
-        elif f.name == "stream":
-            new[f.name] = without_memory(value)
-    return replace(batch, **new)
+def without_memory(x: Any) -> Any:
+    """A batch with FakeTensors for its tensors; within a FakeTensorMode."""
+    if isinstance(x, Tensor):
+        return torch.empty(x.shape, dtype=x.dtype)
+    if not is_dataclass(x) or isinstance(x, type):
+        return x
+    return replace(x, **{f.name: without_memory(getattr(x, f.name)) for f in fields(x)})
 
 
 def deadlock(calls: Mapping[Rank, Sequence[Call]]) -> str:
