@@ -250,13 +250,13 @@ def test_a_frozen_decoder_is_sharded_with_level_3_and_small_in_four_bits(zero):
     rest = spec.count({k: v for k, v in llava.spec(wide).items() if k != "projector"}) - linears - norms
     ranks = 4 if zero == 3 else 1
     for kind, bytes_of_one in ((None, 2), ("int8", 1), ("nf4", 0.5 + 4 / 64)):
-        _, traced = plan.alone(replace(c, quantise=kind), wide)
+        _, traced = plan.cost(replace(c, quantise=kind), wide)
         rows = sum(p.shape[0] * 4 for path, p in blocks if len(p.shape) == 2) if kind == "int8" else 0  # scales
         assert traced.kept[FROZEN] == 2 * rest + (2 * norms + bytes_of_one * linears + rows) / ranks
 
 
 def test_a_quantised_decoder_that_is_trained_is_refused():
-    with pytest.raises(ValueError, match="quantise=int8 is of frozen weights, and train=projector.llama trains"):
+    with pytest.raises(ValueError, match="quantise=int8 needs frozen weights, but train=projector.llama trains"):
         plan.plan(replace(SMALL, quantise="int8"), C)
 
 
