@@ -60,7 +60,7 @@ def _header(order: Sequence[str], leaves: Mapping[str, Leaf]) -> bytes:
 
 
 def write(path: Path, leaves: Mapping[str, Leaf], archives: Sequence[Archive], wrote: Callable[[int], None]) -> str:
-    """Write a safetensors file one tensor at a time, and return its SHA-256.
+    """Write a safetensors file one tensor at a time, and return its SHA-256. ValueError for a tensor with NaN or inf.
 
     The safetensors library can only write tensors that are all in memory. Wide dtypes come first, so that every tensor
     is aligned. archives: the mapped files of the leaves; a leaf that is unchanged is copied from file to file. wrote:
@@ -73,7 +73,10 @@ def write(path: Path, leaves: Mapping[str, Leaf], archives: Sequence[Archive], w
         f.write(header)
         f.flush()  # from here on the file's descriptor is written to
         for name in order:
-            data = leaves[name].read().contiguous().flatten().view(torch.uint8)
+            values = leaves[name].read().contiguous().flatten()
+            if not torch.isfinite(values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)):
+                raise ValueError(f"{name} holds NaN or an infinite value; the file that it comes from is broken")
+            data = values.view(torch.uint8)
             hashed = beside.submit(digest.update, data.numpy().data)
             _put(f.fileno(), data, archives)
             hashed.result()

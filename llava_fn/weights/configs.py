@@ -16,18 +16,27 @@ ANY = Llava(Vision(blocks=1000), Llama(blocks=1000))  # more blocks than any mod
 FIXED = {  # fields of HF's and of LLaVA's configs that change the computation, and their values in LLaVA-1.5
     "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
+    "mm_patch_merge_type": "flat", "s2": False,
 }  # fmt: skip
+
+
+def _size(values: Values, name: str, default: int) -> int:
+    """A size of a model. ValueError unless it is a whole number above 0."""
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} in config.json; it must be a whole number above 0")
+    return value
 
 
 def vision_config(values: Values, feature_layer: int = -2) -> Vision:
     """Our config from HF's CLIPVisionConfig, which omits fields at their defaults (configuration_clip.py)."""
     return Vision(
-        image=values.get("image_size", 224),
-        patch=values.get("patch_size", 32),
-        width=values.get("hidden_size", 768),
-        blocks=values.get("num_hidden_layers", 12),
-        heads=values.get("num_attention_heads", 12),
-        ffn=values.get("intermediate_size", 3072),
+        image=_size(values, "image_size", 224),
+        patch=_size(values, "patch_size", 32),
+        width=_size(values, "hidden_size", 768),
+        blocks=_size(values, "num_hidden_layers", 12),
+        heads=_size(values, "num_attention_heads", 12),
+        ffn=_size(values, "intermediate_size", 3072),
         eps=values.get("layer_norm_eps", 1e-5),
         act=values.get("hidden_act", "quick_gelu"),
         feature_layer=feature_layer,
@@ -37,22 +46,25 @@ def vision_config(values: Values, feature_layer: int = -2) -> Vision:
 def llama_config(values: Values) -> Llama:
     """Our config from HF's LlamaConfig, which omits fields at their defaults (configuration_llama.py).
 
-    ValueError for what is not implemented: a scaled rotary embedding, biases, a head width that is not width / heads.
+    ValueError for a size that is none, and for what is not implemented: a scaled rotary embedding, biases, another
+    activation than SiLU, a head width that is not width / heads.
     """
-    rope = values.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if scaling := values.get("rope_scaling") or (kind if kind != "default" else None):
-        raise ValueError(f"this Llama scales its rotary embedding ({scaling}); not supported")
+    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    kinds = [x.get("rope_type", x.get("type", "default")) for x in (rope, scaling) if isinstance(x, Mapping)]
+    if not isinstance(scaling, Mapping) or set(kinds) != {"default"}:
+        raise ValueError(f"this Llama scales its rotary embedding ({scaling or rope}); not supported")
     if values.get("attention_bias") or values.get("mlp_bias"):
         raise ValueError("this Llama has biases; not supported")
-    heads = values.get("num_attention_heads", 32)
+    if values.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"this Llama's activation is {values['hidden_act']}, not silu; not supported")
+    heads = _size(values, "num_attention_heads", 32)
     config = Llama(
-        vocab=values.get("vocab_size", 32000),
-        width=values.get("hidden_size", 4096),
-        blocks=values.get("num_hidden_layers", 32),
+        vocab=_size(values, "vocab_size", 32000),
+        width=_size(values, "hidden_size", 4096),
+        blocks=_size(values, "num_hidden_layers", 32),
         heads=heads,
         kv_heads=values.get("num_key_value_heads") or heads,
-        ffn=values.get("intermediate_size", 11008),
+        ffn=_size(values, "intermediate_size", 11008),
         eps=values.get("rms_norm_eps", 1e-6),
         theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         tied=values.get("tie_word_embeddings", False),
@@ -63,7 +75,16 @@ def llama_config(values: Values) -> Llama:
 
 
 def check_fixed(values: Values) -> None:
-    """ValueError listing every field of `FIXED` with another value: such a model is not a LLaVA-1.5."""
+    """ValueError listing every field of `FIXED` with another value: such a model is not a LLaVA-1.5.
+
+    ValueError too for quantised weights, and for an image tower that is no CLIP.
+    """
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ValueError(f"the weights are quantised ({method}); give the original ones, in 16 or 32 bits")
+    tower = values.get("mm_vision_tower")
+    if tower and "clip" not in str(tower).lower():
+        raise ValueError(f"mm_vision_tower={tower!r} is no CLIP, the only image tower that is read")
     wrong = [f"{k}={values[k]!r}, not {v!r}" for k, v in FIXED.items() if values.get(k, v) != v]
     if wrong:
         raise ValueError(f"this is not a LLaVA-1.5, the only model supported: {'; '.join(wrong)}")

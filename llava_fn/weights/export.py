@@ -103,6 +103,7 @@ def export(source: Weights, to: Path, layout: str, progress: Progress = lambda n
         with checkpoint.appearing(to) as part, part.open("wb") as f:
             torch.save({name: x.read().clone() for name, x in names(layout, source, Llava()).items()}, f)
         return
+    _check_delta(source)
     if source.tokenizer is None:
         raise ValueError(f"{source.where} has no tokenizer.model; give one with --tokenizer")
 
@@ -114,6 +115,13 @@ def export(source: Weights, to: Path, layout: str, progress: Progress = lambda n
         part.mkdir()
         write = _ours if layout == OURS else partial(_theirs, layout)
         write(source, source.tokenizer, part, done)
+
+
+def _check_delta(source: Weights) -> None:
+    """ValueError if all norms of the decoder are near 0, as in the difference of two models."""
+    norms = [leaf.read() for path, leaf in source.leaves.items() if path.startswith("llama/") and "norm" in path]
+    if norms and not norms[0].is_meta and all(norm.float().abs().max() < 0.01 for norm in norms):
+        raise ValueError(f"{source.where} is a delta, not a model: all its norms are near 0; add it to its base first")
 
 
 def _adapter(source: Weights, to: Path, style: str) -> None:

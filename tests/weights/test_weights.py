@@ -242,6 +242,61 @@ def test_adapters_are_merged_only_on_request(stabilised, folders, state, tokeniz
     assert not torch.equal(got["llama", "blocks", "1", "w_up"], plain["llama", "blocks", "1", "w_up"])
 
 
+CONFIGS = [  # fields of a config.json, and why they are refused
+    (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        r"the weights are quantised \(gptq\); give",
+    ),
+    ({"mm_vision_tower": "google/siglip-so400m"}, "mm_vision_tower='google/siglip-so400m' is no CLIP"),
+    ({"s2": True}, "s2=True, not False"),
+    ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial', not 'flat'"),
+    ({"text_config.hidden_act": "gelu"}, "this Llama's activation is gelu, not silu"),
+    ({"text_config.hidden_size": "128"}, "hidden_size='128' in config.json; it must be a whole number above 0"),
+    ({"text_config.num_hidden_layers": None}, "num_hidden_layers=None in config.json; it must be a whole number"),
+    ({"text_config.rope_scaling": {"type": "linear", "factor": 2}}, "this Llama scales its rotary embedding"),
+]
+
+
+def rewritten(source, to, fields):
+    """A copy of a folder with other fields in its config.json."""
+    shutil.copytree(source, to)
+    values = json.loads((to / "config.json").read_text())
+    for name, value in fields.items():
+        *outer, last = name.split(".")
+        (values[outer[0]] if outer else values)[last] = value
+    (to / "config.json").write_text(json.dumps(values))
+    return to
+
+
+@pytest.mark.parametrize("fields, said", CONFIGS, ids=lambda x: str(x)[:40])
+def test_what_a_config_says_and_is_not_computed_is_refused(fields, said, folders, tmp_path):
+    (source,) = folders["hub"]
+    with pytest.raises(ValueError, match=said):
+        open_source(rewritten(source, tmp_path / "hf", fields))
+
+
+def test_a_rope_scaling_that_is_none_is_none(folders, tmp_path):
+    (source,) = folders["hub"]
+    fields = {
+        "text_config.rope_scaling": {"rope_type": "default"},
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    }
+    assert open_source(rewritten(source, tmp_path / "hf", fields)).llama == open_source(source).llama
+
+
+def test_weights_that_cannot_be_a_model_do_not_go_out(folders, tokenizer, tmp_path):
+    source = opened(folders["hub"], tokenizer)
+    broken = source.leaves["llama/blocks/1/w_up"].then(lambda t: t * torch.inf if not t.is_meta else t)
+    nans = dataclasses.replace(source, leaves={**source.leaves, "llama/blocks/1/w_up": broken})
+    with pytest.raises(ValueError, match="llama/blocks/1/w_up holds NaN or an infinite value; the file"):
+        export.export(nans, tmp_path / "out", "llava_fn")
+    small = {k: x.then(lambda t: t * 0.001) for k, x in source.leaves.items() if "norm" in k and k.startswith("llama")}
+    delta = dataclasses.replace(source, leaves={**source.leaves, **small})
+    with pytest.raises(ValueError, match="is a delta, not a model: all its norms are near 0; add it to its base first"):
+        export.export(delta, tmp_path / "out", "llava_fn")
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     (source,), broken = folders["hybrid"], tmp_path / "hf"
     broken.mkdir()
