@@ -61,7 +61,7 @@ def traffic(calls: Iterable[Call], tp: int, machine: int, device: Device, assume
 
 
 def _rate(size: int, local: int, device: Device, assumed: Assumed) -> float:
-    """Bytes/s of rings of `size` ranks; the `local` ranks of a machine share their links to other machines."""
+    """Bytes/s of a ring of `size` ranks. If it leaves a machine, it uses the links of all `local` ranks there."""
     rated = device.inside if size <= local else min(device.inside, local * device.outside)
     return rated * assumed.links
 

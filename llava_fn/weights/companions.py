@@ -16,7 +16,7 @@ import torch
 
 from llava_fn.config import Llama, Llava, Vision
 from llava_fn.data.templates import MARK, Template, template_of
-from llava_fn.weights.fast_tokenizer import PAD, Vocabulary, tokenizer_json, vocabulary
+from llava_fn.weights.fast_tokenizer import PAD, Pieces, parse, tokenizer_json
 from llava_fn.weights.image_processor import check_mode, preprocessor, processor
 
 CONTEXT = 4096  # positions that Llama 2 was trained with
@@ -47,13 +47,13 @@ def llava_hf(c: Llava, dtype: torch.dtype, tokenizer: bytes, image_mode: str, te
     Differs: transformers puts no space before the text that follows `<image>`, so a question has one token less than in
     LLaVA; nor before a text that begins with a space itself.
     """
-    v = vocabulary(tokenizer, c.llama.vocab)
-    fast, chat = tokenizer_json(v), _chat(template_of(template), template in OPEN_SYSTEM)
+    pieces = parse(tokenizer, c.llama.vocab)
+    fast, chat = tokenizer_json(pieces), _chat(template_of(template), template in OPEN_SYSTEM)
     files = {
-        "config.json": _hf_config(c, _dtype(dtype), v),
-        "generation_config.json": _generation(v.bos, v.eos, c.llama.vocab + 1),
-        "tokenizer_config.json": _hf_tokenizer_config(v),
-        "special_tokens_map.json": {**v.names, "pad_token": PAD},
+        "config.json": _hf_config(c, _dtype(dtype), pieces),
+        "generation_config.json": _generation(pieces.bos, pieces.eos, c.llama.vocab + 1),
+        "tokenizer_config.json": _hf_tokenizer_config(pieces),
+        "special_tokens_map.json": {**pieces.names, "pad_token": PAD},
         "added_tokens.json": {MARK: c.llama.vocab, PAD: c.llama.vocab + 1},
         "preprocessor_config.json": preprocessor(c.vision.image, image_mode),
         "processor_config.json": processor(c.vision.patch),
@@ -71,14 +71,14 @@ def liuhaotian(c: Llava, dtype: torch.dtype, tokenizer: bytes, image_mode: str) 
     ValueError for a tokenizer whose size is not the model's vocabulary, and for an unknown image mode or dtype.
     Source: LLaVA llava_llama.py, llava_arch.py, builder.py.
     """
-    v = vocabulary(tokenizer, c.llama.vocab)
+    pieces = parse(tokenizer, c.llama.vocab)
     check_mode(image_mode)
-    own = {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "pad_token_id": v.unk}
+    own = {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "pad_token_id": pieces.unk}
     files = {
-        "config.json": {**_llama(c.llama, _dtype(dtype), v), **own, **_multimodal(c.vision, image_mode)},
-        "generation_config.json": _generation(v.bos, v.eos, v.unk),
-        "tokenizer_config.json": _tokenizer_config(v, v.names["unk_token"], "right", LLAVA_LENGTH),
-        "special_tokens_map.json": {**v.names, "pad_token": v.names["unk_token"]},
+        "config.json": {**_llama(c.llama, _dtype(dtype), pieces), **own, **_multimodal(c.vision, image_mode)},
+        "generation_config.json": _generation(pieces.bos, pieces.eos, pieces.unk),
+        "tokenizer_config.json": _tokenizer_config(pieces, pieces.names["unk_token"], "right", LLAVA_LENGTH),
+        "special_tokens_map.json": {**pieces.names, "pad_token": pieces.names["unk_token"]},
     }
     return {name: _json(value) for name, value in files.items()} | {"tokenizer.model": tokenizer}
 
@@ -93,7 +93,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return DTYPES[dtype]
 
 
-def _llama(c: Llama, dtype: str, v: Vocabulary) -> dict[str, Any]:
+def _llama(c: Llama, dtype: str, pieces: Pieces) -> dict[str, Any]:
     """HF LlamaConfig with every value written out, because its defaults have changed between versions."""
     return {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"],
@@ -105,7 +105,7 @@ def _llama(c: Llama, dtype: str, v: Vocabulary) -> dict[str, Any]:
         "tie_word_embeddings": c.tied, "max_position_embeddings": CONTEXT,
         "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
         "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
-        "bos_token_id": v.bos, "eos_token_id": v.eos,
+        "bos_token_id": pieces.bos, "eos_token_id": pieces.eos,
         "torch_dtype": dtype,  # before transformers 4.56; "dtype" since
         "dtype": dtype,
     }  # fmt: skip
@@ -121,17 +121,17 @@ def _vision(c: Vision) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _hf_config(c: Llava, dtype: str, v: Vocabulary) -> dict[str, Any]:
+def _hf_config(c: Llava, dtype: str, pieces: Pieces) -> dict[str, Any]:
     """HF LlavaConfig, whose decoder has the grown vocabulary."""
     text = dataclasses.replace(c.llama, vocab=padded(c.llama.vocab))
     return {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": c.llama.vocab, "image_token_id": c.llama.vocab, "image_seq_length": c.vision.patches,
-        "pad_token_id": c.llama.vocab + 1, "bos_token_id": v.bos, "eos_token_id": v.eos,
+        "pad_token_id": c.llama.vocab + 1, "bos_token_id": pieces.bos, "eos_token_id": pieces.eos,
         "vision_feature_layer": c.vision.feature_layer, "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": c.llama.tied,
         "torch_dtype": dtype, "dtype": dtype,
-        "text_config": {**_llama(text, dtype, v), "pad_token_id": c.llama.vocab + 1},
+        "text_config": {**_llama(text, dtype, pieces), "pad_token_id": c.llama.vocab + 1},
         "vision_config": {**_vision(c.vision), "torch_dtype": dtype, "dtype": dtype},
     }  # fmt: skip
 
@@ -154,18 +154,18 @@ def _generation(bos: int, eos: int, pad: int) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
 
 
-def _tokenizer_config(v: Vocabulary, pad: str, side: str, longest: int) -> dict[str, Any]:
+def _tokenizer_config(pieces: Pieces, pad: str, side: str, longest: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False,
         "clean_up_tokenization_spaces": False, "padding_side": side, "model_max_length": longest,
-        **v.names, "pad_token": pad,
+        **pieces.names, "pad_token": pad,
     }  # fmt: skip
 
 
-def _hf_tokenizer_config(v: Vocabulary) -> dict[str, Any]:
-    added = {str(i): token for i, token in v.added_tokens().items()}
+def _hf_tokenizer_config(pieces: Pieces) -> dict[str, Any]:
+    added = {str(i): token for i, token in pieces.added_tokens().items()}
     return {
-        **_tokenizer_config(v, PAD, "left", CONTEXT), "processor_class": "LlavaProcessor",
+        **_tokenizer_config(pieces, PAD, "left", CONTEXT), "processor_class": "LlavaProcessor",
         "image_token": MARK, "extra_special_tokens": {"image_token": MARK}, "added_tokens_decoder": added,
     }  # fmt: skip
 

@@ -18,7 +18,6 @@ from llava_fn.weights import companions, model, peft, placing, tables
 from llava_fn.weights.source import OURS, UNUSED, Weights
 from llava_fn.weights.tables import Rule
 
-Progress = Callable[[int], None]  # called after each tensor with its size in bytes
 LAYOUTS = (OURS, *tables.WRITTEN)
 
 
@@ -83,11 +82,11 @@ def size(source: Weights) -> int:
     return sum(x.nbytes for x in (*source.leaves.values(), *source.spare.values()))
 
 
-def export(source: Weights, to: Path, layout: str, progress: Progress = lambda n: None) -> None:
+def export(source: Weights, to: Path, layout: str, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write `source` in a layout of `LAYOUTS` or tables.PEFT to the folder `to`, or to a file for mm_projector.
 
-    `to` must not exist, and appears complete or not at all. ValueError if the source lacks a part of the layout or a
-    tokenizer; OSError if the disk is full.
+    `to` must not exist, and appears complete or not at all. progress: called with the size of each written tensor, in
+    bytes. ValueError if the source lacks a part of the layout or a tokenizer; OSError if the disk is full.
     """
     if to.exists():
         raise ValueError(f"{to} exists; name another place, or remove it")
@@ -140,7 +139,7 @@ def _adapter(source: Weights, to: Path, style: str) -> None:
             (part / "config.json").write_bytes(files["config.json"])
 
 
-def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Progress) -> None:
+def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Callable[[int], None]) -> None:
     c = model.config(source)
     files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
     digests = {name: leaf.write(part / name, leaves, source.archives, progress) for name, leaves in files.items()}
@@ -149,7 +148,7 @@ def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Progress) -> 
     checkpoint.seal(part, manifest, tokenizer, digests)
 
 
-def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, progress: Progress) -> None:
+def _theirs(layout: str, source: Weights, tokenizer: bytes, part: Path, progress: Callable[[int], None]) -> None:
     source, c = _complete(source, model.config(source))
     dtype = source.leaves["llama/embed"].dtype
     image_mode, template = source.image_mode or "square", source.template or "plain"
