@@ -101,7 +101,8 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
     moved = mindspeed.read(texts) if texts else None
     given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
     source = model.merge(given + (moved_sources(moved, given) if moved else []))
-    source = model.merge_lora(source) if c.merge_lora else source
+    if c.merge_lora:
+        source = model.merge_lora(model.cast(source, torch.float32) if c.dtype else source)  # rounded once, below
     source = model.cast(source, getattr(torch, c.dtype)) if c.dtype else source
     tokenizer = c.tokenizer or (moved and moved.tokenizer)
     if tokenizer and (c.tokenizer or source.tokenizer is None):
@@ -135,16 +136,12 @@ def main(c: Convert) -> None:
         print(f"{config}: for recipes/pretrain.py --config")
     with Bytes(export.size(source)) as progress:
         export.export(source, c.out, c.to, progress.add)
-    alone = {
-        "mm_projector": ("projector",),
-        "peft": ("lora", *source.trained),
-        "peft-liuhaotian": ("lora", *source.trained),
-    }
-    print(f"{c.out}: {summary(source, alone.get(c.to, source.parts))}")
+    print(f"{c.out}: {summary(source, c.to)}")
 
 
-def summary(source: Weights, parts: tuple[str, ...]) -> str:
-    """What these parts are, in one line."""
+def summary(source: Weights, to: str) -> str:
+    """The parts that were written, in one line."""
+    parts = {"mm_projector": ("projector",), "peft": ("lora", *source.trained)}.get(to.split("-")[0], source.parts)
     vision, llama = source.vision, source.llama
     texts = {"projector": "projector", "lora": f"adapters of {len(source.lora)} weights"}
     if vision:

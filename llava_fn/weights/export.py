@@ -124,19 +124,33 @@ def _check_delta(source: Weights) -> None:
 
 
 def _adapter(source: Weights, to: Path, style: str) -> None:
+    """Write the adapters and a trained projector. PEFT saves a module or adapts it, so a projector's are merged."""
+    inside = {k: x for k, x in source.lora.items() if "projector" in source.trained and k.startswith("projector/")}
+    adapters = {k: x for k, x in source.lora.items() if k not in inside}
     others = [part for part in source.trained if part != "projector"]
-    if not source.lora or others:
+    if not adapters or others:
         why = f"{', '.join(others)} was trained too" if others else "there are no adapters"
         raise ValueError(f"{source.where}: {style} is for adapters and a projector, and {why}; write a whole layout")
-    trained = source.leaves.items() if "projector" in source.trained else ()
-    projector = {path.removeprefix("projector/"): x for path, x in trained if path.startswith("projector/")}
+    leaves = {**source.leaves, **peft.merge(source.leaves, inside)}.items() if "projector" in source.trained else ()
+    projector = {path.removeprefix("projector/"): x for path, x in leaves if path.startswith("projector/")}
+    blocks = source.llama.blocks if source.llama else None
     with checkpoint.appearing(to) as part:
         part.mkdir()
-        peft.write(part, source.lora, projector, style, source.archives)
-        if style == "peft-liuhaotian" and source.tokenizer:  # LLaVA's builder.py reads the whole model's config here
-            c, dtype = model.config(source), source.leaves["llama/embed"].dtype
-            files = companions.liuhaotian(c, dtype, source.tokenizer, source.image_mode or "square")
-            (part / "config.json").write_bytes(files["config.json"])
+        peft.write(part, adapters, projector, style, source.archives, blocks)
+        if style == "peft-liuhaotian":
+            (part / "config.json").write_bytes(_whole_config(source))
+
+
+def _whole_config(source: Weights) -> bytes:
+    """The whole model's config.json, which LLaVA's builder.py reads from a folder of adapters."""
+    if source.tokenizer is None or source.vision is None or source.llama is None:
+        raise ValueError(
+            f"{source.where}: LLaVA's code wants the whole model's config.json in a folder of adapters; name the "
+            "sources of the image tower and the decoder too, and a --tokenizer if they have none"
+        )
+    dtype = source.leaves["llama/embed"].dtype
+    files = companions.liuhaotian(model.config(source), dtype, source.tokenizer, source.image_mode or "square")
+    return files["config.json"]
 
 
 def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Callable[[int], None]) -> None:

@@ -86,10 +86,7 @@ def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weigh
     if not adapted:
         return list(sources), None
     others = [source for source in sources if not source.lora]
-    names = {Path(source.where).name for source in others}
-    if adapted[0].base and names and Path(adapted[0].base).name not in names:
-        print(f"warning: the adapters of {adapted[0].where} name the base {adapted[0].base}, not {', '.join(names)}",
-              file=sys.stderr)  # fmt: skip
+    _warn_of_base(adapted[0], others)
     if "projector" in adapted[0].parts:
         for i, source in enumerate(others):
             if "projector" in source.parts:
@@ -97,6 +94,20 @@ def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weigh
                 rest = {path: leaf for path, leaf in source.leaves.items() if not path.startswith("projector/")}
                 others[i] = dataclasses.replace(source, leaves=rest)
     return [*others, *adapted], adapted[0]
+
+
+def _warn_of_base(adapted: Weights, others: Sequence[Weights]) -> None:
+    """A warning if PEFT's config names another base than the given folders, or than their repository on the hub.
+
+    A snapshot in the hub's cache is models--OWNER--NAME/snapshots/COMMIT.
+    """
+    if not adapted.base or not others:
+        return
+    name = Path(adapted.base).name
+    parts = [part for source in others for part in Path(source.where).parts]
+    if not any(part == name or part.endswith(f"--{name}") for part in parts):
+        given = ", ".join(source.where for source in others)
+        print(f"warning: the adapters of {adapted.where} name the base {adapted.base}, not {given}", file=sys.stderr)
 
 
 def merge_lora(source: Weights) -> Weights:
@@ -107,14 +118,23 @@ def merge_lora(source: Weights) -> Weights:
 
 
 def cast(source: Weights, dtype: torch.dtype) -> Weights:
-    """The weights in another dtype."""
+    """The weights in another dtype. Reading a leaf is a ValueError if a number exceeds the dtype's range."""
 
-    def to(leaf: Leaf) -> Leaf:
-        return leaf.then(lambda t: t.to(dtype))
+    def to(name: str, leaf: Leaf) -> Leaf:
+        return Leaf(leaf.shape, dtype, lambda: _rounded(name, leaf.read(), dtype))
 
-    leaves, spare = ({path: to(x) for path, x in group.items()} for group in (source.leaves, source.spare))
-    adapters = {path: (to(a), to(b), scale) for path, (a, b, scale) in source.lora.items()}
+    leaves, spare = ({path: to(path, x) for path, x in group.items()} for group in (source.leaves, source.spare))
+    adapters = {
+        path: (to(f"{path}'s A", a), to(f"{path}'s B", b), scale) for path, (a, b, scale) in source.lora.items()
+    }
     return dataclasses.replace(source, leaves=leaves, spare=spare, lora=adapters)
+
+
+def _rounded(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    out = t.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(t.dtype).max and (out.isinf() & t.isfinite()).any():
+        raise ValueError(f"{name} holds {t.abs().max().item():.4g}, beyond the range of {dtype}; write another dtype")
+    return out
 
 
 def _check_widths(source: Weights) -> None:

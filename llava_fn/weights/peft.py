@@ -1,4 +1,4 @@
-"""PEFT folders of low-rank adapters, read and written (Hu et al. 2021, arXiv 2106.09685; peft/tuners/lora/config.py).
+"""PEFT folders of low-rank adapters, read and written (Hu et al. 2021, arXiv 2106.09685).
 
     adapter_config.json           accepted if its fields mean that an adapted weight is W + scale B A
     adapter_model.safetensors     base_model.model.MODULE.lora_A.weight, r in; .lora_B.weight, out r; the projector
@@ -10,12 +10,10 @@ MODULE is named as in transformers 5 or 4, or as in LLaVA's code; the adapter's 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,38 +21,63 @@ from torch import Tensor
 from llava_fn import lora
 from llava_fn.checkpoint import leaf
 from llava_fn.checkpoint.archive import Archive
-from llava_fn.checkpoint.leaf import Leaf
+from llava_fn.checkpoint.leaf import SAFETENSORS, Leaf
+from llava_fn.weights import peft_config
 from llava_fn.weights.configs import ANY
+from llava_fn.weights.peft_config import CONFIG, Values
 from llava_fn.weights.tables import HF, PEFT
 
-CONFIG, TENSORS, OTHERS = "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"
-NAME = re.compile(r"(?P<module>base_model\.model\..+)\.lora_(?P<which>[AB])(\.default)?\.weight")
-USED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-HARMLESS = (  # fields that do not change the meaning of the tensors
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
-)  # fmt: skip
-PLAIN = {  # fields that are harmless with one of these values; all other fields are harmless only if unset
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
-}
-PROJECTOR = ("multi_modal_projector", "mm_projector")
-DECODER = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+TENSORS, OTHERS = "adapter_model.safetensors", "non_lora_trainables.bin"
+ROOT = "base_model.model."
+NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])(\.default)?\.weight")
 
 Adapters = Mapping[str, tuple[Leaf, Leaf, float]]  # path -> A: r in, B: out r, scale
-Values = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
 
 
-def read(folder: Path, values: Values, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Adapters:
-    """The adapters of a PEFT folder, by our paths. others: the folder's tensors that are no adapters.
+def read(folder: Path, values: Values, tensors: Tensors) -> tuple[Adapters, Tensors]:
+    """The adapters of a PEFT folder, by our paths, and its other tensors, of a projector or an image tower.
 
-    ValueError names each field that W + scale B A does not express, each module to save that is not in the files, and
-    each adapter tensor of an unknown module, without its partner, of another rank, or with NaN or infinite values.
+    ValueError names each field that W + scale B A does not express, each module to save that is not in the files, each
+    other tensor that is foreign, and each adapter tensor of an unknown module, without its partner, of another rank or
+    dtype, duplicate, or with NaN or infinite values.
     """
-    where = folder / CONFIG
-    _check_fields(where, values, others)
+    peft_config.check(folder / CONFIG, values)
+    pairs = {name: t for name, t in tensors.items() if ".lora_" in name}
+    others = {name: t for name, t in tensors.items() if name not in pairs}
+    if not pairs:
+        raise ValueError(f"{folder} has {CONFIG}, but no adapters; download its {TENSORS} too")
+    _check_others(folder, values, others)
+    return _adapters(folder, values, pairs), others
+
+
+def _check_others(folder: Path, values: Values, others: Tensors) -> None:
+    prefixes = [slot.prefix for slot in HF.slots if slot.part != "llama"]
+    foreign = [name for name in others if not any(re.match(prefix, name) for prefix in prefixes)]
+    if foreign:
+        raise ValueError(
+            f"{folder}: {', '.join(foreign[:5])}{' ...' if foreign[5:] else ''} ({len(foreign)} tensors): only a "
+            f"projector or an image tower is supported in addition to adapters; {peft_config.ADVICE}"
+        )
+    saved = peft_config.saved(values)
+    if saved and not any(f"{x}." in name for name in others for x in peft_config.PROJECTOR):
+        raise ValueError(
+            f"{folder / CONFIG}: modules_to_save names {', '.join(saved)}, and no tensor of it is in the folder"
+        )
+    if wrong := [f"{name} {flaw}" for name, t in others.items() if (flaw := _flaw(t))]:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
+
+
+def _flaw(t: Tensor) -> str | None:
+    """Why a tensor cannot be a weight, or None."""
+    if t.dtype not in SAFETENSORS:
+        return f"is {t.dtype}; weights are {', '.join(map(str, SAFETENSORS))}"
+    if t.numel() == 0:
+        return "is empty, as ZeRO 3 saves a parameter that it did not gather"
+    return None if t.isfinite().all() else "holds NaN or an infinite value"
+
+
+def _adapters(folder: Path, values: Values, tensors: Tensors) -> Adapters:
     pairs: dict[str, dict[str, Tensor]] = {}
     modules, wrong = {}, []
     for name, t in tensors.items():
@@ -63,64 +86,20 @@ def read(folder: Path, values: Values, tensors: Mapping[str, Tensor], others: Ma
         if m is None or path is None:
             wrong.append(f"{name} belongs to no linear layer of a LLaVA")
             continue
-        modules[path] = m["module"].removeprefix("base_model.model.")
-        rank = _pattern(values.get("rank_pattern"), modules[path], values["r"])
-        if t.ndim != 2 or t.shape[m["which"] == "B"] != rank:
+        modules[path], which = m["module"], m["which"]
+        rank = peft_config.rank(values, modules[path])
+        if which in pairs.setdefault(path, {}):
+            wrong.append(f"{name} is a duplicate under another name")
+        elif t.ndim != 2 or t.shape[which == "B"] != rank:
             wrong.append(f"{name} is {tuple(t.shape)}, not of rank {rank}")
-        elif not t.isfinite().all():
-            wrong.append(f"{name} holds NaN or an infinite value")
-        pairs.setdefault(path, {})[m["which"]] = t
+        elif flaw := _flaw(t):
+            wrong.append(f"{name} {flaw}")
+        pairs[path][which] = t
     wrong += [f"{path} has only its {next(iter(pair))}" for path, pair in pairs.items() if len(pair) == 1]
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} adapter tensors do not fit: {'; '.join(wrong)}")
-    scales = {path: _scale(values, module) for path, module in modules.items()}
+    scales = {path: peft_config.scale(values, module) for path, module in modules.items()}
     return {path: (Leaf.of(pair["A"]), Leaf.of(pair["B"]), scales[path]) for path, pair in pairs.items()}
-
-
-def _check_fields(where: Path, values: Values, others: Mapping[str, Tensor]) -> None:
-    odd = [f"{k}={v!r}" for k, v in values.items() if k in PLAIN and v not in PLAIN[k]]
-    known = {*USED, *HARMLESS, *PLAIN}
-    odd += [f"{k}={v!r}" for k, v in values.items() if k not in known and v not in (None, False, {}, [], "")]
-    if odd:
-        raise ValueError(f"{where}: {', '.join(odd)} is more than plain LoRA, and not supported")
-    for field in ("r", "lora_alpha"):
-        _check_number(where, field, values.get(field))
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(values.get(field) or {}, dict):
-            raise ValueError(f"{where}: {field}={values[field]!r} is no object of patterns")
-        for pattern, value in (values.get(field) or {}).items():
-            _check_number(where, f"{field}[{pattern!r}]", value)
-            _check_pattern(where, field, pattern)
-    kept = [name.rpartition(".")[2] for name in values.get("modules_to_save") or ()]
-    if foreign := [name for name in kept if name not in PROJECTOR]:
-        raise ValueError(f"{where}: modules_to_save={foreign}: only the projector is supported in addition to adapters")
-    if kept and not any(f"{name}." in tensor for tensor in others for name in PROJECTOR):
-        raise ValueError(f"{where}: modules_to_save names {', '.join(kept)}, and no tensor of it is in the folder")
-
-
-def _check_number(where: Path, field: str, value: object) -> None:
-    whole = "alpha" not in field
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{where}: {field}={value!r}; it must be {'an integer' if whole else 'a number'} above 0")
-
-
-def _check_pattern(where: Path, field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {field}: {pattern!r} is no regular expression: {error}") from error
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name. Source: peft get_pattern_key."""
-    matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(matches, default)
-
-
-def _scale(values: Values, module: str) -> float:
-    rank = _pattern(values.get("rank_pattern"), module, values["r"])
-    alpha = _pattern(values.get("alpha_pattern"), module, values["lora_alpha"])
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
 @cache
@@ -161,12 +140,17 @@ def merge(leaves: Mapping[str, Leaf], adapters: Adapters) -> dict[str, Leaf]:
 
 
 def write(
-    folder: Path, adapters: Adapters, projector: Mapping[str, Leaf], style: str, archives: tuple[Archive, ...]
+    folder: Path,
+    adapters: Adapters,
+    projector: Mapping[str, Leaf],
+    style: str,
+    archives: tuple[Archive, ...],
+    blocks: int | None,
 ) -> None:
     """Write the files of a PEFT folder into the existing `folder`. projector: its leaves by name if it was trained.
 
     style: "peft" for the names of transformers 5, with the projector among the modules to save; "peft-liuhaotian" for
-    those of LLaVA's code, with the projector in a separate file.
+    those of LLaVA's code, with the projector in a separate file. blocks: of the decoder, if known.
     """
     names, saved = {}, {}
     for slot in PEFT[style]:
@@ -181,22 +165,6 @@ def write(
     leaf.write(folder / TENSORS, tensors if separate else tensors | saved, archives, lambda n: None)
     if saved and separate:
         torch.save({name: x.read().clone() for name, x in saved.items()}, folder / OTHERS)
-    modules = {path: names[path].removeprefix("base_model.model.") for path in adapters}
-    ranks = {modules[path]: a.shape[0] for path, (a, _, _) in adapters.items()}
-    alphas = {modules[path]: scale * a.shape[0] for path, (a, _, scale) in adapters.items()}
-    values = _config(ranks, alphas) | {"modules_to_save": list(PROJECTOR[:1]) if saved and not separate else None}
-    (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """The fields of a plain LoRA. A module with another rank or alpha gets a pattern of its whole name."""
-    rank, alpha = (max(set(values), key=list(values).count) for values in (ranks.values(), alphas.values()))
-    decoder = all(re.fullmatch(DECODER, module) for module in ranks)
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank, "lora_alpha": alpha,
-        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-        "init_lora_weights": True, "inference_mode": True,
-        "target_modules": DECODER if decoder and len(ranks) % 7 == 0 else sorted(ranks),
-        "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(module): x for module, x in alphas.items() if x != alpha},
-    }  # fmt: skip
+    sizes = {names[path].removeprefix(ROOT): (a.shape[0], scale) for path, (a, _, scale) in adapters.items()}
+    whole = {"modules_to_save": ["multi_modal_projector"] if saved and not separate else None}
+    (folder / CONFIG).write_text(json.dumps(peft_config.written(sizes, blocks) | whole, indent=1) + "\n")

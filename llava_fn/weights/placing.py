@@ -88,10 +88,15 @@ def leaves(
     c = Llava(vision or Vision(), language or Llama())  # the sizes of other parts do not matter
     rules = slot.rules(c)
     first = next((tensors[r.theirs] for r in rules if r.ours == ("w1",) and r.theirs in tensors), None)
-    widths = tuple(first.shape) if first is not None and first.ndim == 2 else (0, 0)
-    ours = shapes(slot.part, c, widths)
+    widths = tuple(first.shape) if first is not None and first.ndim == 2 and first.numel() else None
+    ours = shapes(slot.part, c, widths or (1, 1))
     wrong += [f"unexpected: {slot.part}'s {name}" for name in tensors.keys() - {rule.theirs for rule in rules}]
     rules = _untied(rules, ours, tensors, wrong)
+    if slot.part == "projector" and widths is None:  # all its shapes follow from its first matrix
+        if first is not None:
+            wrong.append(f"wrong shape: the projector's first matrix is {tuple(first.shape)}; ZeRO 3 saves a parameter "
+                         "that it did not gather as empty")  # fmt: skip
+        rules = [rule for rule in rules if rule.theirs not in tensors]
     held = {_group(rule.ours[0]) for rule in rules if rule.theirs in tensors}
     out: dict[str, Leaf] = {}
     for rule in rules:

@@ -164,22 +164,22 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
     files = {name: _json(folder / name) for name in CONFIGS}
-    adapter = _json(folder / peft.CONFIG)
-    pairs = {name: t for name, t in tensors.items() if ".lora_" in name} if adapter else {}
-    rest = {name: t for name, t in tensors.items() if name not in pairs}
+    adapter, is_peft = _json(folder / peft.CONFIG), (folder / peft.CONFIG).is_file()
+    adapters, rest = peft.read(folder, adapter, tensors) if is_peft else ({}, tensors)
     source = Weights(str(folder), "PEFT", {}, {}, ())
     if rest:
         source = interpret(str(folder), rest, files["config.json"], c)
     tokenizer = folder / "tokenizer.model"
     whole = {"projector", "llama"} <= set(source.parts)
+    stated = is_peft and "image_aspect_ratio" in files["config.json"]  # LLaVA's code saves it with adapters too
     return dataclasses.replace(
         source,
         archives=tuple(archives),
-        lora=peft.read(folder, adapter, pairs, rest) if adapter else {},
-        trained=source.parts if adapter else (),
+        lora=adapters,
+        trained=source.parts if is_peft else (),
         base=adapter.get("base_model_name_or_path") or None,
         tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
-        image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole else None,
+        image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole or stated else None,
         template="v1" if whole else None,
     )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from layouts import C
 from mindspeed_files import mindspeed_json
+from safetensors.torch import load_file
 from warm import ENV, ROOT
 from warm import recipe as module
 
@@ -109,6 +110,48 @@ def test_what_a_person_can_set_right_is_one_line(recipe, seed, tmp_path):
     done = recipe(seed / "nothing", out)
     assert done.returncode == 1 and done.stderr == f"error: {seed / 'nothing'}: no such file or folder\n"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["llava_fn", "llava-hf", "liuhaotian", "mm_projector"])
+def test_every_layout_is_written_in_the_dtype_that_is_named(to, seed, state, tmp_path):
+    sources, out = [seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5", "mm_projector.bin")], tmp_path / to
+    convert.main(convert.Convert((*sources, out), to=to, dtype="bfloat16"))
+    source = open_source(out)
+    want = model.from_state_dict(layouts.text_rows(state), C)
+    assert {leaf.read().dtype for of in (source.leaves, source.spare) for leaf in of.values()} == {torch.bfloat16}
+    assert ("vision/blocks/3/wq" in source.spare) == (to != "mm_projector")  # CLIP's last block, which goes out again
+    for path, leaf in source.leaves.items():
+        assert torch.equal(leaf.read(), want[tuple(path.split("/"))].bfloat16()), path
+    if to not in ("llava_fn", "mm_projector"):
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_into_another_dtype_in_one_rounding(dtype, seed, state, tmp_path):
+    adapter, rounded = layouts.write_lora(tmp_path / "lora", state, 4, 8)
+    exact = layouts.write_lora(tmp_path / "exact", {name: t.float() for name, t in state.items()}, 4, 8)[1]
+    sources = [seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5")]
+    convert.main(convert.Convert((*sources, adapter, tmp_path / "out"), dtype=dtype, merge_lora=True))
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    want, twice = (x[name].to(getattr(torch, dtype)) for x in (exact, rounded))
+    got = open_source(tmp_path / "out").leaves["llama/blocks/1/w_up"].read()
+    assert torch.equal(got, want) and not torch.equal(got, twice)
+
+
+def test_adapters_go_out_alone(recipe, seed, state, tmp_path):
+    adapter, _ = layouts.write_lora(tmp_path / "lora", state, 4, 8)
+    done = recipe(*[seed / name for name in ("ViT-L-14-336px.pt", "vicuna-7b-v1.5")], adapter, tmp_path / "out",
+                  "--to", "peft", "--dtype", "float16")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'out'}: adapters of 14 weights, projector\n"
+    a, b = (open_source(folder) for folder in (adapter, tmp_path / "out"))
+    assert {t.dtype for t in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {torch.float16}
+    for path, (x, y, scale) in a.lora.items():
+        assert torch.equal(x.read().half(), b.lora[path][0].read()) and torch.equal(
+            y.read().half(), b.lora[path][1].read()
+        )
+        assert scale == b.lora[path][2]
+    assert torch.equal(a.leaves["projector/w1"].read().half(), b.leaves["projector/w1"].read())
 
 
 KILLED = """

@@ -1,19 +1,24 @@
 """PEFT's folders in and out, against peft itself on transformers' LLaVA; and every field that is refused."""
 
+import dataclasses
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 from oracles import CONFIGS, HF_IMAGE, hf_llava, ours, sample
 from safetensors.torch import load_file, save_file
 
-from llava_fn import llava, lora, tree, vit
+from llava_fn import config, llava, lora, spec, tree, vit
 from llava_fn.batch import IMAGE, collate
+from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights import export, model, peft
+from llava_fn.weights import export, model, peft, peft_config
 from llava_fn.weights.source import open_source
 
 with warnings.catch_warnings():
@@ -146,24 +151,97 @@ def test_what_goes_out_is_read_by_peft_with_equal_logits(how, base, adapter, tmp
     close(got, want[read])
 
 
-def test_adapters_of_the_decoder_go_out_under_an_expression_that_leaves_clip_alone(base, tmp_path):
-    folder, want = train(tmp_path / "adapter", target_modules=peft.DECODER)
+DECODER = r".*language_model\.layers\.\d+\.(self_attn\.q_proj|self_attn\.k_proj|self_attn\.v_proj|self_attn\.o_proj"
+TARGETS = {  # of the decoder, in transformers' names -> what is written
+    "all": (SUFFIXES, DECODER + r"|mlp\.gate_proj|mlp\.up_proj|mlp\.down_proj)"),
+    "two": (["v_proj", "q_proj"], r".*language_model\.layers\.\d+\.(self_attn\.q_proj|self_attn\.v_proj)"),
+    "one block": (["2.mlp.up_proj"], ["model.language_model.layers.2.mlp.up_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_adapters_of_the_decoder_go_out_under_an_expression_that_leaves_clip_alone(case, base, tmp_path):
+    kinds, written = TARGETS[case]
+    inner = "|".join(name if "." in name else rf"\d+\.\w+\.{name}" for name in kinds)
+    folder, want = train(tmp_path / "adapter", target_modules=rf".*language_model\.layers\.({inner})")
     export.export(loaded(base, folder)[1], tmp_path / "out", "peft")
     values = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert values["target_modules"] == peft.DECODER and values["modules_to_save"] is None
-    close(their_logits(PeftModel.from_pretrained(hf_llava(C), tmp_path / "out").eval(), S), want)
+    assert values["target_modules"] == written and values["modules_to_save"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of adapters that the folder lacks
+        again = PeftModel.from_pretrained(hf_llava(C), tmp_path / "out").eval()
+    close(their_logits(again, S), want)
+    export.export(open_source(folder), tmp_path / "alone", "peft")  # without a base its number of blocks is not known
+    values = json.loads((tmp_path / "alone/adapter_config.json").read_text())
+    assert isinstance(values["target_modules"], list)
+    close(their_logits(PeftModel.from_pretrained(hf_llava(C), tmp_path / "alone").eval(), S), want)
 
 
-def test_what_goes_out_in_the_names_of_llavas_code_comes_back(base, adapter, tmp_path):
-    folder, want = adapter
-    export.export(loaded(base, folder)[1], tmp_path / "out", "peft-liuhaotian")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {peft.CONFIG, peft.TENSORS, peft.OTHERS}
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory):
+    """A run of ours that trained the projector and adapters of every linear layer, and its base, also as hf."""
+    root, c = tmp_path_factory.mktemp("run"), config.Lora(rank=3, alpha=4.0, targets=(".*",))
+    layouts.write_llava_hf(root / "hf", layouts.hub(layouts.hf_model(dtype=torch.float32)), "hub", tokenizer.model)
+    export.export(open_source(root / "hf"), root / "base", "llava_fn")
+    parts = ("projector", "lora")
+    fresh = spec.init(spec.only(lora.extended(llava.spec(layouts.C), c), parts), 0)
+    rng = torch.Generator().manual_seed(3)
+    params = tree.rebuild(fresh, [x + 0.1 * torch.randn(x.shape, generator=rng) for x in tree.values(fresh)])
+    record = checkpoint.Base(str(root / "base"), checkpoint.fingerprint(root / "base"))
+    manifest = checkpoint.Manifest(layouts.C, parts, "square", "v1", None, base=record, lora=c)
+    checkpoint.save(root / "run/checkpoints/000003", manifest, params, None, tokenizer.model)
+    return root
+
+
+def test_a_run_of_ours_is_read_by_peft_with_equal_logits(run, tmp_path):
+    params, source = loaded(run / "run")
+    assert {path.split("/")[0] for path in source.lora} == {"vision", "projector", "llama"}
+    export.export(source, tmp_path / "out", "peft")
+    names = set(load_file(tmp_path / "out" / peft.TENSORS))
+    assert not [name for name in names if "projector" in name and "lora" in name]  # PEFT saves a module, or adapts it
+    again = PeftModel.from_pretrained(layouts.HFLlava.from_pretrained(run / "hf"), tmp_path / "out").eval()
+    s = sample(layouts.C, 1, "pip3")
+    ids = torch.tensor(s.ids)
+    with torch.no_grad():
+        ids = torch.where(ids == IMAGE, layouts.C.llama.vocab, ids)[None]
+        want = again(input_ids=ids, pixel_values=vit.normalise(s.pixels)).logits[0, :, : layouts.C.llama.vocab]
+    batch = collate([s])
+    for p in (params, loaded(run / "hf", tmp_path / "out")[0], loaded(tmp_path / "out", run / "base")[0]):
+        got = llava.llama.logits(p["llama"], llava.forward(p, batch, layouts.C), layouts.C.llama)
+        close(got, want[batch.stream.read])
+
+
+def test_what_goes_out_in_the_names_of_llavas_code_comes_back(run, tmp_path):
+    params, source = loaded(run / "run")
+    export.export(dataclasses.replace(source, image_mode="pad"), tmp_path / "out", "peft-liuhaotian")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {peft.CONFIG, peft.TENSORS, peft.OTHERS, "config.json"}
     names = set(load_file(tmp_path / "out" / peft.TENSORS))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert (
+        "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.lora_B.weight" in names
+    )
     extra = torch.load(tmp_path / "out" / peft.OTHERS, weights_only=True)
     assert set(extra) == {f"base_model.model.model.mm_projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")}
-    got, read = our_logits(loaded(tmp_path / "out", base)[0], S)
-    close(got, want[read])
+    again, back = loaded(tmp_path / "out", run / "hf")
+    assert back.image_mode == "pad"  # as LLaVA's config.json says
+    batch = collate([sample(layouts.C, 1, "pip3")])
+    close(*(llava.forward(p, batch, layouts.C) for p in (again, params)))
+
+
+def test_llavas_decoder_goes_out_under_an_expression_too(run, tmp_path):
+    _, source = loaded(run / "run")
+    decoder = {path: x for path, x in source.lora.items() if path.startswith("llama/")}
+    export.export(dataclasses.replace(source, lora=decoder), tmp_path / "out", "peft-liuhaotian")
+    pattern = json.loads((tmp_path / "out" / peft_config.CONFIG).read_text())["target_modules"]
+    assert re.fullmatch(pattern, "model.layers.1.mlp.up_proj")
+    tower = "model.vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj"
+    assert not re.fullmatch(pattern, tower)
+
+
+def test_llavas_code_needs_the_config_of_the_whole_model(adapter, tmp_path):
+    with pytest.raises(ValueError, match="name the sources of the image tower and the decoder too, and a --tokenizer"):
+        export.export(open_source(adapter[0]), tmp_path / "out", "peft-liuhaotian")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_layout_is_not_written_with_adapters_beside_it(base, adapter, tmp_path):
@@ -179,6 +257,15 @@ def test_weights_are_cast_on_the_way(base, adapter):
     params = model.load(source)
     assert {x.dtype for x in tree.values(params)} == {torch.bfloat16} == {x.dtype for x in source.leaves.values()}
     assert {x.read().dtype for pair in source.lora.values() for x in pair[:2]} == {torch.bfloat16}
+
+
+def test_a_number_beyond_the_dtypes_range_is_named(base):
+    source = model.merge([open_source(base)])
+    wide = dict(source.leaves) | {"llama/norm": Leaf.of(torch.full((48,), 7e4))}
+    assert model.cast(dataclasses.replace(source, leaves=wide), torch.bfloat16).leaves["llama/norm"].read()[0] > 6e4
+    cast = model.cast(dataclasses.replace(source, leaves=wide), torch.float16)
+    with pytest.raises(ValueError, match="llama/norm holds 7e.04, beyond the range of torch.float16; write another"):
+        cast.leaves["llama/norm"].read()
 
 
 # What W + scale B A does not express.
@@ -214,6 +301,11 @@ REFUSED = [
     ({"rank_pattern": {"(": 4}}, "rank_pattern: '.' is no regular expression"),
     ({"rank_pattern": {"q_proj": None}}, r"rank_pattern\['q_proj'\]=None; it must be an integer"),
     ({"r": 5}, "is .4, 48., not of rank 5"),
+    ({"use_rslora": "false"}, "use_rslora='false'; it must be true or false"),
+    ({"alpha_pattern": [4]}, r"alpha_pattern=\[4\]; it must be an object of patterns"),
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path=5; it must be a name"),
+    ({"modules_to_save": "projector"}, "modules_to_save='projector'; it must be a list of names"),
+    ({"modules_to_save": [1]}, r"modules_to_save=\[1\]: only the projector is supported"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]: only the projector is supported"),
 ]
 
@@ -233,6 +325,9 @@ def test_a_config_without_a_rank_is_refused(adapter, tmp_path):
     (there / peft.CONFIG).write_text(json.dumps(values))
     with pytest.raises(ValueError, match="adapter_config.json: r=None; it must be an integer above 0"):
         open_source(there)
+    (there / peft.CONFIG).write_text("{}")
+    with pytest.raises(ValueError, match="adapter_config.json: r=None; it must be an integer above 0"):
+        open_source(there)
     (there / peft.CONFIG).write_text("[]")
     with pytest.raises(ValueError, match="adapter_config.json is not a JSON object"):
         open_source(there)
@@ -240,9 +335,32 @@ def test_a_config_without_a_rank_is_refused(adapter, tmp_path):
 
 def test_every_field_of_pefts_config_is_used_harmless_or_refused():
     """A field that a new PEFT brings is refused where it is set, and this test names it."""
-    known = {*peft.USED, *peft.HARMLESS, *peft.PLAIN}
+    known = {*peft_config.USED, *peft_config.HARMLESS, *peft_config.PLAIN}
     refused = {next(iter(fields)) for fields, said in REFUSED if said.startswith(next(iter(fields)))}
     assert set(LoraConfig.__dataclass_fields__) <= known | refused | {"corda_config", "lora_ga_config"}
+
+
+WRITTEN = {  # what PEFT itself writes, and what is said of it
+    "embeddings and head": ({"modules_to_save": ["lm_head", "embed_tokens"]}, "modules_to_save=.'lm_head', 'embed_tok"),
+    "adapted embeddings": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        "embed_tokens.base_layer.weight .1 tensors.",
+    ),
+    "adapted head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.base_layer.weight .1 tensors.: only a"),
+    "biases": ({"bias": "lora_only"}, "bias='lora_only' is more"),
+    "biases of B": ({"lora_bias": True}, "lora_bias=True is more"),
+    "DoRA": ({"use_dora": True}, "use_dora=True is more"),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices=.'embed_tokens': .1.. is"),
+    "half a projector": ({"modules_to_save": ["linear_1"]}, "missing: projector's linear_2.weight"),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_peft_writes_beside_plain_adapters_is_refused(case, tmp_path):
+    how, said = WRITTEN[case]
+    with pytest.raises(ValueError, match=said) as error:
+        open_source(train(tmp_path / "adapter", **how)[0])
+    assert case == "half a projector" or "merge the adapters with PEFT" in str(error.value)
 
 
 def test_modules_to_save_without_their_tensors_are_named(base, tmp_path):
@@ -250,6 +368,47 @@ def test_modules_to_save_without_their_tensors_are_named(base, tmp_path):
     there = renamed(folder, tmp_path / "renamed", lambda name: name, modules_to_save=["multi_modal_projector"])
     with pytest.raises(ValueError, match="modules_to_save names multi_modal_projector, and no tensor of it is in"):
         open_source(there)
+
+
+def changed(folder: Path, to: Path, change) -> Path:
+    """A copy with other tensors, which torch saves, as older versions of PEFT do."""
+    shutil.copytree(folder, to)
+    (to / peft.TENSORS).unlink()
+    torch.save(change(load_file(folder / peft.TENSORS)), to / "adapter_model.bin")
+    return to
+
+
+def each(kind: str, change):
+    return lambda tensors: {name: change(t) if kind in name else t for name, t in tensors.items()}
+
+
+FLAWS = {
+    "another name": (
+        lambda tensors: tensors | {k.replace("lora_A.", "lora_A.default."): t for k, t in tensors.items()},
+        "layers.0.mlp.up_proj.lora_A.default.weight is a duplicate under another name",
+    ),
+    "integers": (each("lora_B", lambda t: t.to(torch.int8)), "q_proj.lora_B.weight is torch.int8; weights are"),
+    "infinite": (each("lora_A", lambda t: t / 0), "q_proj.lora_A.weight holds NaN or an infinite value"),
+    "a projector of NaN": (
+        each("projector", lambda t: t * torch.nan),
+        "linear_1.weight holds NaN or an infinite value",
+    ),
+    "ZeRO 3's": (each("projector", lambda t: t[:0]), "linear_1.weight is empty, as ZeRO 3 saves a parameter that it"),
+    "none": (lambda tensors: {k: t for k, t in tensors.items() if "lora" not in k}, "json, but no adapters; download"),
+}
+
+
+@pytest.mark.parametrize("case", FLAWS)
+def test_tensors_that_are_no_adapters_are_named(case, adapter, tmp_path):
+    change, said = FLAWS[case]
+    with pytest.raises(ValueError, match=said):
+        open_source(changed(adapter[0], tmp_path / "changed", change))
+
+
+def test_adapters_that_torch_saved_are_read(base, adapter, tmp_path):
+    folder, want = adapter
+    got, read = our_logits(loaded(base, changed(folder, tmp_path / "bin", lambda tensors: tensors))[0], S)
+    close(got, want[read])
 
 
 def test_tensors_without_a_place_partner_or_finite_values_are_listed(adapter, tmp_path):
@@ -268,8 +427,14 @@ def test_tensors_without_a_place_partner_or_finite_values_are_listed(adapter, tm
 
 def test_adapters_of_another_base_are_refused_or_warned_of(base, adapter, tmp_path, capsys):
     there = renamed(adapter[0], tmp_path / "renamed", lambda name: name, base_model_name_or_path="someone/vicuna-13b")
-    model.merge([open_source(base), open_source(there)])
-    assert f"the adapters of {there} name the base someone/vicuna-13b, not hf" in capsys.readouterr().err
+    bases = [tmp_path / "models--someone--vicuna-13b/snapshots/0af", tmp_path / "vicuna-13b", base]
+    for path in bases[:2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(base)
+    for path in bases:
+        model.merge([open_source(path), open_source(there)])
+        warned = f"warning: the adapters of {there} name the base someone/vicuna-13b, not {path}\n"
+        assert (warned in capsys.readouterr().err) == (path == base)
     wide = {path: Leaf.of(torch.zeros(3, 3)) for path in ("llama/blocks/0/wq",)}
     with pytest.raises(ValueError, match="do not fit the weights: llama/blocks/0/wq is .3, 3., not .48, 48."):
         source = open_source(adapter[0])

@@ -297,6 +297,25 @@ def test_weights_that_cannot_be_a_model_do_not_go_out(folders, tokenizer, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: {"model.mm_projector.weight": t["model.mm_projector.0.weight"]}, ["unexpected: projector's weight"]),
+        (lambda t: {k: x[:0] for k, x in t.items()}, ["wrong shape: the projector's first matrix is .0, 128.; ZeRO 3"]),
+        (lambda t: {k: x for k, x in t.items() if "0.w" not in k}, ["1 tensors:", "missing: projector's 0.weight"]),
+        (lambda t: t | {"model.mm_projector.4.bias": torch.zeros(3)}, ["1 tensors:", "unexpected: projector's 4.bias"]),
+    ],
+    ids=["linear", "empty", "half", "deeper"],
+)
+def test_another_projector_is_refused_by_its_tensors(change, said, state, tmp_path):
+    path = tmp_path / "mm_projector.bin"
+    layouts.write_projector(path, state)
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    for text in said:
+        with pytest.raises(ValueError, match=text):
+            open_source(path)
+
+
 def test_all_that_does_not_fit_is_listed_in_one_error(folders, tmp_path):
     (source,), broken = folders["hybrid"], tmp_path / "hf"
     broken.mkdir()
