@@ -33,10 +33,10 @@ class Convert:
 
     # files and folders to read, MindSpeed-MM's JSON files too; then the new folder, or file for mm_projector, to write
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")]
-    # the layout to write; peft: the adapters alone, named as in transformers, or as in LLaVA's code
+    # the layout to write; peft: the adapters, and a projector trained with them, named as in transformers or LLaVA
     to: Literal["llava_fn", "llava-hf", "liuhaotian", "mm_projector", "peft", "peft-liuhaotian"] = "llava_fn"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # that of the sources, unless given
-    merge_lora: bool = False  # add the adapters of a PEFT folder to the weights
+    merge_lora: bool = False  # add the adapters of a PEFT folder or of a run to the weights
     tokenizer: Path | None = None  # a sentencepiece tokenizer.model, if no source folder has one
     image_mode: Literal["pad", "square"] | None = None  # what the sources say, unless given
     template: str | None = None  # of conversations; what the sources say, unless given
@@ -44,16 +44,6 @@ class Convert:
     def __post_init__(self) -> None:
         if len(self.paths) < 2:
             raise ValueError("give at least one source, and the place to write to")
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """What is read."""
-        return self.paths[:-1]
-
-    @property
-    def out(self) -> Path:
-        """What is written."""
-        return self.paths[-1]
 
 
 def check_published(path: Path) -> None:
@@ -97,9 +87,10 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
     from llava_fn.weights import mindspeed, model
     from llava_fn.weights.source import open_source
 
-    texts = [path for path in c.sources if is_json(path)]
+    sources = c.paths[:-1]
+    texts = [path for path in sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
-    given = [open_source(path, moved and moved.model) for path in c.sources if path not in texts]
+    given = [open_source(path, moved and moved.model) for path in sources if path not in texts]
     source = model.merge(given + (moved_sources(moved, given) if moved else []))
     if c.merge_lora:
         source = model.merge_lora(model.cast(source, torch.float32) if c.dtype else source)  # rounded once, below
@@ -122,21 +113,22 @@ def main(c: Convert) -> None:
     from llava_fn.runs.progress import Bytes
     from llava_fn.weights import export, mindspeed
 
-    if c.out.exists():
-        raise ValueError(f"{c.out} exists; name another place, or remove it")
-    for path in c.sources:
+    *sources, out = c.paths
+    if out.exists():
+        raise ValueError(f"{out} exists; name another place, or remove it")
+    for path in sources:
         check_published(path)
     source, moved = read(c)
     if moved:
         print("".join(f"no meaning here: {line}\n" for line in moved.ignored), end="", file=sys.stderr)
     if moved and moved.pretrain:
-        config = c.out.with_name(f"{c.out.name}-pretrain.json")
+        config = out.with_name(f"{out.name}-pretrain.json")
         with checkpoint.appearing(config) as part:
-            part.write_text(json.dumps(mindspeed.pretrain_config(moved, c.out), indent=1) + "\n")
+            part.write_text(json.dumps(mindspeed.pretrain_config(moved, out), indent=1) + "\n")
         print(f"{config}: for recipes/pretrain.py --config")
     with Bytes(export.size(source)) as progress:
-        export.export(source, c.out, c.to, progress.add)
-    print(f"{c.out}: {summary(source, c.to)}")
+        export.export(source, out, c.to, progress.add)
+    print(f"{out}: {summary(source, c.to)}")
 
 
 def summary(source: Weights, to: str) -> str:
