@@ -167,6 +167,8 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     adapter, is_peft = _json(folder / peft.CONFIG), (folder / peft.CONFIG).is_file()
     adapters, rest = peft.read(folder, adapter, tensors) if is_peft else ({}, tensors)
     source = Weights(str(folder), "PEFT", {}, {}, ())
+    if is_peft:
+        files["config.json"].pop("quantization_config", None)  # of the base in QLoRA; the folder's tensors are not
     if rest:
         source = interpret(str(folder), rest, files["config.json"], c)
     tokenizer = folder / "tokenizer.model"

@@ -228,6 +228,16 @@ def test_what_goes_out_in_the_names_of_llavas_code_comes_back(run, tmp_path):
     close(*(llava.forward(p, batch, layouts.C) for p in (again, params)))
 
 
+def test_the_config_of_a_quantised_base_does_not_matter_to_adapters(run, tmp_path):
+    """LLaVA's QLoRA saves the config of the base that it quantised with the adapters, which are not quantised."""
+    _, source = loaded(run / "run")
+    export.export(source, tmp_path / "out", "peft-liuhaotian")
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    assert open_source(tmp_path / "out").lora.keys() == {k for k in source.lora if not k.startswith("projector")}
+
+
 def test_llavas_decoder_goes_out_under_an_expression_too(run, tmp_path):
     _, source = loaded(run / "run")
     decoder = {path: x for path, x in source.lora.items() if path.startswith("llama/")}
