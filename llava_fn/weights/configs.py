@@ -18,25 +18,29 @@ FIXED = {  # fields of HF's and of LLaVA's configs that change the computation, 
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
     "mm_patch_merge_type": "flat", "s2": False,
 }  # fmt: skip
+VISION_SIZES = {  # our name of a size -> HF's name and default (configuration_clip.py)
+    "image": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
+    "blocks": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12), "ffn": ("intermediate_size", 3072),
+}  # fmt: skip
+LLAMA_SIZES = {  # likewise (configuration_llama.py)
+    "vocab": ("vocab_size", 32000), "width": ("hidden_size", 4096), "blocks": ("num_hidden_layers", 32),
+    "heads": ("num_attention_heads", 32), "ffn": ("intermediate_size", 11008),
+}  # fmt: skip
 
 
-def _size(values: Values, name: str, default: int) -> int:
-    """A size of a model. ValueError unless it is a whole number above 0."""
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} in config.json; it must be a whole number above 0")
-    return value
+def _sizes(values: Values, names: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    """Our name -> size. ValueError unless each size is a whole number above 0."""
+    sizes = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
+    for ours, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{names[ours][0]}={value!r} in config.json; it must be a whole number above 0")
+    return sizes
 
 
 def vision_config(values: Values, feature_layer: int = -2) -> Vision:
-    """Our config from HF's CLIPVisionConfig, which omits fields at their defaults (configuration_clip.py)."""
+    """Our config from HF's CLIPVisionConfig, which omits fields at their defaults."""
     return Vision(
-        image=_size(values, "image_size", 224),
-        patch=_size(values, "patch_size", 32),
-        width=_size(values, "hidden_size", 768),
-        blocks=_size(values, "num_hidden_layers", 12),
-        heads=_size(values, "num_attention_heads", 12),
-        ffn=_size(values, "intermediate_size", 3072),
+        **_sizes(values, VISION_SIZES),
         eps=values.get("layer_norm_eps", 1e-5),
         act=values.get("hidden_act", "quick_gelu"),
         feature_layer=feature_layer,
@@ -44,10 +48,10 @@ def vision_config(values: Values, feature_layer: int = -2) -> Vision:
 
 
 def llama_config(values: Values) -> Llama:
-    """Our config from HF's LlamaConfig, which omits fields at their defaults (configuration_llama.py).
+    """Our config from HF's LlamaConfig, which omits fields at their defaults.
 
-    ValueError for a size that is none, and for what is not implemented: a scaled rotary embedding, biases, another
-    activation than SiLU, a head width that is not width / heads.
+    ValueError for a size that is no whole number above 0, and for what is not implemented: a scaled rotary embedding,
+    biases, an activation other than SiLU, a head width that is not width / heads.
     """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     kinds = [x.get("rope_type", x.get("type", "default")) for x in (rope, scaling) if isinstance(x, Mapping)]
@@ -57,14 +61,10 @@ def llama_config(values: Values) -> Llama:
         raise ValueError("this Llama has biases; not supported")
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"this Llama's activation is {values['hidden_act']}, not silu; not supported")
-    heads = _size(values, "num_attention_heads", 32)
+    sizes = _sizes(values, LLAMA_SIZES)
     config = Llama(
-        vocab=_size(values, "vocab_size", 32000),
-        width=_size(values, "hidden_size", 4096),
-        blocks=_size(values, "num_hidden_layers", 32),
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        ffn=_size(values, "intermediate_size", 11008),
+        **sizes,
+        kv_heads=values.get("num_key_value_heads") or sizes["heads"],
         eps=values.get("rms_norm_eps", 1e-6),
         theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         tied=values.get("tie_word_embeddings", False),
@@ -75,16 +75,13 @@ def llama_config(values: Values) -> Llama:
 
 
 def check_fixed(values: Values) -> None:
-    """ValueError listing every field of `FIXED` with another value: such a model is not a LLaVA-1.5.
-
-    ValueError too for quantised weights, and for an image tower that is no CLIP.
-    """
+    """ValueError for quantised weights, for an image tower other than CLIP, and listing all fields unlike `FIXED`."""
     if quantised := values.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
         raise ValueError(f"the weights are quantised ({method}); give the original ones, in 16 or 32 bits")
     tower = values.get("mm_vision_tower")
     if tower and "clip" not in str(tower).lower():
-        raise ValueError(f"mm_vision_tower={tower!r} is no CLIP, the only image tower that is read")
+        raise ValueError(f"mm_vision_tower={tower!r} is no CLIP, the only image tower supported")
     wrong = [f"{k}={values[k]!r}, not {v!r}" for k, v in FIXED.items() if values.get(k, v) != v]
     if wrong:
         raise ValueError(f"this is not a LLaVA-1.5, the only model supported: {'; '.join(wrong)}")

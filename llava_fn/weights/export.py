@@ -117,7 +117,7 @@ def export(source: Weights, to: Path, layout: str, progress: Callable[[int], Non
 
 
 def _check_delta(source: Weights) -> None:
-    """ValueError if all norms of the decoder are near 0, as in the difference of two models."""
+    """ValueError if all norm weights of the decoder are near 0, as in the difference of two models."""
     norms = [leaf.read() for path, leaf in source.leaves.items() if path.startswith("llama/") and "norm" in path]
     if norms and not norms[0].is_meta and all(norm.float().abs().max() < 0.01 for norm in norms):
         raise ValueError(f"{source.where} is a delta, not a model: all its norms are near 0; add it to its base first")
