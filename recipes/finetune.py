@@ -116,12 +116,12 @@ def main(c: Finetune) -> TrainState:
     # imports stand where they are used: torch takes seconds, and --help does without
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import processes
-    from llava_fn.launch.watchdog import watching
+    from llava_fn.runs.guard import guard
 
     if c.base == (STAGE_1,) and not STAGE_1.is_dir():
         raise ValueError(f"there is no {STAGE_1} to go on from; `python recipes/pretrain.py` makes it in 4 minutes")
     device = pick_device(c.device)
-    with processes(c.parallel.tp, device, c.run_dir / "log") as world, watching(world, c.parallel.silence) as watch:
+    with processes(c.parallel.tp, device, c.run_dir / "log") as world, guard(c.run_dir, world, c.parallel) as watch:
         return train(c, world, watch)
 
 

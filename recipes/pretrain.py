@@ -84,12 +84,12 @@ def main(c: Pretrain) -> TrainState:
     # imports stand where they are used: torch takes seconds, and --help does without
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import processes
-    from llava_fn.launch.watchdog import watching
+    from llava_fn.runs.guard import guard
     from llava_fn.runs.origin import open_origin
 
     device, origin = pick_device(c.device), open_origin(c.model, c.tokenizer, c.base)
     origin.check(c.data, c.parallel, c.recompute, c.compile)
-    with processes(c.parallel.tp, device, c.run_dir / "log") as world, watching(world, c.parallel.silence) as watch:
+    with processes(c.parallel.tp, device, c.run_dir / "log") as world, guard(c.run_dir, world, c.parallel) as watch:
         return train(c, origin, world, watch)
 
 

@@ -5,6 +5,7 @@ run/environment.json     versions, device, Ascend variables
 run/metrics.jsonl        one row an update
 run/skipped.jsonl        one row a record that was left out
 run/checkpoints/000100   see llava_fn/checkpoint/folder.py
+run/lock                 names the process that writes; see guard.py
 run/log/rank-00001.log   what a process other than the first one prints
 """
 
@@ -80,7 +81,10 @@ class Run:
             changed.append("tokenizer: another sentencepiece model")
         if changed:
             lines = "\n  ".join(changed)
-            raise ValueError(f"{path} belongs to another config; choose another run folder, or undo these:\n  {lines}")
+            raise ValueError(
+                f"{path} belongs to another config; choose another run folder, or undo these. To train on from it "
+                f"otherwise, start a new run with recipes/finetune.py --base {path}:\n  {lines}"
+            )
         if self.saving.load_optim and "first" not in saved.tensors.index:
             raise ValueError(f"{path} was saved without optimizer state; resume it with --saving.no-load-optim")
         kinds = boxes.KINDS if self.saving.load_optim else boxes.KINDS[:1]

@@ -63,7 +63,8 @@ def finished(launcher, small, tmp_path_factory):
 def test_a_run_leaves_config_environment_metrics_skipped_checkpoints_and_pages(finished, small):
     run = finished[0] / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", "checkpoints", "loss.png", "samples.html"
+        "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", "checkpoints", "loss.png", "samples.html",
+        "lock",
     }  # fmt: skip
     assert config.structure(type(small), json.loads((run / "config.json").read_text())) == small
     environment = json.loads((run / "environment.json").read_text())
@@ -228,6 +229,20 @@ def test_a_run_without_optimizer_state_goes_on_only_where_told(launcher, small, 
     assert json.loads((tmp_path / "run/config.json").read_text())["saving"]["load_optim"] is True
 
 
+def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(launcher, small, tmp_path):
+    path = write(tmp_path, replace(small, data=replace(small.data, epochs=200.0)))
+    child = launcher.start(tmp_path, "--config", path, output=tmp_path / "first")
+    until(lambda: lines(tmp_path) > 1, child)
+    status, log = launcher.run(tmp_path, "--config", path)
+    assert status == 1 and re.search(rf"error: run is in use by process {child} on \S+; wait for its end, or", log), log
+    os.kill(child, signal.SIGKILL)
+    launcher.wait(child)
+    status, log = launcher.run(
+        tmp_path, "--config", write(tmp_path, small), "--run-dir", "run", "--saving.resume", "no"
+    )
+    assert "in use" not in log  # the lock has gone with its process
+
+
 def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     folder, _ = finished
     path = folder / "my.json"
@@ -235,7 +250,8 @@ def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     assert status == 1 and log == "error: run already holds a run; choose another run folder, or resume=auto\n"
     status, log = launcher.run(folder, "--config", path, "--data.seed", "43", "--optim.lr", "0.5")
     assert status == 1 and log.splitlines() == [
-        "error: run/checkpoints/000018 belongs to another config; choose another run folder, or undo these:",
+        "error: run/checkpoints/000018 belongs to another config; choose another run folder, or undo these. To train "
+        "on from it otherwise, start a new run with recipes/finetune.py --base run/checkpoints/000018:",
         "  recipe.data.seed: 42 -> 43",
         "  recipe.optim.lr: 0.002 -> 0.5",
     ]
