@@ -89,7 +89,7 @@ def _member(
         _, rest = tree.split(params, lambda path: path[0] == "projector")
         trained = model.load(own, to.mesh)
         params = tree.merge(tree.rebuild(trained, [x.to(to.device, to.dtype) for x in tree.values(trained)]), rest)
-    form = form_of(own if own.template else weights, m.preset, m.template, m.image_mode)
+    form = form_of(both, m.preset, m.template, m.image_mode)
     of = replace(base.model, params=lora.attached(params, pairs))
     return replace(base, model=of, form=form, trained=own.template or base.trained), pairs
 

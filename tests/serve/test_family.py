@@ -2,6 +2,8 @@
 
 import base64
 import dataclasses
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -89,6 +91,15 @@ def test_an_adapter_brings_its_own_template_and_projector(f, folders):
     base = f.base.model.params
     assert torch.equal(f.member("small").model.params["projector", "w1"], base["projector", "w1"])
     assert not torch.equal(f.member("peft").model.params["projector", "w1"], base["projector", "w1"])
+
+
+def test_an_adapter_of_llavas_code_brings_its_own_image_mode(weights, folders, tmp_path):
+    shutil.copytree(folders / "peft", tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps({"image_aspect_ratio": "square"}))
+    options = ChatOptions((weights / "vicuna_v1",), device="cpu", context=256)
+    f = family.load(options, {"other": tmp_path / "other"})
+    assert (f.base.form.image_mode, f.member("other").form.image_mode) == ("pad", "square")
+    assert f.member("other").form.template == "vicuna_v1"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
