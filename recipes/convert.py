@@ -85,12 +85,12 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
 
     from llava_fn.data.tokenizer import read_tokenizer
     from llava_fn.weights import mindspeed, model
-    from llava_fn.weights.source import open_source
+    from llava_fn.weights.source import open_sources
 
     sources = c.paths[:-1]
     texts = [path for path in sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
-    given = [open_source(path, moved and moved.model) for path in sources if path not in texts]
+    given = open_sources([path for path in sources if path not in texts], moved and moved.model)
     source = model.merge(given + (moved_sources(moved, given) if moved else []))
     if c.merge_lora:
         source = model.merge_lora(model.cast(source, torch.float32) if c.dtype else source)  # rounded once, below

@@ -166,6 +166,8 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     run.open(c, c.parallel, state.step, frozen)
     print(run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint), file=sys.stderr)
     print(report.groups(c.optim, params, zero), file=sys.stderr)
+    if doubts := validation.doubts(sources, origin.random):
+        print(doubts, file=sys.stderr)
 
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)
     with run.training(state.step, task.steps, c.parallel.check_interval) as loop:

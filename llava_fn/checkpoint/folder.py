@@ -325,6 +325,6 @@ def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snap
 def check_base(base: Base) -> None:
     """ValueError if the folder of a base is gone, or is not the checkpoint that was trained on."""
     if not (Path(base.path) / SUMS).is_file():
-        raise ValueError(f"the base {base.path} is gone; put it back")
+        raise ValueError(f"the base {base.path} is gone; put it back, or name it where it is now, before the run")
     if fingerprint(Path(base.path)) != base.fingerprint:
         raise ValueError(f"the base {base.path} is not the one that was trained on: its {SUMS} has changed")

@@ -20,7 +20,7 @@ from llava_fn.linear import Kind
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import model
-from llava_fn.weights.source import Weights, is_adapter, open_adapter, open_source
+from llava_fn.weights.source import Weights, open_sources
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ def open_weights(paths: Sequence[Path]) -> Weights:
 
     A run's folder stands for its newest checkpoint. ValueError if a part or the tokenizer is in none of them.
     """
-    runs = [path for path in paths if len(paths) > 1 and is_adapter(path)]  # of ours, whose base is given too
-    bases = [path for path in paths if path not in runs]
-    weights = model.merge([open_source(path) for path in bases] + [open_adapter(path, bases[0]) for path in runs])
+    weights = model.merge(open_sources(paths))
     model.config(weights)
     if "projector" not in weights.parts:
         raise ValueError(f"{weights.where} does not bring the projector; name a file that does too")

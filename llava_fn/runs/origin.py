@@ -26,7 +26,7 @@ from llava_fn.runs.progress import Bytes
 from llava_fn.train import kept, trains
 from llava_fn.weights import export, model
 from llava_fn.weights.export import OURS
-from llava_fn.weights.source import open_source
+from llava_fn.weights.source import open_sources
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def adopt(paths: Sequence[Path], folder: Path) -> Origin:
         names = " ".join(str(path.resolve()) for path in paths)
         path = folder.with_name(f"{folder.name}-{zlib.crc32(names.encode()):08x}")
         if not path.exists():
-            weights = model.merge([open_source(source) for source in paths])
+            weights = model.merge(open_sources(paths))
             print(f"{weights.where}: converted once, to {path}", file=sys.stderr)
             with Bytes(export.size(weights)) as progress:
                 export.export(weights, path, OURS, progress.add)

@@ -76,7 +76,9 @@ class Run:
         if path is None:
             return TrainState(0, params, optim.init(params))
         saved = checkpoint.open_checkpoint(path)
-        changed = differences(plain(dataclasses.replace(saved.manifest, step=0)), plain(self.manifest))
+        own, base = saved.manifest.base, self.manifest.base
+        same = base if own and base and own.fingerprint == base.fingerprint else own  # a base may have moved
+        changed = differences(plain(dataclasses.replace(saved.manifest, step=0, base=same)), plain(self.manifest))
         if saved.tokenizer != self.tokenizer:
             changed.append("tokenizer: another sentencepiece model")
         if changed:

@@ -75,6 +75,23 @@ def _check_apart(sources: Sequence[Sequence[Record]], heldout: Sequence[Record])
         raise ValueError(f"{len(both)} records are trained on and held out; take them out of one file:{some}")
 
 
+def doubts(sources: Sequence[Sequence[Record]], random: Sequence[str]) -> str:
+    """Warnings of a second stage before it begins, each a line: a projector without weights, data of captions.
+
+    random: the parts that begin with random weights.
+    """
+    lines = [f"warning: the base brings no {part}; it begins with random weights" for part in random]
+    seen = [record.value for source in sources for record in some(source, 200)]
+    turns = [value.get("conversations") for value in seen if isinstance(value, dict)]
+    single = [t[0].get("value") for t in turns if isinstance(t, list) and len(t) == 2 and isinstance(t[0], dict)]
+    if len(single) == len(seen) >= 50 and len(set(single)) <= len(seen) // 10:
+        lines.append(
+            f"warning: {len(seen)} records ask {len(set(single))} different questions, once each, as captions do; "
+            "recipes/pretrain.py trains on captions, and this stage on conversations"
+        )
+    return "\n".join(lines)
+
+
 def some(heldout: Sequence[Record], most: int) -> list[Record]:
     """At most so many of the records, evenly chosen."""
     step = max(1, -(-len(heldout) // most))

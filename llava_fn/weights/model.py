@@ -19,7 +19,7 @@ from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import peft, placing
-from llava_fn.weights.source import Weights, interpret
+from llava_fn.weights.source import PARTS, Weights, interpret
 
 
 def _common(sources: Sequence[Weights], field: str):
@@ -47,11 +47,11 @@ def merge(sources: Sequence[Weights]) -> Weights:
 
     ValueError if two sources hold the same part, if parts do not fit each other, or if adapters do not fit the weights.
     """
-    sources, adapted = _with_adapter_last(sources)
+    sources, adapted = _with_trained_last(sources)
     owner: dict[str, Weights] = {}
     for source in sources:
         for part in source.parts:
-            if part in owner:
+            if part in owner and source is not adapted:
                 raise ValueError(f"{owner[part].where} and {source.where} both bring the {part}; give one of them")
             owner[part] = source
     leaves = {path: leaf for source in sources for path, leaf in source.leaves.items()}
@@ -75,25 +75,27 @@ def merge(sources: Sequence[Weights]) -> Weights:
     return whole
 
 
-def _with_adapter_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weights | None]:
-    """The sources, with the source of adapters last, and the latter alone or None.
+def _with_trained_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weights | None]:
+    """The sources, with the source of adapters, or of a run without its base, last; and the latter alone or None.
 
-    The projector of the latter replaces another source's, with a message. ValueError if two sources hold adapters.
+    What the latter trained replaces another source's, with a message. ValueError if there are two such sources, or if
+    a tensor has another shape than the one that it replaces.
     """
-    adapted = [source for source in sources if source.lora]
+    adapted = [source for source in sources if source.lora or (source.trained and set(source.parts) < set(PARTS))]
     if len(adapted) > 1:
         raise ValueError(f"{adapted[0].where} and {adapted[1].where} both hold adapters; give one of them")
     if not adapted:
         return list(sources), None
-    others = [source for source in sources if not source.lora]
-    _warn_of_base(adapted[0], others)
-    if "projector" in adapted[0].parts:
-        for i, source in enumerate(others):
-            if "projector" in source.parts:
-                print(f"the projector of {adapted[0].where} replaces that of {source.where}", file=sys.stderr)
-                rest = {path: leaf for path, leaf in source.leaves.items() if not path.startswith("projector/")}
-                others[i] = dataclasses.replace(source, leaves=rest)
-    return [*others, *adapted], adapted[0]
+    own, others = adapted[0], [source for source in sources if source is not adapted[0]]
+    _warn_of_base(own, others)
+    for source in others:
+        both = [path for path in own.leaves if path in source.leaves]
+        unfit = [path for path in both if own.leaves[path].shape != source.leaves[path].shape]
+        if unfit:
+            raise ValueError(f"{own.where} does not fit {source.where}: {', '.join(unfit)} has another shape there")
+        for part in dict.fromkeys(path.partition("/")[0] for path in both):
+            print(f"the {part} of {own.where} replaces that of {source.where}", file=sys.stderr)
+    return [*others, own], own
 
 
 def _warn_of_base(adapted: Weights, others: Sequence[Weights]) -> None:

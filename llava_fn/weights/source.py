@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -186,26 +186,43 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     )
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether `path` is a run that trained adapters, or a checkpoint of such a run."""
+def has_base(path: Path) -> bool:
+    """Whether it is a run, or a checkpoint of one, that goes on from a base."""
     path = checkpoint.newest(path)
-    return (path / checkpoint.SUMS).is_file() and checkpoint.read_manifest(path).lora is not None
+    return (path / checkpoint.SUMS).is_file() and checkpoint.read_manifest(path).base is not None
+
+
+def open_trained(path: Path, base: Path) -> Weights:
+    """What a run of ours trained, adapters or parts, without its base, which may have moved since.
+
+    ValueError if it was trained on another base than the checkpoint or run `base`.
+    """
+    path, base = checkpoint.newest(path), checkpoint.newest(base)
+    c = checkpoint.open_checkpoint(path, verified=True)
+    own = c.manifest.base
+    if own and (base / checkpoint.SUMS).is_file() and checkpoint.fingerprint(base) != own.fingerprint:
+        raise ValueError(f"{path} was trained on {own.path}, and {base} is another base")
+    return _from_checkpoint(c, with_base=False)
+
+
+def open_sources(paths: Sequence[Path], c: Llava | None = None) -> list[Weights]:
+    """The weights of each path. A run of ours beside other weights stands for what it trained alone.
+
+    c: as of `open_source`. ValueError as of `open_source` and `open_trained`.
+    """
+    runs = [path for path in paths if len(paths) > 1 and has_base(path)]
+    bases = [path for path in paths if path not in runs] or runs[:1]
+    others = [path for path in runs if path not in bases]
+    return [open_source(path, c) for path in bases] + [open_trained(path, bases[0]) for path in others]
 
 
 def open_adapter(path: Path, base: Path) -> Weights:
     """The adapters of a PEFT folder or of a run, and the other parts trained with them, without the base.
 
-    ValueError if there are no adapters, or if they were trained on another base than the checkpoint or run `base`.
+    ValueError if there are no adapters, or as of `open_trained`.
     """
-    path = checkpoint.newest(path)
-    if not (path / checkpoint.SUMS).is_file():
-        source = open_source(path)
-    else:
-        c, base = checkpoint.open_checkpoint(path, verified=True), checkpoint.newest(base)
-        own = c.manifest.base
-        if own and (base / checkpoint.SUMS).is_file() and checkpoint.fingerprint(base) != own.fingerprint:
-            raise ValueError(f"{path} was trained on {own.path}, and {base} is another base")
-        source = _from_checkpoint(c, with_base=False)
+    is_ours = (checkpoint.newest(path) / checkpoint.SUMS).is_file()
+    source = open_trained(path, base) if is_ours else open_source(path)
     if not source.lora:
         raise ValueError(f"{path} holds no adapters; name a PEFT folder, or a run that trained some")
     return source

@@ -254,6 +254,15 @@ def test_weights_of_a_public_layout_are_converted_once(warm, small, tiny, tokeni
     assert status == 0 and "converted" not in log, log
 
 
+def test_data_of_captions_and_a_missing_projector_are_warned_of(based, emojis, tmp_path):
+    caption = [talk(f"c{i}", ["x.png"], "<image>\nWhat is this?", f"name {i}") for i in range(60)]
+    (tmp_path / "c.json").write_text(json.dumps(caption))
+    captions, talks = (data.read(data.Source(p, emojis)) for p in (tmp_path / "c.json", based / "train.json"))
+    assert "60 records ask 1 different questions, once each, as captions do" in validation.doubts([captions], ())
+    assert validation.doubts([talks, captions], ()) == ""
+    assert "warning: the base brings no projector; it begins with random" in validation.doubts([talks], ("projector",))
+
+
 # Wrong input: one message, no traceback, exit status not 0.
 
 WRONG = [

@@ -111,6 +111,27 @@ def test_a_base_and_a_run_of_adapters_are_given_together(weights, folders, order
         assert torch.equal(x, y)
 
 
+def test_a_base_that_has_moved_is_given_beside_the_run(weights, folders, tmp_path, tokenizer):
+    """A run that trained a part of the decoder and no adapters, and a copy of its base elsewhere."""
+    base = shutil.copytree(weights / "vicuna_v1", tmp_path / "base")
+    opened = checkpoint.open_checkpoint(base)
+    parts = ("projector", "llama/blocks/1")
+    params = spec.init(spec.only(llava.spec(opened.manifest.model), parts), 5)
+    record = checkpoint.Base(str(base), opened.fingerprint)
+    checkpoint.save(
+        tmp_path / "run", dataclasses.replace(opened.manifest, parts=parts, base=record), params, None, opened.tokenizer
+    )
+    before = assistant.load(ChatOptions((tmp_path / "run",), device="cpu"))
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="base is gone; put it back, or name it where it is now, before the run"):
+        assistant.load(ChatOptions((tmp_path / "run",), device="cpu"))
+    after = assistant.load(ChatOptions((tmp_path / "moved", tmp_path / "run"), device="cpu"))
+    for x, y in zip(tree.values(before.model.params), tree.values(after.model.params), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="run was trained on .*base, and .*plain is another base"):
+        assistant.load(ChatOptions((weights / "plain", tmp_path / "run"), device="cpu"))
+
+
 def test_adapters_of_another_base_or_none_are_refused(weights, folders):
     def load(base, adapter):
         return family.load(ChatOptions((base,), device="cpu"), {"x": adapter})
