@@ -17,7 +17,8 @@ from typing import Literal
 class ModelOptions:
     """Which model answers, and where it runs."""
 
-    weights: tuple[Path, ...]  # a checkpoint or a run's folder, or files and folders of any layout that make a model
+    # a run's folder, a checkpoint, or files and folders of any layout that make a model; adapters beside their base
+    weights: tuple[Path, ...]
     context: int = 4096  # tokens of a conversation at most, image positions included
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, bfloat16 elsewhere

@@ -21,21 +21,25 @@ C = TypeVar("C")
 def parse(presets: Mapping[str, C], doc: str | None, args: Sequence[str] | None = None) -> C:
     """The config that the command line asks for: that of `--config NAME|FILE.json`, with fields set by flags.
 
+    `--source FILE IMAGES [WEIGHT]`, once or several times, takes the place of the field data.sources.
+
     presets: name -> config; the first is the default. Exits with a message on an unknown flag, like any command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar=f"{{{','.join(presets)}}}|FILE", default=next(iter(presets)))
-    first.add_argument("--source", action="append", nargs="+", default=[])
+    if sourced := hasattr(getattr(next(iter(presets.values())), "data", None), "sources"):
+        first.add_argument("--source", action="append", nargs="+")
     chosen, args = first.parse_known_args(args)
     start = chosen.config
     try:
         config = presets[start] if start in presets else read(type(next(iter(presets.values()))), Path(start))
-        config = with_sources(config, chosen.source) if chosen.source else config
+        config = with_sources(config, chosen.source) if sourced and chosen.source else config
     except ValueError as error:
         sys.exit(str(error))
     names = f"{', '.join(presets)} (first: default), or the JSON file of an earlier run"
     text = f"{doc}\n\n--config NAME  where the values start from: {names}. Shown here: {start}."
-    text += "\n--source FILE IMAGES [WEIGHT]  a data set, in place of data.sources; several times for several"
+    if sourced:
+        text += "\n--source FILE IMAGES [WEIGHT]  a data set, in place of data.sources; several times for several"
     return tyro.cli(type(config), default=config, args=args, description=text, config=(tyro.conf.AvoidSubcommands,))
 
 
