@@ -47,6 +47,7 @@ def commands(page: str) -> list[str]:
 
 
 SHORTER = {  # commands that take minutes, and options that make them short
+    r"python recipes/(pretrain|finetune)\.py --config (published|task) .*": "--data.workers 0",
     r"python recipes/finetune\.py": "--data.epochs 0.03 --heldout.most 16 --heldout.answers 8",
     r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
 }
@@ -259,8 +260,7 @@ def test_default_runs_learn_to_caption_and_to_answer_about_what_they_have_not_se
     second = [line for line in lines("README.md") if "finetune" in line or "results" in line][:3]
 
     def call(command):
-        env = ENV | {"OMP_NUM_THREADS": "2"}
-        done = subprocess.run(command.split(), cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(command.split(), cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
