@@ -11,6 +11,7 @@ conversations of LLaVA-1.5's length (about 920 bytes), `--lines` JSON lines of 2
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -53,14 +54,17 @@ def write(folder: Path, c: Bench) -> Source:
     return Source(folder / "records.json", folder)
 
 
-def private() -> float:
-    """MiB of this process that are no pages of files."""
-    (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon")]
+def status(name: str) -> float:
+    """MiB of this process. RssAnon: now, without pages of files; VmRSS: now, with them; VmHWM: the most of VmRSS."""
+    (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name)]
     return int(line.split()[1]) / 1024
 
 
 def read(folder: Path, name: str, count: int, words: int) -> None:
-    """Write so many records, read them as a run does, and print what that took."""
+    """Write so many records, read them as a run does, and print what that took: memory kept, and most above the start.
+
+    Then the same with the last record cut off, as after a broken download.
+    """
     path, lines = folder / name, name.endswith(".jsonl")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is a picture. " * words}]
     with path.open("w") as f:
@@ -69,10 +73,20 @@ def read(folder: Path, name: str, count: int, words: int) -> None:
             text = json.dumps({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
             f.write(f"{text}\n" if lines else f"{',' if i else ''}{text}")
         f.write("" if lines else "]")
-    before, start = private(), time.perf_counter()
-    records = data.read(Source(path, folder))
-    seconds, memory = time.perf_counter() - start, private() - before
-    print(f"{name}: {len(records)} records, {path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s, {memory:.0f} MiB")
+    size = path.stat().st_size
+    for said in ("whole", "cut off"):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        private, most, start = status("RssAnon"), status("VmRSS"), time.perf_counter()
+        try:
+            records = data.read(Source(path, folder))
+            said += f", {len(records)} records"
+            kept = status("RssAnon") - private
+            del records
+        except ValueError as error:
+            said, kept = f"{said}, {str(error)[len(str(folder)) + 1 :]}", 0.0
+        seconds, most = time.perf_counter() - start, status("VmHWM") - most
+        print(f"{name}, {said}, {size / 1e6:.0f} MB: {seconds:.1f} s, {kept:.0f} MiB kept, at most {most:.0f} MiB more")
+        os.truncate(path, size - 30)
     path.unlink()
 
 

@@ -25,10 +25,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class _Check:
+    records: Sequence[Record]
     preparation: Preparation
 
-    def __call__(self, records: Sequence[Record]) -> list[Figures]:
-        return [self.one(record) for record in records]
+    def __call__(self, numbers: range) -> list[Figures]:
+        return [self.one(self.records[i]) for i in numbers]
 
     def one(self, record: Record) -> Figures:
         try:
@@ -40,8 +41,8 @@ class _Check:
 
 def check(records: Sequence[Record], preparation: Preparation, workers: int) -> Iterator[list[Figures]]:
     """The figures of all records, in order, a chunk at a time, from worker processes."""
-    chunks = IterableWrapper(iter([records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]))
-    work = _Check(preparation)
+    chunks = IterableWrapper(range(i, min(i + CHUNK, len(records))) for i in range(0, len(records), CHUNK))
+    work = _Check(records, preparation)
     yield from Loader(ParallelMapper(chunks, work, workers, method="process", multiprocessing_context="forkserver"))
 
 

@@ -13,6 +13,8 @@ import heapq
 import json
 import multiprocessing
 import os
+import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +29,7 @@ from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Pre
 from tqdm import tqdm
 
 from llava_fn.batch import IMAGE, Batch, Sample, collate
-from llava_fn.data import image, index, text
+from llava_fn.data import image, index, lengths, text
 from llava_fn.data.options import Data, Source
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
@@ -126,7 +128,8 @@ class Step:
 def read(source: Source) -> Sequence[Record]:
     """All records of a data set. ValueError if the file is missing, empty or not LLaVA's, or the folder is missing.
 
-    Of a list of objects, and of JSON lines, only the places are kept, some 16 bytes a record.
+    Of a list of objects, and of JSON lines, only the places are kept, some 16 bytes a record; a list of anything else
+    is kept parsed.
     """
     if not source.records.is_file():
         raise ValueError(f"{source.records}: no such file; give the JSON or JSONL file of the data set")
@@ -135,14 +138,21 @@ def read(source: Source) -> Sequence[Record]:
     stat, places = source.records.stat(), index.spans(source.records)
     if places is not None:
         return Records(source.records, source.images, places, stat.st_size, stat.st_mtime_ns)
-    try:
-        content = source.records.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source.records}: not UTF-8 text ({error}); write it as UTF-8") from error
-    values = _lines(source.records, content) if source.records.suffix == ".jsonl" else _json(source.records, 0, content)
+    if source.records.suffix == ".jsonl":
+        deque(_lines(source.records), maxlen=0)  # a broken line is named before any is kept
+        values = list(_lines(source.records))
+    else:
+        values = _json(source.records, 0, _utf8(f"{source.records}", source.records.read_bytes()))
     if not isinstance(values, list) or not values:
         raise ValueError(f"{source.records}: not a list with at least one record")
     return [Record(_name(source.records, i, v), source.images, v) for i, v in enumerate(values)]
+
+
+def _utf8(where: str, content: bytes) -> str:
+    try:
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text ({error}); write it as UTF-8") from error
 
 
 def _json(path: Path, line: int, content: str):
@@ -152,8 +162,15 @@ def _json(path: Path, line: int, content: str):
         raise ValueError(f"{path}, line {line + error.lineno}, column {error.colno}: {error.msg}") from error
 
 
-def _lines(path: Path, content: str) -> list:
-    return [_json(path, i, line) for i, line in enumerate(content.split("\n")) if line.strip()]
+def _lines(path: Path) -> Iterator[Any]:
+    """The values of JSON lines, one line in memory at a time."""
+    number = 0
+    with path.open("rb") as f:
+        for content in f:
+            for line in _utf8(f"{path}, line {number + 1}", content).removesuffix("\n").split("\n"):
+                if line.strip():
+                    yield _json(path, number, line)
+                number += 1
 
 
 def _name(path: Path, i: int, value: object) -> str:
@@ -220,14 +237,15 @@ def order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: 
 
 
 def cuts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Boundaries [0, ..., n] of updates that hold as many samples as fit the token budget. lengths: tokens of each."""
-    ends, used = [0], 0
-    for i, length in enumerate(lengths.tolist()):
-        if used + length > budget:
-            ends.append(i)
-            used = 0
-        used += length
-    return [*ends, len(lengths)]
+    """Boundaries [0, ..., n] of updates that hold as many samples as fit the token budget.
+
+    lengths: tokens of each sample; one above the budget is an update of its own.
+    """
+    ends, sums = [0], np.concatenate([[0], np.cumsum(lengths)])
+    while ends[-1] < len(lengths):
+        fit = int(np.searchsorted(sums, sums[ends[-1]] + budget, side="right")) - 1
+        ends.append(max(fit, ends[-1] + 1))
+    return ends
 
 
 @dataclass(frozen=True)
@@ -276,52 +294,53 @@ def schedule(
 ) -> Schedule:
     """The schedule of a run. A token budget measures every record first. ValueError if no record is ever shown.
 
-    cache: a folder that keeps the lengths for the next start. ValueError names a record longer than the token budget. A
-    bad record stops here only under on_bad_record="error".
+    cache: a folder that keeps the lengths for the next start; see lengths.py. ValueError names a record longer than the
+    token budget. A bad record stops here only under on_bad_record="error".
     """
     sizes = tuple(len(r) for r in records)
     if not any(round(s.weight * n) for s, n in zip(data.sources, sizes, strict=True)):
         raise ValueError("the data set is empty: no source with records and a weight above 0")
-    lengths = None
+    tokens = None
     if data.tokens:
-        lengths = _measured(records, data, preparation, cache)
-        worst = int(lengths.argmax())
-        if lengths[worst] > data.tokens:
+        tokens = _measured(records, data, preparation, cache)
+        worst = int(tokens.argmax())
+        if tokens[worst] > data.tokens:
             raise ValueError(
-                f"{pick(records, worst).name} has {lengths[worst]} tokens, more than the budget of "
+                f"{pick(records, worst).name} has {tokens[worst]} tokens, more than the budget of "
                 f"tokens={data.tokens} an update; raise the budget"
             )
-    return Schedule(sizes, data, lengths)
+    return Schedule(sizes, data, tokens)
 
 
 def _measured(
     records: Sequence[Sequence[Record]], data: Data, preparation: Preparation, cache: Path | None
 ) -> np.ndarray:
-    """Tokens of every record, int64[n], from the cache or from worker processes."""
-    p = preparation
-    what = [fingerprint(data.sources), [len(r) for r in records], data.on_bad_record]
-    what += [p.template, p.compat, p.patches, p.max_tokens]
-    digest = hashlib.sha256(json.dumps(what).encode() + preparation.tokenizer.model).hexdigest()
-    path = cache and cache / f"lengths-{digest[:16]}.npy"
-    if path and path.is_file():
-        return np.load(path, allow_pickle=False)
-    count = sum(map(len, records))
-    chunks = IterableWrapper([range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)])
+    """Tokens of every record, int64[n], from the cache or from `data.workers` processes.
+
+    What names the cache has all that decides them: the seed too, since it chooses the records that a run holds out.
+    """
+    count, p = sum(map(len, records)), preparation
     work = _Lengths(records, preparation, data.on_bad_record)
+    what = [[_digest(s.records) for s in data.sources], [len(r) for r in records], data.on_bad_record, data.seed]
+    what += [p.template, p.compat, p.patches, p.max_tokens]
+    digest = hashlib.sha256(json.dumps(what).encode() + p.tokenizer.model).hexdigest()
+    path = cache and cache / f"lengths-{digest[:16]}.npy"
+    if path and (old := lengths.kept(path, count, p.max_tokens)) is not None:
+        return old
+    chunks = IterableWrapper([range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)])
     node = Mapper(chunks, work)
     if data.workers and count > LENGTHS:
         node = ParallelMapper(chunks, work, data.workers, method="process", multiprocessing_context="forkserver")
-    out: list[int] = []
-    with tqdm(total=count, unit=" records", desc="tokens of each record", disable=None) as bar:
-        for lengths in Loader(node):
-            out += lengths
-            bar.update(len(lengths))
+    out, done = np.empty(count, np.int64), 0
+    wait = 0.1 if sys.stderr.isatty() else 10.0  # seconds between two lines
+    with tqdm(total=count, unit=" records", desc="tokens of each record", mininterval=wait, delay=wait) as bar:
+        for some in Loader(node):
+            out[done : done + len(some)] = some
+            done += len(some)
+            bar.update(len(some))
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}.npy")
-        np.save(part, np.array(out))
-        part.rename(path)
-    return np.array(out)
+        lengths.keep(path, out)
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """recipes/validate.py: on the data set that it unpacks, on other files, and on bad records."""
 
 import json
+import os
+from collections.abc import Sequence
 
 import pytest
 from warm import ENV, ROOT
+
+from llava_fn.data.check import check
+from llava_fn.data.records import Record
 
 
 @pytest.fixture
@@ -30,3 +35,19 @@ def test_bad_records_of_other_files_are_named_and_end_with_status_1(validate, em
     done = validate(tmp_path, "--unpack", "None", *arguments)
     assert done.returncode == 2 and "give --source.records" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+class Where(Sequence):
+    """Bad records, each named by the process that reads it."""
+
+    def __len__(self):
+        return 70
+
+    def __getitem__(self, i):
+        return Record(f"{i} {os.getpid()}", None, [])
+
+
+def test_records_are_parsed_by_the_workers(how):
+    figures = sum(check(Where(), how, 1), [])
+    assert [int(x.error.split()[0]) for x in figures] == list(range(70))
+    assert str(os.getpid()) not in {x.error.split()[1].rstrip(":") for x in figures}
