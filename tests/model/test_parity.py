@@ -10,9 +10,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llava_fn import config, llama, llava, spec, tree, vit
+from llava_fn import config, llama, llava, optim, spec, train, tree, vit
 from llava_fn.batch import Stream, collate
+from llava_fn.config import Optim
 from llava_fn.grad import value_and_grad
+from llava_fn.parallel.zero import Zero
 from llava_fn.weights.model import from_state_dict
 
 LAYOUTS = ["i5", "p4", "pip3p2", "ipi9pi1", "p2i", "i1", "pppppppp9999p9", "i5"]
@@ -114,3 +116,35 @@ def test_bf16_is_no_further_from_fp32_than_transformers(c):
         inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
         theirs = (model.bfloat16()(**inputs).logits[real].float() - want).pow(2).mean().sqrt()
     assert mine <= theirs * 1.05
+
+
+def test_three_updates_of_the_second_stage_are_those_of_a_usual_loop_on_transformers():
+    """Projector and decoder, clipped, with decay of weights alone and a cosine: what HF's Trainer does for LLaVA."""
+    c, o = CONFIGS[1], Optim(lr=3e-3, warmup=0.0, weight_decay=0.1, eps=1e-4)
+    model, samples = hf_llava(c), [sample(c, i, layout) for i, layout in enumerate(LAYOUTS)]
+    p, batch = ours(model, c), collate(samples)
+    inputs = hf_inputs(c, [next(s for s in samples if s.record == r) for r in batch.records])
+    trained = [q for name, q in model.named_parameters() if "vision_tower" not in name]
+    for q in model.model.vision_tower.parameters():
+        q.requires_grad = False
+    groups = [
+        {"params": [q for q in trained if (q.ndim > 1) == big], "weight_decay": 0.1 * big} for big in (True, False)
+    ]
+    oracle = torch.optim.AdamW(groups, lr=o.lr, eps=o.eps)
+    parts = config.STAGES["projector+llama"]
+    mine, frozen = tree.split(tree.rebuild(p, [x.clone() for x in tree.values(p)]), train.trains(parts))
+    state, task = train.TrainState(0, mine, optim.init(mine)), train.Task(frozen, c, o, 10, Zero(train=parts))
+    for step in range(1, 4):
+        for group in oracle.param_groups:
+            group["lr"] = optim.learning_rate(o, step, 10)
+        oracle.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, o.clip)
+        oracle.step()
+        state, metrics = train.train_step(state, [batch], task)
+        assert metrics.loss == pytest.approx(loss.item(), rel=1e-5)
+    want = from_state_dict(model.state_dict(), c)
+    for path in tree.paths(state.params):
+        close(state.params[path], want[path].detach(), 2e-5)
+    assert (state.params["llama", "head"] - p["llama", "head"]).abs().max() > 1e-3
