@@ -11,6 +11,7 @@ conversations of LLaVA-1.5's length (about 920 bytes), `--lines` JSON lines of 2
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -60,11 +61,24 @@ def status(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def read(folder: Path, name: str, count: int, words: int) -> None:
-    """Write so many records, read them as a run does, and print what that took: memory kept, and most above the start.
+def measure(path: Path) -> None:
+    """Read a file as a run does, in a process of its own, and print the time and the memory that it adds.
 
-    Then the same with the last record cut off, as after a broken download.
+    A process that has read another file holds freed memory, which this one would fill without growing.
     """
+    private, before, start = status("RssAnon"), status("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    try:
+        records = data.read(Source(path, path.parent))
+        said = f"{len(records)} records, {status('RssAnon') - private:.0f} MiB kept"
+    except ValueError as error:
+        said = str(error).removeprefix(f"{path}, ")
+    seconds, most = time.perf_counter() - start, status("VmHWM") - before
+    print(f"{path.name}, {path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s, at most {most:.0f} MiB more: {said}")
+
+
+def read(folder: Path, name: str, count: int, words: int) -> None:
+    """Write so many records and measure reading them, then the same with the end cut off, as by a broken download."""
     path, lines = folder / name, name.endswith(".jsonl")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is a picture. " * words}]
     with path.open("w") as f:
@@ -73,20 +87,11 @@ def read(folder: Path, name: str, count: int, words: int) -> None:
             text = json.dumps({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
             f.write(f"{text}\n" if lines else f"{',' if i else ''}{text}")
         f.write("" if lines else "]")
-    size = path.stat().st_size
-    for said in ("whole", "cut off"):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        private, most, start = status("RssAnon"), status("VmRSS"), time.perf_counter()
-        try:
-            records = data.read(Source(path, folder))
-            said += f", {len(records)} records"
-            kept = status("RssAnon") - private
-            del records
-        except ValueError as error:
-            said, kept = f"{said}, {str(error)[len(str(folder)) + 1 :]}", 0.0
-        seconds, most = time.perf_counter() - start, status("VmHWM") - most
-        print(f"{name}, {said}, {size / 1e6:.0f} MB: {seconds:.1f} s, {kept:.0f} MiB kept, at most {most:.0f} MiB more")
-        os.truncate(path, size - 30)
+    for _ in range(2):
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(path,))
+        process.start()
+        process.join()
+        os.truncate(path, path.stat().st_size - 30)
     path.unlink()
 
 
