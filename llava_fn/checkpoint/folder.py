@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,11 +84,9 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> Checkpoint | None:
-        """The checkpoint that holds the parts which this one lacks. ValueError if it is gone or another one by now."""
-        if self.manifest.base is None:
-            return None
-        check_base(self.manifest.base)
-        return open_checkpoint(Path(self.manifest.base.path), self.verified)
+        """The checkpoint that holds the parts which this one lacks. ValueError as of `find_base`."""
+        base = self.manifest.base
+        return open_checkpoint(find_base(base, self.folder), self.verified) if base else None
 
     def chain(self) -> list[Checkpoint]:
         """This checkpoint, its base, the base's base, and so on."""
@@ -316,15 +315,25 @@ def load_model(folder: Path, device: torch.device = torch.device("cpu")) -> Snap
     own = load(folder, device=device)
     if own.manifest.base is None:
         return own
-    check_base(own.manifest.base)
-    base = load_model(Path(own.manifest.base.path), device).params
+    base = load_model(find_base(own.manifest.base, folder), device).params
     _, rest = tree.split(base, lambda path: specs.under(path, own.manifest.parts))
     return dataclasses.replace(own, params=tree.merge(rest, own.params))
 
 
-def check_base(base: Base) -> None:
-    """ValueError if the folder of a base is gone, or is not the checkpoint that was trained on."""
-    if not (Path(base.path) / SUMS).is_file():
-        raise ValueError(f"the base {base.path} is gone; put it back, or name it where it is now, before the run")
-    if fingerprint(Path(base.path)) != base.fingerprint:
-        raise ValueError(f"the base {base.path} is not the one that was trained on: its {SUMS} has changed")
+def find_base(base: Base, folder: Path) -> Path:
+    """Where the base of the checkpoint in `folder` is now; its fingerprint proves it.
+
+    Looked for where it was, and where it is if it was moved or copied together with the run: at the last components of
+    its path, from each folder above the run. ValueError if it is not there, or another checkpoint is in its place.
+    """
+    path = Path(base.path)
+    beside = [up.joinpath(*path.parts[-n:]) for up in folder.resolve().parents for n in range(1, len(path.parts))]
+    there = [place for place in (path, *beside) if (place / SUMS).is_file()]
+    found = next((place for place in there if fingerprint(place) == base.fingerprint), None)
+    if found is None and path in there:
+        raise ValueError(f"the base {path} is not the one that was trained on: its {SUMS} has changed")
+    if found is None:
+        raise ValueError(f"the base {path} is gone; put it back, or name it where it is now, before the run")
+    if found != path:
+        print(f"the base {path} is now {found}", file=sys.stderr)
+    return found

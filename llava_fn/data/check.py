@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
-
 from llava_fn.data.records import Preparation, Record, sample
+from llava_fn.data.workers import mapped
 from llava_fn.errors import BadRecord
 
 CHUNK = 64  # records that a worker process checks at a time
@@ -41,9 +40,8 @@ class _Check:
 
 def check(records: Sequence[Record], preparation: Preparation, workers: int) -> Iterator[list[Figures]]:
     """The figures of all records, in order, a chunk at a time, from worker processes."""
-    chunks = IterableWrapper(range(i, min(i + CHUNK, len(records))) for i in range(0, len(records), CHUNK))
-    work = _Check(records, preparation)
-    yield from Loader(ParallelMapper(chunks, work, workers, method="process", multiprocessing_context="forkserver"))
+    chunks = [range(i, min(i + CHUNK, len(records))) for i in range(0, len(records), CHUNK)]
+    return mapped(_Check(records, preparation), chunks, workers)
 
 
 def histogram(lengths: Sequence[int], bins: int = 12) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import sys
 from collections import deque
@@ -20,12 +19,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
-from torchdata.nodes import IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
 from tqdm import tqdm
 
 from llava_fn.batch import IMAGE, Batch, Sample, collate
@@ -33,6 +30,7 @@ from llava_fn.data import image, index, lengths, text
 from llava_fn.data.options import Data, Source
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
+from llava_fn.data.workers import mapped
 from llava_fn.errors import BadRecord
 
 LENGTHS = 1024  # records that a worker process measures at a time
@@ -327,14 +325,11 @@ def _measured(
     path = cache and cache / f"lengths-{digest[:16]}.npy"
     if path and (old := lengths.kept(path, count, p.max_tokens)) is not None:
         return old
-    chunks = IterableWrapper([range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)])
-    node = Mapper(chunks, work)
-    if data.workers and count > LENGTHS:
-        node = ParallelMapper(chunks, work, data.workers, method="process", multiprocessing_context="forkserver")
+    chunks = [range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)]
     out, done = np.empty(count, np.int64), 0
     wait = 0.1 if sys.stderr.isatty() else 10.0  # seconds between two lines
     with tqdm(total=count, unit=" records", desc="tokens of each record", mininterval=wait, delay=wait) as bar:
-        for some in Loader(node):
+        for some in mapped(work, chunks, data.workers if count > LENGTHS else 0):
             out[done : done + len(some)] = some
             done += len(some)
             bar.update(len(some))
@@ -350,7 +345,6 @@ class _Lengths:
     on_bad_record: str
 
     def __call__(self, numbers: range) -> list[int]:
-        _end_with_parent()
         return [_length(pick(self.records, i), self.preparation, self.on_bad_record) for i in numbers]
 
 
@@ -361,13 +355,6 @@ def _length(record: Record, preparation: Preparation, on_bad_record: str) -> int
         if on_bad_record == "error":
             raise
         return 0  # listed as skipped when its update comes
-
-
-@lru_cache(maxsize=1)
-def _end_with_parent() -> None:
-    """In a worker process: end with the training process. A worker is not told when that process is killed."""
-    if parent := multiprocessing.parent_process():
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def balanced(costs: Sequence[float], bins: int) -> list[list[int]]:
@@ -392,7 +379,6 @@ class _Worker:
     share: Share
 
     def __call__(self, item: tuple[int, np.ndarray]) -> Step:
-        _end_with_parent()
         step, numbers = item
         records = [pick(self.records, i) for i in numbers.tolist()]
         encoded = [self.encoded(r) for r in records]
@@ -437,13 +423,8 @@ def steps(
     no usable record for an update.
     """
     data = schedule.data
-    source = IterableWrapper(islice(schedule.updates(start), stop - start))
     work = _Worker(records, preparation, data.accumulate, share)
-    if data.workers:
-        node = ParallelMapper(source, work, data.workers, method="process", multiprocessing_context="forkserver")
-    else:
-        node = Prefetcher(Mapper(source, work), 2)
-    for step in Loader(node):
+    for step in mapped(work, islice(schedule.updates(start), stop - start), data.workers):
         if step.bad and (data.on_bad_record == "error" or not step.batches):
             advice = "no usable record is left of this update; mend the data set"
             if data.on_bad_record == "error":

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_fn import llama, llava, lora, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Checkpoint
-from llava_fn.config import Llava, Parallel
+from llava_fn.config import Llava, Parallel, differences, plain
 from llava_fn.data.options import Data
 from llava_fn.data.records import check_share
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
@@ -61,8 +61,10 @@ class Origin:
             check_share(data.samples, data.accumulate, count, parallel.tp)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. ValueError if the vocabulary of the model is too small for its ids."""
+        """The tokenizer. ValueError if it is not that of the base, or the model's vocabulary is too small for it."""
         words = read_tokenizer(self.words) if isinstance(self.words, Path) else open_tokenizer(self.words)
+        if self.base and words.model != self.base.tokenizer:
+            raise ValueError(f"the base {self.base.folder} brings another tokenizer than {self.words}; give only one")
         if words.vocab_size > self.model.llama.vocab:
             have, room = words.vocab_size, self.model.llama.vocab
             raise ValueError(f"the tokenizer has {have} pieces, but llama.vocab is only {room}")
@@ -110,15 +112,22 @@ class Origin:
 
 
 def open_origin(model: Llava | None, words: Path | None, base: Path | None) -> Origin:
-    """The origin that a config names. ValueError if model and tokenizer are given twice or not at all."""
-    if base is None and model is not None and words is not None:
+    """The origin that a config names. base: a checkpoint, or a run, whose newest checkpoint is meant.
+
+    ValueError if model or tokenizer are given neither by a base nor beside it, or beside it and differ.
+    """
+    if base is None:
+        if model is None or words is None:
+            raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer")
         return Origin(model, words, None)
-    if base is None or model is not None or words is not None:
-        raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer; not both")
+    base = checkpoint.newest(base)
     if not (base / checkpoint.SUMS).is_file():
         raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
     opened = checkpoint.open_checkpoint(base)
-    return Origin(opened.manifest.model, opened.tokenizer, opened)
+    if model and (other := differences(plain(opened.manifest.model), plain(model))):
+        lines = "\n  ".join(other)
+        raise ValueError(f"the base {base} brings another model than the config (base -> config):\n  {lines}")
+    return Origin(opened.manifest.model, words or opened.tokenizer, opened)
 
 
 def adopt(paths: Sequence[Path], folder: Path) -> Origin:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from llava_fn.data.records import Step
 from llava_fn.launch import agreement
 from llava_fn.launch.device import environment
 from llava_fn.launch.processes import World
+from llava_fn.launch.signals import STATUS, Noted, noted
 from llava_fn.launch.watchdog import Watch
 from llava_fn.parallel.collectives import texts
 from llava_fn.parallel.zero import Zero
@@ -84,8 +87,8 @@ class Run:
         if changed:
             lines = "\n  ".join(changed)
             raise ValueError(
-                f"{path} belongs to another config; choose another run folder, or undo these. To train on from it "
-                f"otherwise, start a new run with recipes/finetune.py --base {path}:\n  {lines}"
+                f"{path} belongs to another config; undo these, or start a new run that trains on from it: the same "
+                f"command with another --run-dir and --base {path}:\n  {lines}"
             )
         if self.saving.load_optim and "first" not in saved.tensors.index:
             raise ValueError(f"{path} was saved without optimizer state; resume it with --saving.no-load-optim")
@@ -128,12 +131,18 @@ class Run:
     def training(self, step: int, steps: int, check_interval: int) -> Iterator[Loop]:
         """What the loop from update `step` + 1 to `steps` calls. It ends when the last checkpoint is written.
 
-        What the folder holds of updates after `step` is dropped first, since they are computed again.
+        What the folder holds of updates after `step` is dropped first, since they are computed again. If a signal
+        stopped the loop before `steps`, SystemExit has the status of launch/signals.py.
         """
         skipped = self.rewind(step) if self.world.first else 0
         self.watch.begin(f"data {step + 1}")
-        with self.background, Progress(step, steps) as progress:
-            yield Loop(self, progress, check_interval, skipped)
+        with noted() as signals:
+            with self.background, Progress(step, steps) as progress:
+                loop = Loop(self, progress, check_interval, skipped, signals)
+                yield loop
+            if loop.stopped:
+                print(f"stopped; the same command goes on from {self.at(loop.step)}", file=sys.stderr)
+                sys.exit(STATUS[signal.Signals(loop.stopped)])
 
     def rewind(self, step: int) -> int:
         """Drop what the folder holds of updates after `step`. -> the number of records skipped until then."""
@@ -211,12 +220,19 @@ class Update:
 
 @dataclass
 class Loop:
-    """The services of a run's loop. skipped: records left out so far. heldout: the last loss on held-out records."""
+    """The services of a run's loop.
+
+    skipped: records left out so far. signals: of this process. step: of the last update. stopped: the signal that ended
+    the loop before its end, or 0. heldout: the last loss on held-out records.
+    """
 
     run: Run
     progress: Progress
     check_interval: int
     skipped: int
+    signals: Noted
+    step: int = 0
+    stopped: int = 0
     heldout: float | None = None
 
     def updates(self, steps: Iterable[Step]) -> Iterator[Update]:
@@ -226,11 +242,13 @@ class Loop:
             wait = time.monotonic() - start
             self.run.watch.begin(f"update {step.step}")
             yield Update([batch.to(self.run.world.device) for batch in step.batches], step.bad, start, wait)
+            if self.stopped:
+                return
             self.run.watch.begin(f"data {step.step + 1}")
             start = time.monotonic()
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is written after this update."""
+        """Whether a checkpoint is written after this update, whatever happens."""
         return step % self.run.saving.save_interval == 0 or step == self.progress.steps
 
     def due(self, step: int, interval: int) -> bool:
@@ -240,13 +258,16 @@ class Loop:
     def record(self, state: TrainState, metrics: Metrics, update: Update, heldout: float | None = None) -> None:
         """After an update: log and show its figures; compare the ranks' copies and save a checkpoint where one is due.
 
-        heldout: the loss on held-out records, if it was taken. ValueError if copies have drifted apart, OSError if the
-        disk is full.
+        A signal to any process makes this update the last one of all of them. heldout: the loss on held-out records, if
+        it was taken. ValueError if copies have drifted apart, OSError if the disk is full.
         """
         self.heldout = self.heldout if heldout is None else heldout
         run, device, seconds = self.run, self.run.world.device, time.monotonic() - update.start
-        everywhere = texts(json.dumps(update.bad) if update.bad else "", run.world.mesh.dp, device)
-        bad = [tuple(pair) for text in everywhere if text for pair in json.loads(text)]
+        own = json.dumps([self.signals.number, update.bad]) if self.signals.number or update.bad else ""
+        told = [json.loads(text or "[0, []]") for text in texts(own, run.world.mesh.all, device)]
+        bad = [(name, reason) for _, some in told[:: run.world.mesh.tp.size] for name, reason in some]
+        self.step = state.step
+        self.stopped = max(number for number, _ in told) if state.step < self.progress.steps else 0
         self.skipped += len(bad)
         memory = report.memory(device)
         if run.world.first:
@@ -259,7 +280,7 @@ class Loop:
         self.progress.show(state.step, figures)
         if run.zero.level == 0 and state.step % self.check_interval == 0:
             agreement.check_params("the parameters", state.params, run.zero, device)
-        if self.saves(state.step):
+        if self.saves(state.step) or self.stopped:
             run.watch.begin(f"checkpoint {state.step}")
             run.save(state)
 

@@ -409,6 +409,22 @@ def test_a_base_that_is_gone_changed_or_damaged_is_refused(based, manifest, para
     assert {path[0] for path in tree.paths(checkpoint.load(own).params)} == {"projector"}
 
 
+def test_a_base_that_moved_together_with_the_run_is_found(based, params, tmp_path, capsys):
+    base, own = based
+    for name in ("copy/base", "copy/runs/decoy/base"):
+        shutil.copytree(base, tmp_path / name)
+    shutil.copytree(own, tmp_path / "copy/runs/decoy/run/checkpoints/000003")
+    (tmp_path / "copy/runs/decoy/base" / checkpoint.SUMS).write_text("of another one\n")
+    shutil.rmtree(base)
+    moved = tmp_path / "copy/runs/decoy/run/checkpoints/000003"
+    assert torch.equal(checkpoint.load_model(moved).params["vision", "cls"], params["vision", "cls"])
+    assert f"is now {tmp_path / 'copy/base'}" in capsys.readouterr().err
+    opened = checkpoint.open_checkpoint(moved).base
+    assert opened is not None and opened.folder == tmp_path / "copy/base"
+    with pytest.raises(ValueError, match="base .*base is gone; put it back"):
+        checkpoint.load_model(own)  # which stands nowhere near
+
+
 # What a run starts with.
 
 CPU = torch.device("cpu")
@@ -450,7 +466,7 @@ def test_start_never_holds_more_than_is_kept_and_one_leaf(saved, monkeypatch, ti
 
 def test_start_refuses_what_does_not_make_a_model(based, emojis, tiny):
     words = emojis / "tokenizer.model"
-    for given in ((tiny, None, based[0]), (None, None, None), (tiny, None, None), (None, words, based[0])):
+    for given in ((None, None, None), (tiny, None, None), (None, words, None)):
         with pytest.raises(ValueError, match="give a base, which brings model and tokenizer, or a model and a token"):
             open_origin(*given)
     with pytest.raises(ValueError, match="the tokenizer has 512 pieces, but llama.vocab is only 511"):

@@ -156,10 +156,10 @@ def test_lengths_are_kept_for_the_next_start(emojis, how, tmp_path, monkeypatch)
     one = data.schedule(records, options, how, tmp_path / "run")
     (kept,) = (tmp_path / "run").glob("lengths-*.npy")
     assert np.array_equal(np.load(kept), one.lengths)
-    monkeypatch.setattr(data, "_length", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(data, "_length", lambda *_: 1 / 0)
     assert np.array_equal(data.schedule(records, options, how, tmp_path / "run").lengths, one.lengths)
     other = [data.read(Source(emojis / "heldout.json", emojis))]
-    with pytest.raises(pytest.fail.Exception, match="measured again"):  # other records have other lengths
+    with pytest.raises(ZeroDivisionError):  # other records have other lengths
         data.schedule(
             other, Data((Source(emojis / "heldout.json", emojis),), tokens=60, workers=0), how, tmp_path / "run"
         )

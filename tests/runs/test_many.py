@@ -162,6 +162,19 @@ def test_after_a_kill_the_same_mesh_has_the_same_figures_to_the_bit(launcher, sm
     same(one.moments[1], two.moments[1])
 
 
+@pytest.mark.parametrize("kind", ["dp2 zero3", "tp2"])
+def test_a_signal_to_one_process_stops_all_after_the_same_update(launcher, small, runs, tmp_path, kind):
+    c, world = many(small, kind)
+    children = start(launcher, tmp_path, c, world, "--saving.save-interval", "1000")
+    assert until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and rows(tmp_path), *children)
+    os.kill(children[1], signal.SIGTERM)
+    assert [launcher.wait(child) for child in children] == [143] * world, (tmp_path / "log0").read_text()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [len(rows(tmp_path))] < [STEPS]
+    statuses, logs = run(launcher, tmp_path, c, world)
+    assert statuses == [0] * world, logs
+    assert figures(tmp_path) == figures(runs(kind)[0])
+
+
 def test_saving_in_the_background_leaves_the_same_checkpoints(launcher, small, runs, tmp_path):
     c, world = many(small, "dp2 zero1")
     statuses, logs = run(launcher, tmp_path, replace(c, saving=replace(c.saving, background=True)), world)

@@ -183,6 +183,26 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(launcher, finished
     same_run(finished[0], tmp_path)
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_a_run_that_a_signal_stops_has_a_checkpoint_and_goes_on_to_the_bit(
+    launcher, finished, small, tmp_path, number, status
+):
+    """With workers, and with the signal sent to them too, as a cluster does."""
+    path = write(tmp_path, small)
+    arguments = ("--config", path, "--data.workers", "1", "--saving.save-interval", "1000")
+    child = launcher.start(tmp_path, *arguments)
+    assert until(lambda: lines(tmp_path), child)
+    for process in (child, *family(child)):
+        os.kill(process, number)
+    assert launcher.wait(child) == status, (tmp_path / "log").read_text()
+    (at,), log = checkpoint.steps(tmp_path / "run/checkpoints"), (tmp_path / "log").read_text()
+    assert at == lines(tmp_path) < 18 and f"; the same command goes on from run/checkpoints/{at:06d}\n" in log
+    assert f"{number.name}: the run stops after this update" in log and "held-out captions" not in log
+    status, log = launcher.run(tmp_path, *arguments)
+    assert status == 0 and f"goes on from run/checkpoints/{at:06d}" in log, log
+    same_run(finished[0], tmp_path)
+
+
 def family(process: int) -> list[int]:
     """All processes that this one and those started."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -250,11 +270,17 @@ def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     assert status == 1 and log == "error: run already holds a run; choose another run folder, or resume=auto\n"
     status, log = launcher.run(folder, "--config", path, "--data.seed", "43", "--optim.lr", "0.5")
     assert status == 1 and log.splitlines() == [
-        "error: run/checkpoints/000018 belongs to another config; choose another run folder, or undo these. To train "
-        "on from it otherwise, start a new run with recipes/finetune.py --base run/checkpoints/000018:",
+        "error: run/checkpoints/000018 belongs to another config; undo these, or start a new run that trains on from "
+        "it: the same command with another --run-dir and --base run/checkpoints/000018:",
         "  recipe.data.seed: 42 -> 43",
         "  recipe.optim.lr: 0.002 -> 0.5",
     ]
+    more = ("--data.seed", "43", "--run-dir", "more", "--data.epochs", "1")  # the advice is taken
+    status, log = launcher.run(folder, "--config", path, *more, "--base", "run/checkpoints/000018")
+    assert status == 0 and "random at the start: none; starts at update 1" in log, log
+    assert launcher.run(folder, "--config", path, *more, "--base", "run")[0] == 0  # the same checkpoint
+    status, log = launcher.run(folder, "--config", path, "--base", "run", "--model.llama.eps", "1e-3")
+    assert status == 1 and "run/checkpoints/000018 brings another model" in log and "llama.eps: 1e-05 -> 0.001" in log
 
 
 # A base.
@@ -301,7 +327,6 @@ WRONG = [
     ({"tokenizer": "my.json"}, [], {}, "error: my.json: not a sentencepiece model"),
     ({"tokenizer": "none.model"}, [], {}, "error: .*none.model"),
     ({"tokenizer": None}, [], {}, "error: give a base, which brings model and tokenizer, or a model and a tokenizer"),
-    ({"base": "none"}, [], {}, "error: give a base"),
     ({"base": "none", "model": None, "tokenizer": None}, [], {}, "error: none is not a checkpoint: it has no SHA256"),
     ({"train": "projector"}, [], {}, "error: vision, llama is not trained, and no base brings it"),
     ({"data.sources.0.records": "none.json"}, [], {}, "error: none.json: no such file"),
