@@ -44,11 +44,11 @@ def _from_processes(work: Callable[[X], Y], items: Iterable[X], workers: int) ->
         _Work(work), batch_size=None, sampler=items, num_workers=workers, collate_fn=_same,
         multiprocessing_context="forkserver", worker_init_fn=_end_with_parent, generator=torch.Generator(),
     )  # fmt: skip
-    with _without_signals():
-        results = iter(loader)
     try:
+        with _without_signals():
+            results = iter(loader)
         yield from results
-    except RuntimeError as lost:
+    except (RuntimeError, OSError, EOFError) as lost:  # of the loader, not of the work
         raise ChildProcessError(
             f"a process that reads data has failed: {lost}. If the machine ran out of memory, use fewer of them "
             "(data.workers); a run that is started again goes on from its last checkpoint"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -255,30 +254,6 @@ def test_a_number_changes_with_any_bit():
     y = x.clone()
     y.view(torch.int32)[2, 1] ^= 1
     assert agreement.bits(x) == agreement.bits(x.clone()) != agreement.bits(y)
-
-
-@pytest.mark.slow
-def test_a_run_killed_again_and_again_has_the_figures_of_one_that_was_not(launcher, small, tmp_path):
-    """KILLS=200 in the environment makes it a longer campaign."""
-    c, world = many(small, "dp2 zero3")
-    c, rng = replace(c, data=replace(c.data, epochs=60.0)), random.Random(7)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    statuses, logs = run(launcher, tmp_path / "whole", c, world)
-    assert statuses == [0] * world, logs
-    seen = []
-    for _ in range(int(os.environ.get("KILLS", "20"))):
-        children = start(launcher, tmp_path / "killed", c, world)
-        time.sleep(rng.uniform(0.5, 5))
-        for child in rng.sample(children, world):
-            os.kill(child, signal.SIGKILL)
-            time.sleep(rng.uniform(0, 0.3))
-        assert {launcher.wait(child) for child in children} <= {0, 1, -signal.SIGKILL}
-        seen.append(max(checkpoint.steps(tmp_path / "killed" / "run" / "checkpoints"), default=0))
-    assert seen == sorted(seen) and seen[-1] > 0
-    statuses, logs = run(launcher, tmp_path / "killed", c, world)
-    assert statuses == [0] * world, logs
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
 @pytest.mark.slow
