@@ -21,7 +21,7 @@ import tyro
 
 from llava_fn.generate.options import ChatOptions
 from llava_fn.launch import cli
-from llava_fn.serve.options import Limits
+from llava_fn.serve.options import LOOPBACK, Limits, Web
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Serve:
     model: Annotated[ChatOptions, tyro.conf.arg(name="")]
     name: str | None = None  # of the model in requests; its folder's, unless given
     adapters: tuple[str, ...] = ()  # NAME=PATH: PEFT folders or runs on the same weights; a request's model picks one
-    host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
+    web: Annotated[Web, tyro.conf.arg(name="")] = Web()
     port: int = 8000  # 0: one that is free
     api_key: str | None = None  # requests without it are refused
+    strict: bool = False  # refuse fields of requests that this server does not know; else they are logged and named
     slots: int = 8  # answers at a time; each has room for a whole context
     limits: Limits = Limits()
     grace: float = 10.0  # seconds for requests under way after a signal
@@ -69,20 +70,21 @@ def main(c: Serve) -> None:
     try:
         import uvicorn
 
-        from llava_fn.serve.app import LOOPBACK, Service, build
+        from llava_fn.serve.app import Service, build
+        from llava_fn.serve.ask import Offer
     except ImportError as error:
         raise ValueError(f"the server wants more packages ({error}): pip install 'llava_fn[serve]'") from error
-    sock = bind(c.host, c.port)
+    sock = bind(c.web.host, c.port)
     f = family.load(c.model, {name: Path(path) for name, _, path in (text.partition("=") for text in c.adapters)})
-    if c.host not in (*LOOPBACK, "::1") and c.api_key is None:
-        print(f"warning: anybody who reaches {c.host} can use this server; give --api-key", file=sys.stderr)
+    if c.web.host not in (*LOOPBACK, "::1") and c.api_key is None:
+        print(f"warning: anybody who reaches {c.web.host} can use this server; give --api-key", file=sys.stderr)
     if warning := assistant.warning(f.base):
         print(warning, file=sys.stderr)
     name = c.name or c.model.weights[-1].resolve().name
     if name in f.adapters:
         raise ValueError(f"the base and an adapter are both called {name}; give the base another --name")
     worker = Worker(f, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    app = build(Service(f, name, worker, c.limits, c.api_key), c.host)
+    app = build(Service(Offer(f, name, c.limits, c.strict), worker, c.api_key), c.web)
     config = uvicorn.Config(app, log_level="warning", ws="none", server_header=False)
     config.timeout_graceful_shutdown = c.grace  # pyright: ignore[reportAttributeAccessIssue]  # it is for asyncio
     server = uvicorn.Server(config)

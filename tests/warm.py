@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 IMPORTS = """torch tensordict tyro matplotlib.pyplot PIL.Image sentencepiece torchdata.nodes safetensors.torch einops
-llava_fn.evaluate.task llava_fn.evaluate.finish llava_fn.runs.answers llava_fn.runs.run llava_fn.launch.cli"""
+llava_fn.evaluate.task llava_fn.evaluate.finish llava_fn.runs.answers llava_fn.runs.run llava_fn.launch.cli uvicorn
+llava_fn.serve.app"""
 
 
 class Warm:

@@ -15,6 +15,7 @@ import base64
 import errno
 import io
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 # The modes of 8 bits a value that these formats decode to and for which Pillow's conversion to RGB has one meaning.
 MODES_8BIT = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 MODES_16BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_URL_SAFE = str.maketrans("-_", "+/")
 # Errors that a wrong path causes. Others, like too many open files, do not make the record a bad one.
 BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -70,12 +72,17 @@ def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: 
 
 
 def from_base64(text: str, name: str = "base64 image", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The RGB image in base64 or in a data URL of base64, as `open_image` of its bytes. Raises BadRecord."""
+    """The RGB image in base64 or in a data URL of base64, as `open_image` of its bytes. Raises BadRecord.
+
+    Lines may be broken, the alphabet may be that of URLs, and padding may be left out; a data URL may be escaped.
+    Source: RFC 4648; WHATWG's forgiving-base64 decode.
+    """
     head, comma, data = text.partition(",")
-    if comma and not (head.startswith("data:") and head.endswith(";base64")):
+    if comma and not (head[:5].lower() == "data:" and head[-7:].lower() == ";base64"):
         raise BadRecord(f"{name}: a data URL begins with data:image/...;base64, and not with {head[:40]!r}")
+    data = "".join((unquote(data) if comma else text).split()).rstrip("=").translate(_URL_SAFE)
     try:
-        content = base64.b64decode(data if comma else text, validate=True)
+        content = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except ValueError as error:
         raise BadRecord(f"{name}: no base64 ({error}); encode the bytes of an image file") from error
     return open_image(content, name, max_pixels)

@@ -101,15 +101,25 @@ def encode(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str |
     return _tokenize(_parts(turns, template), tokenizer, compat)
 
 
-def prompt(turns: Turns, template: Template, tokenizer: Tokenizer, compat: str | None = None) -> list[int]:
+def prompt(
+    turns: Turns, template: Template, tokenizer: Tokenizer, compat: str | None = None, goes_on: bool = False
+) -> list[int]:
     """The tokens of a conversation up to the answer of its last question, for inference ("... ASSISTANT:", no space).
 
-    turns: as for `encode`, but ending with a question. Raises BadRecord if they do not alternate or one is empty.
+    turns: as for `encode`, but ending with a question or, with `goes_on`, with the beginning of an answer. Raises
+    BadRecord if they do not, if they do not alternate, or if one is empty.
     """
     _check_turns(turns)
-    if len(turns) % 2 == 0:
-        raise BadRecord("a prompt ends with a question, but the last turn is an answer")
-    return _tokenize(_parts(turns, template), tokenizer, compat).ids
+    if goes_on != (len(turns) % 2 == 0):
+        ends, last = ("an answer that goes on", "a question") if goes_on else ("a question", "an answer")
+        raise BadRecord(f"a prompt ends with {ends}, but the last turn is {last}")
+    parts = list(_parts(turns, template))
+    return _tokenize(iter(parts[:-1] if goes_on else parts), tokenizer, compat).ids
+
+
+def raw(prompt: str, tokenizer: Tokenizer, compat: str | None = None) -> list[int]:
+    """The tokens of a prompt as it stands, with BOS in front: "<s>" and "</s>" in it are control tokens."""
+    return _tokenize(iter([_Part(prompt, False, True)]), tokenizer, compat).ids
 
 
 def pieces(parts: Sequence[str | None], tokenizer: Tokenizer, compat: str | None = None) -> list[int]:

@@ -25,6 +25,7 @@ from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.data import image, text
 from llava_fn.data.templates import MARK, template_of
+from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
 from llava_fn.generate import decode
 from llava_fn.generate.assistant import Assistant, vocabulary, with_stop
@@ -106,8 +107,8 @@ def features(a: Assistant, pictures: Sequence[Picture], known: Mapping[str, Tens
     return dict(list(others.items())[-KEPT:]) | {key: f for key, f in known.items() if key in wanted} | computed
 
 
-def prompt(a: Assistant, chat: Chat, d: Decoding) -> tuple[Prompt, tuple[Key, ...]]:
-    """The prompt of a conversation that ends with a question, and the key of each position.
+def prompt(a: Assistant, chat: Chat, d: Decoding, goes_on: bool = False) -> tuple[Prompt, tuple[Key, ...]]:
+    """The prompt of a conversation that ends with a question, or an answer that `goes_on`, and each position's key.
 
     chat: has the features of its pictures. Raises BadRecord if the numbers of marks and pictures differ, and if the
     context has no room for `d.tokens` more; nothing is ever cut.
@@ -115,7 +116,7 @@ def prompt(a: Assistant, chat: Chat, d: Decoding) -> tuple[Prompt, tuple[Key, ..
     template = template_of(a.form.template)
     if chat.system is not None:
         template = template.with_system(chat.system)
-    ids = text.prompt(chat.turns, template, a.tokenizer, a.form.compat)
+    ids = text.prompt(chat.turns, template, a.tokenizer, a.form.compat, goes_on)
     return prompt_of(a, ids, chat.pictures, chat.feats, d)
 
 
@@ -135,6 +136,13 @@ def prompt_of(
         )
     rows = torch.cat([a.model.embed[:0], *(feats[s.key] for s in pictures)])
     return Prompt(tuple(IMAGE if isinstance(key, str) else key for key in keys), rows), tuple(keys)
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], goes_on: bool) -> str:
+    """The text of an answer; one that goes on from other text keeps the space in front."""
+    if not goes_on:
+        return tokenizer.decode(ids)
+    return tokenizer.decode([*tokenizer.encode("."), *ids]).removeprefix(".")
 
 
 def visible(answer: str, stop: Sequence[str], ended: bool) -> str:

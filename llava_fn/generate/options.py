@@ -84,7 +84,7 @@ class Decoding:
             "beams": (self.beams >= 1, "at least 1, which is off"),
             "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
             "samples": (self.samples >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            "seed": (0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
             "stop": (all(map(_is_text, self.stop)), "texts in Unicode, and none empty"),
         }
         for name, (good, legal) in limits.items():

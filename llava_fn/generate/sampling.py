@@ -7,6 +7,7 @@ Source: transformers generation/logits_process.py, whose order is kept: penalty,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -55,8 +56,15 @@ def warp(scores: Tensor, d: Decoding) -> Tensor:
 
 
 def uniforms(seeds: Sequence[int], n: int) -> Tensor:
-    """f32[b, n] in [0, 1), on the host: n numbers from each row's seed."""
-    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """f32[b, n] in [0, 1), on the host: n numbers from each row's seed, of 64 bits."""
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(_bits32(seed))) for seed in seeds])
+
+
+def _bits32(seed: int) -> int:
+    """A seed of torch's generator for the CPU, which reads 32 bits: those below 2**32, and a digest of longer ones."""
+    if seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:

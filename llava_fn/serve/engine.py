@@ -19,36 +19,57 @@ from torch import Tensor
 from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
 from llava_fn.generate.assistant import Assistant, vocabulary
-from llava_fn.generate.conversation import Key, Picture, common_prefix, visible
+from llava_fn.generate.conversation import Key, Picture, common_prefix, text_of, visible
 from llava_fn.generate.decode import ROOM
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import sample, uniforms
-from llava_fn.generate.types import DecodeState, Model, PartialAnswer, Prompt
+from llava_fn.generate.types import DecodeState, Model, PartialAnswer, Prompt, Vocabulary
 
-AnswerName = tuple[str, int]  # of the HTTP request, and the number of the sample
+AnswerName = tuple[str, int]  # of the HTTP request, and the number of the answer
+Ranking = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, most likely first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A slot's next token. logprobs and top: one of each if they are requested."""
+
+    token: int
+    logprobs: tuple[float, ...] = ()
+    top: tuple[Ranking, ...] = ()
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """One answer to write. ids and keys: the token id, and the conversation's key, of each position of the prompt."""
+    """One answer to write. ids and keys: the token id, and the conversation's key, of each position of the prompt.
+
+    vocabulary: with what ends the answer. top: how many most likely tokens are told beside each chosen one. goes_on:
+    whether the answer continues a text of the prompt.
+    """
 
     name: AnswerName
     ids: tuple[int, ...]
     keys: tuple[Key, ...]
     pictures: tuple[Picture, ...]
     decoding: Decoding  # the template's stop text included; one sample, no beams
+    vocabulary: Vocabulary
+    top: int = 0
+    goes_on: bool = False
     adapter: str = ""  # its name; "" for the base
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step added to an answer. finish: "stop" or "length" at the end of the answer."""
+    """What a step added to an answer. finish: "stop" or "length" at the end of the answer.
+
+    logprobs and top: where requested, of each id and of the most likely tokens in its place, in nats under the model.
+    """
 
     name: AnswerName
     new: str
     ids: tuple[int, ...] = ()  # the new token, unless it is one that ends answers
     logprobs: tuple[float, ...] = ()
+    top: tuple[Ranking, ...] = ()
     finish: str | None = None
 
 
@@ -137,18 +158,18 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
         return desk, []
     n = busy[-1] + 1
     state = _rows(desk.state, 0, n)
-    tokens, logprobs = _choose(decode.logits(f.base.model, state), state.seen, desk.seats[:n])
+    choices = _choose(decode.logits(f.base.model, state), state.seen, desk.seats[:n])
     seats, deltas = list(desk.seats), []
     for j, seat in enumerate(desk.seats):
         if seat:
-            seats[j], delta = _grow(f.member(seat.request.adapter), seat, tokens[j], logprobs[j])
+            seats[j], delta = _grow(f.member(seat.request.adapter), seat, choices[j])
             deltas.append(delta)
     desk = replace(desk, seats=tuple(seats))
-    return (_feed(f, desk, tokens) if desk.free < len(seats) else desk), deltas
+    return (_feed(f, desk, [c.token for c in choices]) if desk.free < len(seats) else desk), deltas
 
 
-def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> tuple[list[int], list[tuple[float, ...]]]:
-    """A token for each slot and, where requested, its log-probability. Slots of equal options are sampled together."""
+def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> list[Choice]:
+    """A token for each slot. Slots of equal options are sampled together."""
     groups: dict[Decoding, dict[int, Tensor]] = {}
     for j, seat in enumerate(seats):
         if seat:
@@ -158,21 +179,32 @@ def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> tuple
     for d, numbers in groups.items():
         rows, uniform = list(numbers), torch.stack(list(numbers.values())).to(logits.device)
         ids[rows] = sample(logits[rows], seen[rows], uniform, d)
-    rows = [j for j, seat in enumerate(seats) if seat and seat.request.decoding.logprobs]
-    values = logits[rows].log_softmax(-1).gather(1, ids[rows][:, None])[:, 0].tolist() if rows else []
-    logprobs = dict(zip(rows, values, strict=True))
-    return ids.tolist(), [(logprobs[j],) if j in logprobs else () for j in range(len(seats))]
+    return [replace(c, token=token) for c, token in zip(_told(logits, ids, seats), ids.tolist(), strict=True)]
 
 
-def _grow(a: Assistant, seat: Seat, token: int, logprobs: tuple[float, ...]) -> tuple[Seat | None, Delta]:
+def _told(logits: Tensor, ids: Tensor, seats: Sequence[Seat | None]) -> list[Choice]:
+    """What each slot's request wants to be told about the chosen tokens."""
+    tops = {j: seat.request.top for j, seat in enumerate(seats) if seat and seat.request.decoding.logprobs}
+    choices, rows = [Choice(0)] * len(seats), list(tops)
+    if not rows:
+        return choices
+    scores = logits[rows].log_softmax(-1)
+    own = scores.gather(1, ids[rows][:, None])[:, 0].tolist()
+    best, tokens = (x.tolist() for x in scores.topk(min(max(tops.values()), scores.shape[1])))
+    for i, (j, k) in enumerate(tops.items()):
+        choices[j] = Choice(0, (own[i],), (tuple(zip(tokens[i][:k], best[i][:k], strict=True)),))
+    return choices
+
+
+def _grow(a: Assistant, seat: Seat, c: Choice) -> tuple[Seat | None, Delta]:
     """The seat after one more token, None if its answer has ended, and what the token adds to the answer."""
-    d = seat.request.decoding
-    row = seat.row.grow(token, logprobs, d, vocabulary(a))
+    request, d = seat.request, seat.request.decoding
+    row = seat.row.grow(c.token, c.logprobs, d, request.vocabulary)
     ended = row.ended or seat.steps + 1 == d.tokens
-    text = visible(a.tokenizer.decode(row.ids), d.stop, ended)
+    text = visible(text_of(a.tokenizer, row.ids, request.goes_on), d.stop, ended)
     finish = ("stop" if row.ended else "length") if ended else None
-    before = len(seat.row.ids)
-    delta = Delta(seat.request.name, text[len(seat.text) :], row.ids[before:], row.logprobs[before:], finish)
+    new = row.ids[len(seat.row.ids) :]
+    delta = Delta(request.name, text[len(seat.text) :], new, c.logprobs[: len(new)], c.top[: len(new)], finish)
     return None if ended else replace(seat, row=row, steps=seat.steps + 1, text=text), delta
 
 

@@ -6,6 +6,31 @@ from dataclasses import dataclass
 
 from llava_fn.data.options import MAX_PIXELS
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+@dataclass(frozen=True)
+class Web:
+    """Who may reach the server, and by which names."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0: other machines can reach it
+    hosts: tuple[str, ...] = ()  # more names of this machine in requests, as a proxy in front passes them on
+    cors: tuple[str, ...] = ()  # origins whose pages may ask, as https://example.org; *: all
+    root_path: str = ""  # the path under which a proxy in front shows this server
+
+    def __post_init__(self) -> None:
+        """ValueError names an option that no request could match."""
+        for origin in self.cors:
+            if origin != "*" and ("://" not in origin or origin.count("/") != 2):
+                raise ValueError(f"cors={origin}: give an origin as https://example.org, without a path, or *")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ValueError(f"root_path={self.root_path}: must begin with a /")
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """The names that requests must use; none if they may use any, as where other machines reach it."""
+        return (*LOOPBACK, *self.hosts) if self.host in LOOPBACK or self.hosts else ()
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from llava_fn.generate.family import Family
 from llava_fn.serve import engine
-from llava_fn.serve.ask import Refused
 from llava_fn.serve.engine import AnswerRequest, Delta
 from llava_fn.serve.options import Limits
+from llava_fn.serve.refused import Refused
 
 Emit = Callable[[Delta | Refused], object]
 

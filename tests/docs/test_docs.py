@@ -19,6 +19,7 @@ import tsvs
 from layouts import HFLlava
 from mindspeed_files import mindspeed_json
 from PIL import Image
+from serving import start
 
 from llava_fn import config, llava, lora, spec
 from llava_fn.checkpoint import folder as checkpoint
@@ -211,27 +212,19 @@ def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
     assert "2 processes (dp=2, tp=1, zero=1)" in done.stderr and (clone / "runs/emoji-slurm/samples.html").exists()
 
 
-def test_server_of_the_docs_answers_its_client_and_ends_when_told_to(clone, monkeypatch, capsys):
-    (command, _), (client,) = lines("docs/serve.md"), blocks("docs/serve.md", "python")
-    with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
-        try:
-            url = server.stdout.readline().decode().split()[1]
-            assert json.load(urllib.request.urlopen(f"{url}/health"))["status"] == "ok"
-            monkeypatch.chdir(clone)
-            exec(compile(client.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), {})
-            assert len(capsys.readouterr().out) > 10
-        finally:
-            server.send_signal(signal.SIGINT)
-    assert server.returncode == 0
-
-
-def test_server_of_adapters_names_them(clone):
-    _, command = lines("docs/serve.md")
-    with subprocess.Popen([*command.split(), "--port", "0"], cwd=clone, env=ENV, stdout=subprocess.PIPE) as server:
-        names, url = server.stdout.readline().decode().strip().rsplit(": ", 1)
-        told = json.load(urllib.request.urlopen(f"{url}/v1/models"))
-        server.send_signal(signal.SIGINT)
-    assert names == "emoji, chat" and [m["id"] for m in told["data"]] == ["emoji", "chat"] and server.returncode == 0
+def test_servers_of_the_docs_answer_and_end_when_told_to(clone, warm, monkeypatch, capsys):
+    commands, (client,) = lines("docs/serve.md"), blocks("docs/serve.md", "python")
+    first, adapters, proxied = (start(warm, line, clone, ENV, f"server{i}") for i, line in enumerate(commands))
+    assert json.load(urllib.request.urlopen(f"{first.url}/health"))["status"] == "ok"
+    monkeypatch.chdir(clone)
+    exec(compile(client.replace("http://127.0.0.1:8000", first.url), "serve.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 10
+    told = json.load(urllib.request.urlopen(f"{adapters.url}/v1/models"))
+    assert adapters.told.startswith("emoji, chat: ") and [m["id"] for m in told["data"]] == ["emoji", "chat"]
+    headers = {"Host": "example.org", "Origin": "https://chat.example.org"}
+    with urllib.request.urlopen(urllib.request.Request(f"{proxied.url}/llava/v1/models", headers=headers)) as answer:
+        assert answer.headers["access-control-allow-origin"] == headers["Origin"]
+    assert [server.end(signal.SIGINT)[0] for server in (first, adapters, proxied)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[page for page, _ in SNIPPETS])

@@ -398,7 +398,7 @@ def test_draw_inverts_the_distribution_and_never_takes_what_has_no_probability()
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"seed": -1}, "seed=-1: must be from 0"),
-        ({"seed": 2**63}, "seed=9223372036854775808"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"stop": ("",)}, "stop=.*and none empty"),
         ({"stop": ("\ud800",)}, "stop=.*ud800.*: must be texts in Unicode"),
     ],

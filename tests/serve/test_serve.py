@@ -1,17 +1,13 @@
 """The server over HTTP, asked by the real openai client, by raw sockets, and by clients that misbehave."""
 
 import asyncio
-import base64
 import dataclasses
 import importlib.util
 import io
 import json
-import os
-import re
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -23,9 +19,9 @@ from pathlib import Path
 
 import openai
 import pytest
-import tyro
 from PIL import Image
-from serving import alone, serving
+from serving import alone, part, serving, start, text, user
+from warm import ENV
 
 from llava_fn.data.templates import TEMPLATES
 from llava_fn.data.text import render
@@ -33,9 +29,8 @@ from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, conversation
 from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import ChatOptions, Decoding
-from llava_fn.serve import app, engine
+from llava_fn.serve import answer, app, engine, messages
 from llava_fn.serve import ask as ask_of
-from llava_fn.serve.ask import FIELDS, OFF
 from llava_fn.serve.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -57,19 +52,6 @@ def server(a):
 @pytest.fixture(scope="module")
 def files(emojis):
     return sorted((emojis / "images").iterdir())[:3]
-
-
-def part(data, kind="png"):
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def user(*parts):
-    return {"role": "user", "content": list(parts)}
 
 
 def create(server, messages=HI, **more):
@@ -222,15 +204,8 @@ def test_an_answer_without_a_limit_ends_at_the_servers(server):
 
 
 def post(server, body, path="/v1/chat/completions", **headers):
-    """Status and JSON of a request that no well-made client sends."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    request = urllib.request.Request(server.url + path, data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    status, _, answer = server.post(body, path, **headers)
+    return status, answer
 
 
 def png(width, height):
@@ -244,11 +219,11 @@ def with_image(url, **more):
 
 
 BAD = {
-    "unknown field": ({"top_k": 5}, 400, "unknown field 'top_k'; there are: model", "top_k"),
     "penalty": ({"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported", "frequency_penalty"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools is not supported", "tools"),
     "JSON answers": ({"response_format": {"type": "json_object"}}, 400, "not supported", "response_format"),
-    "top_logprobs": ({"logprobs": True, "top_logprobs": 3}, 400, "not supported", "top_logprobs"),
+    "top_logprobs": ({"top_logprobs": 3}, 400, "goes with logprobs", "top_logprobs"),
+    "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "from 0 to 20", "top_logprobs"),
     "model": ({"model": "gpt-4"}, 404, "no model 'gpt-4'; this server has 'tiny'", "model"),
     "no model": ({"model": None}, 400, "model is missing", "model"),
     "no messages": ({"messages": None}, 400, "messages is missing", "messages"),
@@ -259,7 +234,6 @@ BAD = {
     "extra": ({"messages": [HI[0] | {"name": "Bo"}]}, 400, "messages[0]: name is not supported", "messages"),
     "content": ({"messages": [{"role": "user", "content": 7}]}, 400, "content is a text or a list", "messages"),
     "audio": ({"messages": [user({"type": "input_audio"})]}, 400, "messages[0].content[0]: a part is", "messages"),
-    "answer last": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, 400, "ends with", "messages"),
     "two questions": ({"messages": HI * 2}, 400, "turns alternate", "messages"),
     "late system": ({"messages": [*HI, {"role": "system", "content": "x"}]}, 400, "is the first one", "messages"),
     "system mark": ({"messages": [{"role": "system", "content": "</s>"}, *HI]}, 400, "holds '</s>'", "messages"),
@@ -268,31 +242,33 @@ BAD = {
     "empty": ({"messages": [user(text(" "))]}, 400, "is empty", "messages"),
     "n": ({"n": 4, "temperature": 1}, 400, "at most 3 answers", "n"),
     "n 0": ({"n": 0}, 400, "n must be", "n"),
-    "greedy n": ({"n": 2, "temperature": 0}, 400, "samples=2 without a temperature", None),
+    "greedy n": ({"n": 2, "temperature": 0}, 400, "n=2 without a temperature", "n"),
     "max_tokens": ({"max_tokens": 401}, 400, "at most 400", "max_tokens"),
-    "both lengths": ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "one and the same", "max_tokens"),
+    "both lengths": ({"max_tokens": 4, "max_completion_tokens": 5}, 400, "one and the same", "max_tokens"),
     "temperature": ({"temperature": 2.5}, 400, "temperature must be from 0 to 2, not 2.5", "temperature"),
-    "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09: must be 0, or at least 0.01", None),
+    "cold": ({"temperature": 1e-9}, 400, "temperature must be 0, or at least 0.01, not 1e-09", "temperature"),
     "warm text": ({"temperature": "hot"}, 400, 'not "hot"', "temperature"),
     "cold false": ({"temperature": False}, 400, "not false", "temperature"),
     "true": ({"max_tokens": True}, 400, "not true", "max_tokens"),
     "top_p": ({"top_p": 0}, 400, "top_p must be above 0", "top_p"),
-    "seed": ({"seed": -1}, 400, "seed must be", "seed"),
+    "seed": ({"seed": 2**64}, 400, "seed must be", "seed"),
+    "min_p": ({"min_p": 1.1}, 400, "min_p must be from 0 to 1", "min_p"),
+    "top_k": ({"top_k": -2}, 400, "top_k must be", "top_k"),
+    "top_k 1.5": ({"top_k": 1.5}, 400, "top_k must be a whole number", "top_k"),
+    "repetition_penalty": ({"repetition_penalty": 0}, 400, "must be from 0.01", "repetition_penalty"),
     "stop": ({"stop": ["a", ""]}, 400, "none empty", "stop"),
-    "stop surrogate": ({"stop": "\ud800"}, 400, "stop=('\\ud800',): must be texts in Unicode", None),
-    "field surrogate": ({"\ud800": 1}, 400, "unknown field '\\ud800'", "\ud800"),
-    "extra surrogate": ({"messages": [HI[0] | {"\ud800": 1}]}, 400, "\ud800 is not supported", "messages"),
+    "stop surrogate": ({"stop": "\ud800"}, 400, "stop must be in Unicode", "stop"),
+    "unknown fields": ({f"field_{i}": 1 for i in range(999)}, 400, '999 unknown fields, the first "field_0"', None),
     "stops": ({"stop": list("abcde")}, 400, "up to 4", "stop"),
     "stream": ({"stream": 1}, 400, "stream must be true or false", "stream"),
     "options": ({"stream_options": {"include_usage": True}}, 400, "goes with stream", "stream_options"),
-    "usage": ({"stream": True, "stream_options": {"x": 1}}, 400, "include_usage", "stream_options"),
+    "usage": ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "include_usage", "stream_options"),
     "long": ({"messages": [user(text("word " * 150))]}, 400, "over this server's limit of 500", "messages"),
     "too long": ({"messages": [user(text("word " * 4000))]}, 400, "over the context of 1024", "messages"),
     "http": (with_image("http://127.0.0.1:9/x.png"), 400, "a data URL only", "messages"),
     "https": (with_image("https://example.com/x.png"), 400, "fetches no address", "messages"),
     "file": (with_image("file:///etc/passwd"), 400, "opens no path", "messages"),
     "path": (with_image("/etc/passwd"), 400, "opens no path", "messages"),
-    "detail": (with_image("data:,", detail="high"), 400, "detail is 'auto'", "messages"),
     "base64": (with_image("data:image/png;base64,@@@"), 400, "messages[0], image 0: no base64", "messages"),
     "not base64": (with_image("data:image/png,abc"), 400, "a data URL begins with", "messages"),
     "no image": (with_image("data:image/png;base64,aGVsbG8="), 400, "not one of JPEG", "messages"),
@@ -309,24 +285,21 @@ def test_what_cannot_be_answered_is_refused_and_says_why(server, case):
     assert message in answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b'{"seed": NaN}', b"\xff", b'{"a":' * 50_000])
+BROKEN = [b"", b"[1]", b"{", b'{"seed": NaN}', b"\xff", b'{"a":' * 50_000, b'{"seed": 1, "seed": 2}']
+
+
+@pytest.mark.parametrize("body", BROKEN)
 def test_a_body_that_is_no_json_object_is_refused(server, body):
     status, answer = post(server, body)
     assert status == 400 and "body is" in answer["error"]["message"]
 
 
-def test_what_is_nested_too_deeply_to_be_shown_is_refused(a):
+def test_what_is_nested_too_deeply_to_be_shown_is_refused():
     deep = []
     for _ in range(5000):
         deep = [deep]
     with pytest.raises(BadRecord, match="messages.0. is an object .* not what is nested so deeply"):
-        ask_of.chat_of([deep], a, ask_of.Limits())
-
-
-def test_fields_that_ask_for_nothing_are_fine(server):
-    body = {"model": "tiny", "messages": [HI[0] | {"name": None}], "max_tokens": 2, "seed": None} | dict(OFF)
-    assert post(server, body)[0] == 200
-    assert not FIELDS.keys() & OFF.keys()
+        messages.read([deep])
 
 
 def test_a_large_image_is_refused_before_it_is_decoded(server, a):
@@ -479,7 +452,9 @@ def test_a_client_that_never_reads_stalls_nobody(server, a):
 
 def test_an_answer_that_cannot_be_sent_is_given_up_in_time(server, monkeypatch):
     monkeypatch.setattr(app, "SENDING", 0.2)
-    s = dataclasses.replace(server.service, limits=dataclasses.replace(server.service.limits, seconds=0.2))
+    offer = server.service.offer
+    offer = dataclasses.replace(offer, limits=dataclasses.replace(offer.limits, seconds=0.2))
+    s = dataclasses.replace(server.service, offer=offer)
     parts = [{"type": "http.request", "body": request(stream=True).partition(b"\r\n\r\n")[2], "more_body": False}]
 
     async def never(*_):
@@ -490,7 +465,7 @@ def test_an_answer_that_cannot_be_sent_is_given_up_in_time(server, monkeypatch):
 
     async def main():
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
-        reply = await app.complete(s, app.Request(scope, receive))
+        reply = await app.complete(s, ask_of.chat, answer.CHAT, app.Request(scope, receive))
         await asyncio.wait_for(reply(scope, receive, never), 10)
 
     asyncio.run(main())
@@ -535,33 +510,19 @@ def recipe():
     return module
 
 
-def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weights):
-    command = [sys.executable, ROOT / "recipes/serve.py", "--weights", weights / "vicuna_v1", "--port", 0]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    line = process.stdout.readline()
-    assert line.startswith("vicuna_v1: http://127.0.0.1:"), process.communicate()[1][-2000:]
-    url = line.split()[1]
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0).chat.completions
+def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weights, warm, tmp_path):
+    command = f"python {ROOT}/recipes/serve.py --weights {weights}/vicuna_v1 --grace 3"
+    server = start(warm, command, tmp_path, ENV)
+    assert server.told.startswith("vicuna_v1: http://127.0.0.1:")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0).chat.completions
     stream = client.create(model="vicuna_v1", messages=HI, max_tokens=60, temperature=2, seed=1, stream=True)
     next(stream)
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as unread:
+    with raw(server) as unread:
         unread.sendall(request(model="vicuna_v1", stream=True))
-        process.send_signal(signal.SIGTERM)
-        assert list(stream)[-1].choices[0].finish_reason
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", "")
-
-
-def test_options_of_the_docs_exist(recipe):
-    page = (ROOT / "docs/serve.md").read_text() + "\n\n"
-    (table,) = re.findall(r"\| option of `recipes/serve.py` .*?\n\n", page, re.S)
-    names, shown = re.findall(r"--[a-z][a-z_.-]+", table), tyro.extras.get_parser(recipe.Serve).format_help()
-    assert len(names) > 10
-    for name in names:
-        assert f"{name} " in shown, name
+        with ThreadPoolExecutor() as pool:
+            ended = pool.submit(server.end, signal.SIGTERM)
+            assert list(stream)[-1].choices[0].finish_reason
+            assert ended.result(60) == (0, server.told + "\n", "")
 
 
 def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
@@ -585,7 +546,7 @@ def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(recipe, weigh
         0.5, w._on_crash).start())  # fmt: skip
     monkeypatch.setattr(Worker, "stop", lambda w: None)
     with pytest.raises(ValueError, match="the model failed: ValueError..lost"):
-        recipe.main(recipe.Serve(model, host="127.0.0.2", port=0))
+        recipe.main(recipe.Serve(model, web=recipe.Web(host="127.0.0.2"), port=0))
     said = capsys.readouterr()
     assert "anybody who reaches 127.0.0.2" in said.err and "stage 1" in said.err
     assert said.out.startswith("plain: http://127.0.0.2:")

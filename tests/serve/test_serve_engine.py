@@ -12,9 +12,9 @@ from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
-from llava_fn.serve.ask import Refused
 from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.options import Limits
+from llava_fn.serve.refused import Refused
 from llava_fn.serve.worker import Ticket, Worker
 
 OPTIONS = (
@@ -49,7 +49,7 @@ def job(a, chat, d, name="x", sample=0):
     none = a.model.embed[:0]
     d = assistant.with_stop(a, d)
     prompt, keys = conversation.prompt(a, dataclasses.replace(chat, feats={p.key: none for p in chat.pictures}), d)
-    return AnswerRequest((name, sample), prompt.ids, keys, chat.pictures, d)
+    return AnswerRequest((name, sample), prompt.ids, keys, chat.pictures, d, assistant.vocabulary(a))
 
 
 def alone(a, chat, d):
