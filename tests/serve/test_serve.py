@@ -511,14 +511,14 @@ def recipe():
 
 
 def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weights, warm, tmp_path):
-    command = f"python {ROOT}/recipes/serve.py --weights {weights}/vicuna_v1 --grace 3"
+    command = f"python {ROOT}/recipes/serve.py --weights {weights}/vicuna_v1"
     server = start(warm, command, tmp_path, ENV)
     assert server.told.startswith("vicuna_v1: http://127.0.0.1:")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0).chat.completions
     stream = client.create(model="vicuna_v1", messages=HI, max_tokens=60, temperature=2, seed=1, stream=True)
     next(stream)
     with raw(server) as unread:
-        unread.sendall(request(model="vicuna_v1", stream=True))
+        unread.sendall(request(model="vicuna_v1", stream=True, max_tokens=150))
         with ThreadPoolExecutor() as pool:
             ended = pool.submit(server.end, signal.SIGTERM)
             assert list(stream)[-1].choices[0].finish_reason
