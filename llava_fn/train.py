@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one update saw, on all ranks. loss: nats per labelled token; grad_norm: before clipping."""
+    """What one update saw, on all ranks. loss: nats per labelled token; grad_norm: before clipping.
+
+    Both are NaN if there is no labelled token.
+    """
 
     loss: float
     grad_norm: float
@@ -95,13 +99,14 @@ def _dropout(batch: Batch, step: int, task: Task) -> Keys | None:
 def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple[TrainState, Metrics]:
     """One update from the micro-batches of one step, of which each rank has its own. The state is consumed.
 
-    Its tensors are updated in place. Raises NonFinite before anything is changed, and ValueError if no rank has a
-    labelled token.
+    Its tensors are updated in place. If no rank has a labelled token, because no record of the update could be used,
+    only the step is counted. Raises NonFinite before anything is changed.
     """
     step, zero = state.step + 1, task.zero
     tokens, labelled, samples, micro_batches = _counts(batches, zero)
+    lr = optim.learning_rate(task.optim, step, task.steps)
     if not labelled:
-        raise ValueError(f"step {step}: no record of this update has a labelled token; mend the data set")
+        return replace(state, step=step), Metrics(math.nan, math.nan, lr, tokens, labelled, samples)
     weights, losses, sums = zero.fetch(state.params), [], []
     for batch in batches:
         share = 1 / labelled if task.loss == "token_mean" else 1 / (max(1, len(batch.targets)) * micro_batches)
@@ -114,7 +119,6 @@ def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple
     if not (torch.isfinite(total) and torch.isfinite(norm)):
         raise NonFinite(_blame(step, batches, local, grads, zero))
     optim.clip(grads, norm, task.optim.clip)
-    lr = optim.learning_rate(task.optim, step, task.steps)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
     return replace(state, step=step), Metrics(float(total), float(norm), lr, tokens, labelled, samples)
 
@@ -132,7 +136,7 @@ def _add(sums: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 def _counts(batches: Sequence[Batch], zero: Zero) -> list[int]:
     """Tokens, labelled tokens, samples, and micro-batches that have a sample, on all ranks."""
     rows = [(b.tokens, len(b.targets), len(b.records), len(b.records) > 0) for b in batches]
-    local = [sum(column) for column in zip(*rows, strict=True)]
+    local = [sum(column) for column in zip(*rows, strict=True)] or [0] * 4
     if zero.mesh.dp.size == 1:
         return local
     return collectives.total(torch.tensor(local, device=batches[0].ids.device), zero.mesh.dp).tolist()

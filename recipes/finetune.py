@@ -147,8 +147,7 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources, heldout = validation.divided([records.read(source) for source in c.data.sources], c.heldout, c.data.seed)
     schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
-    share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
-    held = validation.batches(heldout, preparation, c.heldout, share)
+    held, bad = validation.batches(heldout, preparation, c.heldout, c.data.on_bad_record, world)
 
     spec = lora.extended(llava.spec(origin.model), c.lora)
     zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead, c.parts)
@@ -169,8 +168,9 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     if doubts := validation.doubts(sources, origin.random):
         print(doubts, file=sys.stderr)
 
+    share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)
-    with run.training(state.step, task.steps, c.parallel.check_interval) as loop:
+    with run.training(state.step, task.steps, c.parallel.check_interval, bad) as loop:
         for update in loop.updates(steps):
             state, metrics = train_step(state, update.batches, task)
             loss = validation.loss(state, held, task) if held and loop.due(state.step, c.heldout.interval) else None
@@ -181,7 +181,9 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
         report.plot_loss(run.folder, state.step)
     if world.first and heldout:
         params = origin.whole(run.at(state.step), world.device)
-        asked = [records.sample(record, preparation) for record in validation.some(heldout, c.heldout.answers)]
+        asked, bad = records.usable(validation.some(heldout, c.heldout.answers), preparation)
+        records.tolerate("held-out records", bad, c.data.on_bad_record, len(asked))
+        run.leave_out(0, bad)
         report.show(answers.answer(params, asked, origin.model, tokenizer), "answers", run.folder)
     return state
 

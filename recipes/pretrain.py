@@ -111,7 +111,8 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources = [records.read(source) for source in c.data.sources]
     schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
-    heldout = [records.sample(record, preparation) for record in records.read(c.heldout)] if c.heldout else []
+    heldout, bad = records.usable(records.read(c.heldout) if c.heldout else (), preparation)
+    records.tolerate("held-out records", bad, c.data.on_bad_record, len(heldout))
 
     spec = llava.spec(origin.model)
     dtype, parts = getattr(torch, c.dtype), STAGES[c.train]
@@ -132,7 +133,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
 
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)
-    with run.training(state.step, task.steps, c.parallel.check_interval) as loop:
+    with run.training(state.step, task.steps, c.parallel.check_interval, bad) as loop:
         for update in loop.updates(steps):
             state, metrics = train_step(state, update.batches, task)
             loop.record(state, metrics, update)

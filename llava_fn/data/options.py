@@ -41,7 +41,7 @@ class Data:
     tokens: int = 0  # per update at most: as many samples as fit, in order; 0: count samples instead
     accumulate: int = 1  # micro-batches that an update is computed in
     epochs: float = 1.0
-    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_record: Literal["error", "skip"] = "error"  # skip: left out and listed in the run's skipped.jsonl
     workers: int = 4  # processes that decode and tokenize; 0: a thread of this one
     seed: int = 42
 

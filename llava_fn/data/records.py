@@ -33,6 +33,7 @@ from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.data.workers import mapped
 from llava_fn.errors import BadRecord
 
+Bad = tuple[str, str]  # name and reason of a record that cannot be used
 LENGTHS = 1024  # records that a worker process measures at a time
 
 
@@ -116,11 +117,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Step:
-    """One process's batches of one update. bad: (name, reason) of each of its records that could not be used."""
+    """One process's batches of one update. bad: its records that could not be used."""
 
     step: int
     batches: tuple[Batch, ...]
-    bad: tuple[tuple[str, str], ...]
+    bad: tuple[Bad, ...]
 
 
 def read(source: Source) -> Sequence[Record]:
@@ -217,6 +218,30 @@ def sample(record: Record, preparation: Preparation, encoded: text.Encoded | Non
         raise BadRecord(f"{record.name}: {error}") from error
     stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)
     return Sample(record.name, tuple(encoded.ids), tuple(encoded.supervised), stacked)
+
+
+def usable(records: Iterable[Record], preparation: Preparation) -> tuple[list[Sample], list[Bad]]:
+    """The records in tokens, with their images decoded, and those that cannot be used."""
+    good, bad = [], []
+    for record in records:
+        try:
+            good.append(sample(record, preparation))
+        except BadRecord as error:
+            bad.append((record.name, str(error)))
+    return good, bad
+
+
+def tolerate(what: str, bad: Sequence[Bad], on_bad_record: str, usable: int = 1) -> None:
+    """BadRecord lists the records that cannot be used, if such may not be skipped or if none is left.
+
+    what: the records that they are of. usable: how many can be used.
+    """
+    if bad and (on_bad_record == "error" or not usable):
+        advice = "none is left; mend the data set"
+        if on_bad_record == "error":
+            advice = 'mend the data set, or run with on_bad_record="skip" to leave them out and list them'
+        reasons = "".join(f"\n  {reason}" for _, reason in bad)
+        raise BadRecord(f"{what}: {len(bad)} bad records; {advice}{reasons}")
 
 
 @lru_cache(maxsize=2)
@@ -419,16 +444,11 @@ def steps(
     """Updates start + 1 to stop, in order, which `data.workers` processes prefetch.
 
     The samples of an update are balanced: each process and micro-batch has about as many tokens. The balance follows
-    from the records alone. BadRecord if a record is unusable and the policy is "error", or if a run of one process has
-    no usable record for an update.
+    from the records alone. BadRecord if a record is unusable and the policy is "error". Where the policy is "skip", an
+    update of which no record can be used has no batches on a process alone, and batches of padding on one of several.
     """
     data = schedule.data
     work = _Worker(records, preparation, data.accumulate, share)
     for step in mapped(work, islice(schedule.updates(start), stop - start), data.workers):
-        if step.bad and (data.on_bad_record == "error" or not step.batches):
-            advice = "no usable record is left of this update; mend the data set"
-            if data.on_bad_record == "error":
-                advice = 'mend the data set, or run with on_bad_record="skip" to leave them out and list them'
-            reasons = "".join(f"\n  {reason}" for _, reason in step.bad)
-            raise BadRecord(f"step {step.step}: {len(step.bad)} bad records; {advice}{reasons}")
+        tolerate(f"step {step.step}", step.bad, data.on_bad_record)
         yield step

@@ -46,8 +46,8 @@ def write(path: Path, text: str) -> None:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the rows after `step`: a resumed run computes them again."""
-    write(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, step)))
+    """Drop the rows after `step`, and those of step 0: a resumed run writes them again."""
+    write(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, step) if row["step"]))
 
 
 def append(path: Path, row: Mapping) -> None:
@@ -58,7 +58,7 @@ def append(path: Path, row: Mapping) -> None:
 
 def plot_loss(folder: Path, until: int) -> None:
     """Draw a run's loss.png up to update `until`: the loss, its running mean, that of held-out records, the rate."""
-    rows = read_metrics(folder / "metrics.jsonl", until)
+    rows = [row for row in read_metrics(folder / "metrics.jsonl", until) if "loss" in row]
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth = []
     for loss in losses:

@@ -3,7 +3,7 @@
 run/config.json          the config; `--config run/config.json` starts from it
 run/environment.json     versions, device, Ascend variables
 run/metrics.jsonl        one row an update
-run/skipped.jsonl        one row a record that was left out
+run/skipped.jsonl        one row a record that was left out; step 0: of those held out
 run/checkpoints/000100   see llava_fn/checkpoint/folder.py
 run/lock                 names the process that writes; see guard.py
 run/log/rank-00001.log   what a process other than the first one prints
@@ -32,7 +32,8 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.boxes import Piece
 from llava_fn.checkpoint.folder import Manifest
 from llava_fn.config import Parallel, differences, plain
-from llava_fn.data.records import Step
+from llava_fn.data.records import Bad, Step
+from llava_fn.errors import BadRecord
 from llava_fn.launch import agreement
 from llava_fn.launch.device import environment
 from llava_fn.launch.processes import World
@@ -45,6 +46,7 @@ from llava_fn.runs.options import Saving
 from llava_fn.runs.progress import Progress
 from llava_fn.train import Metrics, TrainState
 
+HOPELESS = 1000  # records in a row that cannot be used, after which a run ends
 SHARE_SECONDS = 600.0  # that the first process waits for the others' shares of a checkpoint
 
 
@@ -128,17 +130,20 @@ class Run:
         )
 
     @contextmanager
-    def training(self, step: int, steps: int, check_interval: int) -> Iterator[Loop]:
+    def training(self, step: int, steps: int, check_interval: int, bad: Sequence[Bad] = ()) -> Iterator[Loop]:
         """What the loop from update `step` + 1 to `steps` calls. It ends when the last checkpoint is written.
 
-        What the folder holds of updates after `step` is dropped first, since they are computed again. If a signal
-        stopped the loop before `steps`, SystemExit has the status of launch/signals.py.
+        bad: held-out records that were left out. What the folder holds of updates after `step` is dropped first, since
+        they are computed again. If a signal stopped the loop before `steps`, SystemExit has the status of
+        launch/signals.py.
         """
         skipped = self.rewind(step) if self.world.first else 0
+        if self.world.first:
+            self.leave_out(0, bad)
         self.watch.begin(f"data {step + 1}")
         with noted() as signals:
             with self.background, Progress(step, steps) as progress:
-                loop = Loop(self, progress, check_interval, skipped, signals)
+                loop = Loop(self, progress, check_interval, skipped, signals, trained=step > 0)
                 yield loop
             if loop.stopped:
                 print(f"stopped; the same command goes on from {self.at(loop.step)}", file=sys.stderr)
@@ -152,11 +157,16 @@ class Run:
             checkpoint.remove(self.at(later))
         return len(report.read_metrics(self.folder / "skipped.jsonl", step))
 
-    def log(self, step: int, row: dict, bad: Sequence[tuple[str, str]]) -> None:
-        """Add one update to metrics.jsonl and its left-out records to skipped.jsonl."""
-        report.append(self.folder / "metrics.jsonl", {"step": step, **row})
-        for name, reason in bad:
-            report.append(self.folder / "skipped.jsonl", {"step": step, "record": name, "reason": reason})
+    def leave_out(self, step: int, bad: Sequence[Bad]) -> None:
+        """Add records that cannot be used to skipped.jsonl. step: of their update; 0: they are held out.
+
+        A record that is held out is listed once, whatever it would have been used for.
+        """
+        path = self.folder / "skipped.jsonl"
+        known = [] if step else [row["record"] for row in report.read_metrics(path, 0)]
+        for name, reason in bad if step else dict(bad).items():
+            if name not in known:
+                report.append(path, {"step": step, "record": name, "reason": reason})
 
     def save(self, state: TrainState) -> None:
         """Write the checkpoint of this step, then remove all but the newest `keep`. OSError if the disk is full.
@@ -213,7 +223,7 @@ class Update:
     """
 
     batches: list[Batch]
-    bad: tuple[tuple[str, str], ...]
+    bad: tuple[Bad, ...]
     start: float
     wait: float
 
@@ -222,8 +232,9 @@ class Update:
 class Loop:
     """The services of a run's loop.
 
-    skipped: records left out so far. signals: of this process. step: of the last update. stopped: the signal that ended
-    the loop before its end, or 0. heldout: the last loss on held-out records.
+    skipped: records left out so far; in_a_row: since the last one that could be used. signals: of this process. step:
+    of the last update. stopped: the signal that ended the loop before its end, or 0. trained: whether any update had a
+    record. heldout: the last loss on held-out records.
     """
 
     run: Run
@@ -233,6 +244,8 @@ class Loop:
     signals: Noted
     step: int = 0
     stopped: int = 0
+    trained: bool = False
+    in_a_row: int = 0
     heldout: float | None = None
 
     def updates(self, steps: Iterable[Step]) -> Iterator[Update]:
@@ -259,7 +272,7 @@ class Loop:
         """After an update: log and show its figures; compare the ranks' copies and save a checkpoint where one is due.
 
         A signal to any process makes this update the last one of all of them. heldout: the loss on held-out records, if
-        it was taken. ValueError if copies have drifted apart, OSError if the disk is full.
+        it was taken. ValueError if copies have drifted apart, OSError if the disk is full, BadRecord as of `_judge`.
         """
         self.heldout = self.heldout if heldout is None else heldout
         run, device, seconds = self.run, self.run.world.device, time.monotonic() - update.start
@@ -272,17 +285,35 @@ class Loop:
         memory = report.memory(device)
         if run.world.first:
             row = dataclasses.asdict(metrics) | {"seconds": seconds, "wait": update.wait, "memory_gib": memory}
-            run.log(state.step, row | ({} if heldout is None else {"heldout_loss": heldout}), bad)
-        rates = f"{metrics.tokens / seconds:.0f} tokens/s {metrics.samples / seconds:.1f} samples/s"
-        skipped = f" skipped {self.skipped}" if self.skipped else ""
-        held = "" if self.heldout is None else f" held-out {self.heldout:.3f}"
-        figures = f"loss {metrics.loss:.3f}{held} {rates} wait {update.wait / seconds:.0%} {memory:.1f} GiB{skipped}"
-        self.progress.show(state.step, figures)
+            row |= {} if heldout is None else {"heldout_loss": heldout}
+            known = {name: x for name, x in row.items() if not math.isnan(x)}
+            report.append(run.folder / "metrics.jsonl", {"step": state.step, **known})
+            run.leave_out(state.step, bad)
+        self._judge(metrics, bad)
+        self.progress.show(state.step, self._figures(metrics, update.wait, seconds, memory))
         if run.zero.level == 0 and state.step % self.check_interval == 0:
             agreement.check_params("the parameters", state.params, run.zero, device)
-        if self.saves(state.step) or self.stopped:
+        if (self.saves(state.step) and self.trained) or self.stopped:
             run.watch.begin(f"checkpoint {state.step}")
             run.save(state)
+
+    def _figures(self, metrics: Metrics, wait: float, seconds: float, memory: float) -> str:
+        loss = f"loss {metrics.loss:.3f}" if metrics.samples else "left out, no usable record"
+        held = "" if self.heldout is None else f" held-out {self.heldout:.3f}"
+        rates = f"{metrics.tokens / seconds:.0f} tokens/s {metrics.samples / seconds:.1f} samples/s"
+        skipped = f" skipped {self.skipped}" if self.skipped else ""
+        return f"{loss}{held} {rates} wait {wait / seconds:.0%} {memory:.1f} GiB{skipped}"
+
+    def _judge(self, metrics: Metrics, bad: Sequence[Bad]) -> None:
+        """Raise BadRecord on every process after HOPELESS bad records in a row, or if no update had a record."""
+        self.in_a_row = 0 if metrics.samples else self.in_a_row + len(bad)
+        self.trained = self.trained or metrics.samples > 0
+        if self.in_a_row >= HOPELESS or (self.step == self.progress.steps and not self.trained):
+            raise BadRecord(
+                f"update {self.step}: none of the last {self.in_a_row} records could be used; "
+                f"{self.run.folder / 'skipped.jsonl'} lists them. Mend the data set, or name another; such as\n"
+                f"  {bad[0][1]}"
+            )
 
 
 def _tree(pieces: Sequence[Piece]) -> TensorDict:

@@ -15,7 +15,8 @@ from llava_fn import llava, lora, tree
 from llava_fn.batch import Batch, collate
 from llava_fn.data import records
 from llava_fn.data.options import Source
-from llava_fn.data.records import Preparation, Record, Share
+from llava_fn.data.records import Bad, Preparation, Record
+from llava_fn.launch.processes import World
 from llava_fn.parallel import collectives
 from llava_fn.runs.options import Heldout
 from llava_fn.train import Task, TrainState
@@ -98,16 +99,22 @@ def some(heldout: Sequence[Record], most: int) -> list[Record]:
     return [heldout[i] for i in range(0, len(heldout), step)]
 
 
-def batches(heldout: Sequence[Record], preparation: Preparation, c: Heldout, share: Share) -> list[Batch]:
-    """This process's share of the held-out records whose loss is taken. Every process has as many batches.
+def batches(
+    heldout: Sequence[Record], preparation: Preparation, c: Heldout, on_bad_record: str, world: World
+) -> tuple[list[Batch], list[Bad]]:
+    """(this process's share of the held-out records whose loss is taken, those of all processes that cannot be used).
 
-    BadRecord if one is unusable.
+    Every process has as many batches. BadRecord on every process if a record is unusable and the policy is "error", or
+    if none is left.
     """
-    chosen = some(heldout, c.most)
-    size = SIZE * share.size
-    groups = [chosen[i : i + size][share.rank :: share.size] for i in range(0, len(chosen), size)]
-    prepared = [[records.sample(record, preparation) for record in group] for group in groups]
-    return [collate(samples, share.multiple, preparation.image) for samples in prepared]
+    chosen, dp = some(heldout, c.most), world.mesh.dp
+    size = SIZE * dp.size
+    groups = [chosen[i : i + size][dp.rank :: dp.size] for i in range(0, len(chosen), size)]
+    prepared = [records.usable(group, preparation) for group in groups]
+    own = json.dumps([pair for _, some in prepared for pair in some])
+    bad = [(name, reason) for text in collectives.texts(own, dp, world.device) for name, reason in json.loads(text)]
+    records.tolerate("held-out records", bad, on_bad_record, len(chosen) - len(bad))
+    return [collate(good, world.mesh.tp.size, preparation.image) for good, _ in prepared], bad
 
 
 @torch.no_grad()

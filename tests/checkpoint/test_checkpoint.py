@@ -22,6 +22,7 @@ from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Base, Manifest
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import trace
+from llava_fn.runs import report
 from llava_fn.runs.options import Saving
 from llava_fn.runs.origin import open_origin
 from llava_fn.runs.run import Run, find_checkpoint
@@ -268,8 +269,11 @@ def test_source_tidies_up_after_a_kill(a_run, params, moments):
 
 
 def test_going_back_drops_what_came_later(a_run, params, moments):
+    a_run.leave_out(0, [("held", "why"), ("held", "why again")])  # it would be asked, and its loss taken
     for step in (1, 2, 3):
-        a_run.log(step, {"loss": step / 2}, (("r", "why"),))
+        report.append(a_run.folder / "metrics.jsonl", {"step": step, "loss": step / 2})
+        a_run.leave_out(step, [("r", "why"), ("r", "why")])  # it is shown twice
+    assert len((a_run.folder / "skipped.jsonl").read_text().splitlines()) == 7
     for step in (2, 3):
         a_run.save(state(step, params, moments))
     with (a_run.folder / "metrics.jsonl").open("a") as f:
@@ -277,7 +281,8 @@ def test_going_back_drops_what_came_later(a_run, params, moments):
     a_run.rewind(2)
     rows = [json.loads(line) for line in (a_run.folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
-    assert len((a_run.folder / "skipped.jsonl").read_text().splitlines()) == 2
+    skipped = [json.loads(line) for line in (a_run.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["record"]) for row in skipped] == [(1, "r"), (1, "r"), (2, "r"), (2, "r")]
     assert checkpoint.steps(a_run.checkpoints) == [2]
 
 

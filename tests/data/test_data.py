@@ -37,13 +37,13 @@ def source(emojis, tmp_path):
     return make
 
 
-def run(source, how, start=0, stop=None, **fields):
+def run(source, how, start=0, stop=None, share=data.Share(), **fields):
     """The steps of one source, or of several."""
     sources = source if isinstance(source, tuple) else (source,)
     config = Data(sources, **{"workers": 0, "samples": 4, **fields})
     records = [data.read(s) for s in sources]
     schedule = data.schedule(records, config, how)
-    return list(data.steps(records, schedule, how, start, schedule.steps() if stop is None else stop))
+    return list(data.steps(records, schedule, how, start, schedule.steps() if stop is None else stop, share))
 
 
 def names(steps):
@@ -348,9 +348,14 @@ def test_cutting_by_tokens_meets_bad_text_before_the_first_update(source, how):
         data.schedule([data.read(source(MIXED))], config, how)
 
 
-def test_an_update_without_a_usable_record_stops_the_run_even_where_records_are_skipped(source, how):
-    with pytest.raises(BadRecord, match="step 1: 1 bad records; no usable record is left of this update"):
-        run(source(MIXED[1:2]), how, on_bad_record="skip")
+@pytest.mark.parametrize("size, batches", [(1, 0), (2, 2)])
+def test_an_update_without_a_usable_record_is_empty_on_every_process(source, how, size, batches):
+    bad = source(MIXED[1:3])
+    shares = [data.Share(rank, size) for rank in range(size)]
+    steps = [run(bad, how, on_bad_record="skip", share=share, accumulate=2)[0] for share in shares]
+    assert [len(step.batches) for step in steps] == [batches] * size
+    assert not any(batch.records or len(batch.targets) for step in steps for batch in step.batches)
+    assert sorted(name for step in steps for name, _ in step.bad) == ["some.json[0] id gone", "some.json[1] id mute"]
 
 
 def test_a_broken_image_is_a_bad_record(source, how, emojis, tmp_path):

@@ -1,5 +1,6 @@
 """One update: what it computes, what it changes, and when it refuses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -192,6 +193,18 @@ def test_the_first_gradient_that_is_not_finite_is_named(params, tiny, samples, m
     with pytest.raises(NonFinite, match="that is not finite is llama/blocks/0/wq; records: .*\nnothing was updated"):
         train.train_step(state, grouped(samples, 12), task)
     same(state.params, params)
+
+
+@pytest.mark.parametrize("batches", [[], [collate([], 2, 16)] * 3])
+def test_an_update_without_a_sample_counts_the_step_and_changes_nothing_else(params, tiny, batches):
+    state, task = begin(params, tiny)
+    moments = [copy(x) for x in (state.moments.first, state.moments.second)]
+    after, m = train.train_step(state, batches, task)
+    assert after.step == 1 and (m.tokens, m.labelled, m.samples) == (0, 0, 0) and math.isnan(m.loss)
+    assert m.lr == optim.learning_rate(OPTIM, 1, 20)
+    same(after.params, params)
+    for a, b in zip((after.moments.first, after.moments.second), moments, strict=True):
+        same(a, b)
 
 
 def test_training_overfits_four_samples(params, tiny, samples):

@@ -19,6 +19,7 @@ from llava_fn.data import records as data
 from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.generate import assistant
 from llava_fn.generate.options import ChatOptions
+from llava_fn.launch.processes import World
 from llava_fn.runs import validation
 from llava_fn.runs.options import Heldout, Saving
 from llava_fn.weights import model
@@ -119,9 +120,9 @@ def test_the_held_out_loss_is_taken_every_interval_and_with_each_checkpoint(fini
     assert list(losses) == [3, 4, 6, 8, 9, 12] and losses[12] < losses[3]
     state, origin = checkpoint.load_model(finished[0] / "run/checkpoints/000012"), small
     how = data.preparation(open_tokenizer(state.tokenizer), 16, 4, origin.data)
-    held = validation.batches(
-        data.read(data.Source(small.heldout.records, small.heldout.images)), how, small.heldout, data.Share()
-    )
+    heldout = data.read(data.Source(small.heldout.records, small.heldout.images))
+    held, bad = validation.batches(heldout, how, small.heldout, "error", World())
+    assert not bad
     p = lora.attach(state.params, small.lora)
     nll = torch.cat([llava.nll(p, batch, state.manifest.model) for batch in held])
     assert losses[12] == pytest.approx(nll.mean().item(), rel=1e-5)
