@@ -15,6 +15,7 @@ A model too large for one device: `--quantise int8`, or several devices that sha
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,12 +63,15 @@ def main(c: Infer) -> None:
     from llava_fn.generate import assistant
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import processes
+    from llava_fn.runs.guard import lock
 
     if not (c.json or c.prompt.strip() or c.image):
         raise ValueError("nothing is asked; give --prompt, --image or both, or --json")
     if c.decoding.logprobs and not c.json:
         raise ValueError("--logprobs goes with --json: a line has room for them")
-    with processes(c.tp, pick_device(c.model.device), alone=True) as world:
+    with processes(c.tp, pick_device(c.model.device), alone=True) as world, ExitStack() as stack:
+        if c.out:
+            stack.enter_context(lock(c.out, c.out.with_name(c.out.name + ".lock"), world))
         a = assistant.load(c.model, world.mesh)
         if warning := assistant.warning(a):
             print(warning, file=sys.stderr)

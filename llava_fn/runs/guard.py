@@ -1,4 +1,4 @@
-"""What stands around a run: a lock on its folder, so that a second run is refused, and the watchdog."""
+"""What stands around a run: a lock on what it writes, so that a second run is refused, and the watchdog."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from llava_fn.launch.watchdog import Watch, watching
 @contextmanager
 def guard(folder: Path, world: World, parallel: Parallel) -> Iterator[Watch]:
     """The watch of a run, while its folder is locked. ValueError as of `lock`."""
-    with lock(folder, world), watching(world, parallel.silence) as watch:
+    with lock(folder, folder / "lock", world), watching(world, parallel.silence) as watch:
         yield watch
 
 
 @contextmanager
-def lock(folder: Path, world: World) -> Iterator[None]:
-    """Hold the folder's lock on rank 0 while the body runs. The system frees it when the process ends, however it ends.
+def lock(what: Path, file: Path, world: World) -> Iterator[None]:
+    """Hold the lock of what is written on rank 0 while the body runs. The system frees it however the process ends.
 
-    ValueError names the process that holds it. On NFS the lock holds between machines where the server locks files; a
-    filesystem without locks is warned of.
+    file: is locked, and names the process that holds it, as ValueError does. On NFS the lock holds between machines
+    where the server locks files; a filesystem without locks is warned of.
     """
     if not world.first:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as f:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             f.seek(0)
             raise ValueError(
-                f"{folder} is in use by {f.read() or 'another process'}; wait for its end, or choose another run folder"
+                f"{what} is in use by {f.read() or 'another process'}; wait for its end, or name another place to write"
             ) from error
         except OSError as error:
             print(
-                f"warning: the filesystem of {folder} has no locks ({error}); see to it that no other run writes there",
+                f"warning: the filesystem of {what} has no locks ({error}); see that no other command writes there",
                 file=sys.stderr,
             )
         f.truncate(0)

@@ -172,12 +172,19 @@ def campaign(warm: Warm, kind: Kind, kills: int, seed: int, work: Path) -> Count
     for place in (whole, folder):
         place.mkdir(parents=True)
     assert set(warm.statuses(start(warm, kind, whole, *kind.whole))) == {0}, (whole / "log0").read_text()
-    while sum(counts[place] for place in PLACES) < kills or not counts["ended"]:
+    killed = 0
+    while killed < kills or not counts["ended"]:
         place = rng.choice(kind.places)
         pids = start(warm, kind, folder)
-        struck = sum(counts[p] for p in PLACES) < kills and strike(kind, place, pids, folder, rng)
+        struck = killed < kills and strike(kind, place, pids, folder, rng)
         statuses = finish(warm, pids, place, rng) if struck else warm.statuses(pids)
         counts[place] += struck
+        if struck and (killed := killed + 1) % 50 == 0:
+            print(
+                f"{kind.name}: {killed} of {kills} kills, {counts['violations']} violations",
+                file=sys.stderr,
+                flush=True,
+            )
         counts["torn"] += any(folder.glob(f"run/checkpoints/{checkpoint.TEMPORARY}*"))
         if wrong := judge(kind, place, struck, statuses, folder, whole):
             counts["violations"] += 1

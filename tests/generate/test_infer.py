@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,8 @@ from warm import ENV, ROOT, recipe
 from llava_fn.generate import assistant, conversation, decode, options, session
 from llava_fn.generate.options import Decoding
 from llava_fn.launch import cli
+from llava_fn.launch.processes import World
+from llava_fn.runs.guard import lock
 
 infer, chat = recipe("infer"), recipe("chat")
 D = Decoding(tokens=6)
@@ -104,6 +107,14 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(config, monkeypatc
     assert config.out.read_text() == whole and asked == [2, 1]
     infer.main(config)
     assert config.out.read_text() == whole and asked == [2, 1]
+
+
+def test_two_commands_do_not_write_one_file(config):
+    with lock(config.out, config.out.with_name(config.out.name + ".lock"), World()):
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .*name another"):
+            infer.main(config)
+    assert not config.out.exists()
+    infer.main(config)
 
 
 def test_answers_to_other_lines_or_with_other_options_are_not_mixed(config):

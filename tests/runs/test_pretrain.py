@@ -1,5 +1,6 @@
 """recipes/pretrain.py as a person runs it: what a run leaves behind, kills and resumes, and every wrong input."""
 
+import errno
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from warm import until
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
+from llava_fn.launch.processes import World
+from llava_fn.runs import guard
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +284,16 @@ def test_a_run_in_the_way_and_a_changed_config_are_refused(launcher, finished):
     assert launcher.run(folder, "--config", path, *more, "--base", "run")[0] == 0  # the same checkpoint
     status, log = launcher.run(folder, "--config", path, "--base", "run", "--model.llama.eps", "1e-3")
     assert status == 1 and "run/checkpoints/000018 brings another model" in log and "llama.eps: 1e-05 -> 0.001" in log
+
+
+def test_a_filesystem_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(guard.fcntl, "flock", refused)
+    with guard.lock(tmp_path, tmp_path / "lock", World()):
+        said = capsys.readouterr().err
+    assert said.startswith(f"warning: the filesystem of {tmp_path} has no locks ([Errno 37] No locks available)")
 
 
 # A base.
