@@ -40,7 +40,7 @@ class Field:
 
     fits: whether a value is one that can be read. wanted: what to do with another one, as the end of a message.
     default: what a missing field means; REQUIRED: it must not be missing. used: whether `read` gives it to the reader.
-    table: the rows of the fields of an object.
+    table: the rows of the fields of an object, or of each object in a list.
     """
 
     fits: Callable[[Any], bool]
@@ -54,6 +54,11 @@ Table = Mapping[str, Field]
 OTHER = "*"  # the row of all fields that have none
 UNKNOWN = Field(lambda value: value is None, "unknown; remove the field if the file means the same without it")
 FREE = Field(lambda value: True, "", used=False)
+
+
+def free(names: str) -> dict[str, Field]:
+    """The rows of fields that change nothing, from their names with spaces between them."""
+    return dict.fromkeys(names.split(), FREE)
 
 
 def _is_whole(value: Any) -> bool:
@@ -93,8 +98,8 @@ def flag(default: Any = REQUIRED) -> Field:
 
 
 def text(default: Any = REQUIRED) -> Field:
-    """A used field: a text that is not empty."""
-    return Field(lambda v: isinstance(v, str) and v != "", "it must be a text", default)
+    """A used field: a text."""
+    return Field(lambda v: isinstance(v, str), "it must be a text", default)
 
 
 def texts(default: Any = REQUIRED) -> Field:
@@ -116,6 +121,11 @@ def only(*values: Any, default: Any = None) -> Field:
 def inside(table: Table, default: Any = None) -> Field:
     """A used field: an object whose fields have a table of their own."""
     return Field(lambda v: isinstance(v, Mapping), "it must be an object", default, table=table)
+
+
+def items(table: Table, default: Any = REQUIRED) -> Field:
+    """A used field: a list of objects whose fields have a table of their own."""
+    return Field(lambda v: isinstance(v, list), "it must be a list of objects", default, table=table)
 
 
 def _supported(values: tuple[Any, ...]) -> str:
@@ -150,7 +160,9 @@ def _allows(field: Field, value: Any) -> bool:
 def _flaws(name: str, field: Field, value: Any) -> list[str]:
     if not _allows(field, value):
         return [f"{name}={_json(value)}; {field.wanted}"]
-    return flaws(value, field.table, f"{name}.") if field.table is not None and value is not None else []
+    if field.table is not None and isinstance(value, list):
+        return [flaw for i, item in enumerate(value) for flaw in flaws(item, field.table, f"{name}[{i}].")]
+    return flaws(value, field.table, f"{name}.") if field.table is not None and isinstance(value, Mapping) else []
 
 
 def read(where: Path | str, values: Any, table: Table) -> dict[str, Any]:
@@ -160,12 +172,16 @@ def read(where: Path | str, values: Any, table: Table) -> dict[str, Any]:
     return _used(values, table)
 
 
-def _used(values: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    out = {name: values.get(name, field.default) for name, field in table.items() if field.used and name != OTHER}
+def _used(values: Any, table: Table) -> Any:
+    if isinstance(values, list):
+        return [_used(item, table) for item in values]
+    if not isinstance(values, Mapping):
+        return values
+    rows = {name: field for name, field in table.items() if field.used and name != OTHER}
     if OTHER in table and table[OTHER].used:
-        out |= {name: value for name, value in values.items() if name not in table}
-    inner = {name: table[name].table for name, value in out.items() if name in table and value is not None}
-    return out | {name: _used(out[name], rows) for name, rows in inner.items() if rows is not None}
+        rows |= {name: table[OTHER] for name in values if name not in table}
+    out = {name: values.get(name, field.default) for name, field in rows.items()}
+    return {name: value if (inner := rows[name].table) is None else _used(value, inner) for name, value in out.items()}
 
 
 def load(path: Path) -> dict[str, Any]:

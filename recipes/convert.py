@@ -98,7 +98,7 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
     tokenizer = c.tokenizer or (moved and moved.tokenizer)
     if tokenizer and (c.tokenizer or source.tokenizer is None):
         tokenizer = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer
-        source = dataclasses.replace(source, tokenizer=read_tokenizer(tokenizer).model)
+        source = model.with_tokenizer(source, read_tokenizer(tokenizer).model)
     return dataclasses.replace(
         source,
         image_mode=c.image_mode or (moved and moved.image_mode) or source.image_mode,

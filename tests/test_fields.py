@@ -13,6 +13,7 @@ from llava_fn.fields import (
     flaws,
     inside,
     integer,
+    items,
     load,
     number,
     only,
@@ -26,15 +27,27 @@ TABLE = {
     "size": whole(3), "eps": number(1e-5), "name": text(None), "names": texts(None), "on": flag(False),
     "layer": integer(-2), "mode": choice("a", "b", default="a"), "act": only("silu", "swish"),
     "drop": only(0.0, default=0.1), "cache": FREE, "inner": inside({"r": whole(), "kind": only("x", None)}),
-    "each": inside({OTHER: whole()}),
+    "each": inside({OTHER: whole()}), "turns": items({"from": text(), "n": whole(1)}, []),
 }  # fmt: skip
 FINE = {"drop": 0.0}
 
 
 def test_used_fields_come_with_the_defaults_of_those_that_are_missing():
-    got = read("f", FINE | {"size": 5, "cache": [7], "inner": {"r": 1}, "each": {"a": 1}, "new": None}, TABLE)
+    got = read(
+        "f",
+        FINE
+        | {
+            "size": 5,
+            "cache": [7],
+            "inner": {"r": 1},
+            "each": {"a": 1},
+            "new": None,
+            "turns": [{"from": "x", "new": None}],
+        },
+        TABLE,
+    )
     assert got == {"size": 5, "eps": 1e-5, "name": None, "names": None, "on": False, "layer": -2, "mode": "a",
-                   "inner": {"r": 1}, "each": {"a": 1}}  # fmt: skip
+                   "inner": {"r": 1}, "each": {"a": 1}, "turns": [{"from": "x", "n": 1}]}  # fmt: skip
 
 
 REFUSED = [
@@ -45,7 +58,7 @@ REFUSED = [
     ({"size": 3.0}, "size=3.0; it must"), ({"size": [3]}, "size=[3]; it must"),
     ({"eps": math.nan}, "eps=NaN; it must be a number above 0"), ({"eps": math.inf}, "eps=Infinity; it must"),
     ({"eps": "1e-5"}, 'eps="1e-5"; it must'), ({"eps": True}, "eps=true; it must"),
-    ({"name": ""}, 'name=""; it must be a text'), ({"names": "a"}, 'names="a"; it must be a list of texts'),
+    ({"name": 7}, "name=7; it must be a text"), ({"names": "a"}, 'names="a"; it must be a list of texts'),
     ({"names": [1]}, "names=[1]; it must be a list"), ({"on": 1}, "on=1; it must be true or false"),
     ({"on": None}, "on=null; it must"), ({"layer": [-2, -5]}, "layer=[-2, -5]; it must be one whole number"),
     ({"mode": "c"}, 'mode="c"; only "a" or "b" is supported'), ({"act": "gelu"}, 'act="gelu"; only "silu" or "swish"'),
@@ -53,6 +66,9 @@ REFUSED = [
     ({"inner": [1]}, "inner=[1]; it must be an object"), ({"inner": {}}, "inner.r is missing; it must be a whole"),
     ({"inner": {"r": 1, "x": 1}}, "inner.x=1; unknown"), ({"inner": {"r": None}}, "inner.r=null; it must"),
     ({"each": {"a": 1, "b": "2"}}, 'each.b="2"; it must be a whole number above 0'),
+    ({"turns": {}}, "turns={}; it must be a list of objects"), ({"turns": [7]}, "turns[0] is 7; it must be an object"),
+    ({"turns": [{"from": "x", "loss": 1}]}, "turns[0].loss=1; unknown"),
+    ({"turns": [{}]}, "turns[0].from is missing"),
     ({"big": "x" * 999}, f'big="{"x" * 199} ... (1001 letters); unknown'),
 ]  # fmt: skip
 

@@ -116,6 +116,10 @@ class SentencePiece:
     def eos(self) -> int:
         return self._processor.eos_id()
 
+    def piece(self, token: int) -> str:
+        """The text of a piece, as it stands in the file. IndexError for an id outside the vocabulary."""
+        return self._processor.id_to_piece(token)
+
     def encode(self, text: str) -> list[int]:
         try:
             text.encode()

@@ -2,97 +2,129 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llava_fn import fields
 from llava_fn.config import Llama, Llava, Vision
+from llava_fn.weights import hub
 from llava_fn.weights.tables import Rule, Slot, megatron_llama
 
 Values = Mapping[str, Any]  # of a config.json
 ANY = Llava(Vision(blocks=1000), Llama(blocks=1000))  # more blocks than any model, for the rules of all
-FIXED = {  # fields of HF's and of LLaVA's configs that change the computation, and their values in LLaVA-1.5
-    "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
-    "mm_patch_merge_type": "flat", "s2": False,
-}  # fmt: skip
-VISION_SIZES = {  # our name of a size -> HF's name and default (configuration_clip.py)
-    "image": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
-    "blocks": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12), "ffn": ("intermediate_size", 3072),
-}  # fmt: skip
-LLAMA_SIZES = {  # likewise (configuration_llama.py)
-    "vocab": ("vocab_size", 32000), "width": ("hidden_size", 4096), "blocks": ("num_hidden_layers", 32),
-    "heads": ("num_attention_heads", 32), "ffn": ("intermediate_size", 11008),
+TABLES = {  # kind of config -> its table
+    "clip": hub.CLIP, "clip_vision_model": hub.VISION, "llava": hub.LLAVA, "llava_llama": hub.LLAVA_LLAMA,
 }  # fmt: skip
 
 
-def _sizes(values: Values, names: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-    """Our name -> size. ValueError unless each size is a whole number above 0."""
-    sizes = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
-    for ours, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{names[ours][0]}={value!r} in config.json; it must be a whole number above 0")
-    return sizes
+@dataclass(frozen=True)
+class Stated:
+    """What a config.json says of a model; None for what it does not say."""
+
+    vision: Vision | None = None
+    llama: Llama | None = None
+    layer: int = -2  # the hidden state of the image tower that the projector reads, counted as in HF
+    image_row: int | None = None  # first row of the vocabulary that is no text: llava-hf's <image>, <pad> and padding
+    image_mode: str | None = None
+    tower_trained: bool = False  # the image tower is not the published one
+    tokens: Values = dataclasses.field(default_factory=dict)  # "bos_token_id", "eos_token_id" -> one or several ids
 
 
-def vision_config(values: Values, feature_layer: int = -2) -> Vision:
-    """Our config from HF's CLIPVisionConfig, which omits fields at their defaults."""
-    return Vision(
-        **_sizes(values, VISION_SIZES),
-        eps=values.get("layer_norm_eps", 1e-5),
-        act=values.get("hidden_act", "quick_gelu"),
-        feature_layer=feature_layer,
-    )
+def kind_of(values: Values) -> str:
+    """The key of `TABLES` for a config.json: its model_type, or what its fields look like."""
+    kind = values.get("model_type")
+    if kind == "llava" and "text_config" not in values:
+        return "llava_llama"  # as LLaVA's code called it until 2024
+    if kind is None and ("text_config" in values or "patch_size" in values):
+        return "llava" if "text_config" in values else "clip_vision_model"
+    return kind if isinstance(kind, str) and kind in TABLES else "llava_llama"
 
 
-def llama_config(values: Values) -> Llama:
-    """Our config from HF's LlamaConfig, which omits fields at their defaults.
+def stated(where: Path | str, values: Values) -> Stated:
+    """What a config.json says; of a file without one (no fields), nothing. where: the file, in errors.
 
-    ValueError for a size that is no whole number above 0, and for what is not implemented: a scaled rotary embedding,
-    biases, an activation other than SiLU, a head width that is not width / heads.
+    ValueError names each field that is unknown, malformed, or not computed here, with its value.
     """
-    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    kinds = [x.get("rope_type", x.get("type", "default")) for x in (rope, scaling) if isinstance(x, Mapping)]
-    if not isinstance(scaling, Mapping) or set(kinds) != {"default"}:
-        raise ValueError(f"this Llama scales its rotary embedding ({scaling or rope}); not supported")
-    if values.get("attention_bias") or values.get("mlp_bias"):
-        raise ValueError("this Llama has biases; not supported")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"this Llama's activation is {values['hidden_act']}, not silu; not supported")
-    sizes = _sizes(values, LLAMA_SIZES)
-    config = Llama(
-        **sizes,
-        kv_heads=values.get("num_key_value_heads") or sizes["heads"],
-        eps=values.get("rms_norm_eps", 1e-6),
-        theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
-        tied=values.get("tie_word_embeddings", False),
-    )
-    if values.get("head_dim") not in (None, config.head):
-        raise ValueError(f"this Llama's heads are {values['head_dim']} wide, not width / heads = {config.head}")
-    return config
+    if not values:
+        return Stated()
+    kind = kind_of(values)
+    own = fields.read(where, _merged(values) if kind == "clip" else values, TABLES[kind])
+    try:
+        return READERS[kind](own)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
-def check_fixed(values: Values) -> None:
-    """ValueError for quantised weights, for an image tower other than CLIP, and listing all fields unlike `FIXED`."""
-    if quantised := values.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ValueError(f"the weights are quantised ({method}); give the original ones, in 16 or 32 bits")
-    tower = values.get("mm_vision_tower")
-    if tower and "clip" not in str(tower).lower():
-        raise ValueError(f"mm_vision_tower={tower!r} is no CLIP, the only image tower supported")
-    wrong = [f"{k}={values[k]!r}, not {v!r}" for k, v in FIXED.items() if values.get(k, v) != v]
-    if wrong:
-        raise ValueError(f"this is not a LLaVA-1.5, the only model supported: {'; '.join(wrong)}")
+def _merged(values: Values) -> Values:
+    """A CLIP's config in which vision_config_dict overrides vision_config, as in transformers."""
+    inner, older = values.get("vision_config", {}), values.get("vision_config_dict")
+    if isinstance(inner, Mapping) and isinstance(older, Mapping):
+        return {**values, "vision_config": {**inner, **older}}
+    return values
 
 
-def feature_layer(values: Values) -> int:
-    """The hidden state that the projector reads, counted as in HF; -2 if no field names one."""
-    layer = values.get("vision_feature_layer", values.get("mm_vision_select_layer", -2))
-    if not isinstance(layer, int):
-        raise ValueError(f"features of several layers ({layer}) are not supported: LLaVA-1.5 reads one")
-    return layer
+def _vision(own: Values, layer: int = -2) -> Vision:
+    """Our config from the used fields of HF's CLIPVisionConfig."""
+    return Vision(
+        image=own["image_size"], patch=own["patch_size"], width=own["hidden_size"], blocks=own["num_hidden_layers"],
+        heads=own["num_attention_heads"], ffn=own["intermediate_size"], eps=own["layer_norm_eps"],
+        act=own["hidden_act"], feature_layer=layer,
+    )  # fmt: skip
+
+
+def _llama(own: Values) -> Llama:
+    """Our config from the used fields of HF's LlamaConfig. ValueError for what follows from several fields."""
+    ropes = {name: own[name] or {} for name in ("rope_parameters", "rope_scaling")}
+    bases = {f"{name}.rope_theta": rope.get("rope_theta") for name, rope in ropes.items()}
+    theta = _one({"rope_theta": own["rope_theta"], **bases})
+    llama = Llama(
+        vocab=own["vocab_size"], width=own["hidden_size"], blocks=own["num_hidden_layers"],
+        heads=own["num_attention_heads"], kv_heads=own["num_key_value_heads"] or own["num_attention_heads"],
+        ffn=own["intermediate_size"], eps=own["rms_norm_eps"], theta=10000.0 if theta is None else theta,
+        tied=own["tie_word_embeddings"],
+    )  # fmt: skip
+    if own["head_dim"] not in (None, llama.head):
+        raise ValueError(
+            f"head_dim={own['head_dim']}; only hidden_size / num_attention_heads = {llama.head} works here"
+        )
+    return llama
+
+
+def _one(values: Values) -> Any:
+    """The value of fields that say the same, without null. ValueError if two differ."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{', '.join(f'{k}={v}' for k, v in given.items())} disagree; remove the wrong one")
+    return next(iter(given.values()), None)
+
+
+def _tokens(own: Values) -> Values:
+    return {name: own[name] for name in ("bos_token_id", "eos_token_id")}
+
+
+def _llava(own: Values) -> Stated:
+    layer, text = own["vision_feature_layer"], own["text_config"]
+    row = _one({name: own[name] for name in ("image_token_index", "image_token_id")})
+    return Stated(_vision(own["vision_config"], layer), _llama(text), layer, row, tokens=_tokens(text))
+
+
+def _llava_llama(own: Values) -> Stated:
+    layer, inner = own["mm_vision_select_layer"], own["mm_vision_config"]
+    vision = None if inner is None else _vision(inner, layer)
+    trained = bool(own["unfreeze_mm_vision_tower"])
+    return Stated(vision, _llama(own), layer, None, own["image_aspect_ratio"], trained, _tokens(own))
+
+
+READERS = {  # kind of config -> from its used fields to what it says
+    "clip": lambda own: Stated(_vision(own["vision_config"])), "clip_vision_model": lambda own: Stated(_vision(own)),
+    "llava": _llava, "llava_llama": _llava_llama,
+}  # fmt: skip
 
 
 def _shape(rules: list[Rule], path: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -138,18 +170,3 @@ def llama_from_shapes(slot: Slot, tensors: Mapping[str, Tensor]) -> Llama:
     kv_heads = (_shape(rules, "blocks/0/wq", tensors)[0] // 128 - heads) // 2  # the rows are q, k and v
     ffn = _shape(rules, "blocks/0/w_down", tensors)[1]
     return Llama(vocab, width, _blocks(rules, tensors), heads, kv_heads, ffn)
-
-
-def vision_in(values: Values) -> Vision | None:
-    """The image tower's config from a config.json of LLaVA or CLIP; None if it holds none."""
-    inner = values.get("vision_config", values.get("mm_vision_config", values if "patch_size" in values else None))
-    return None if inner is None else vision_config(inner, feature_layer(values))
-
-
-def llama_in(values: Values) -> Llama | None:
-    """The decoder's config from a config.json of LLaVA or Llama; None if it is empty."""
-    inner = values.get("text_config", values)
-    kind = inner.get("model_type", "llama")
-    if kind not in ("llama", "llava", "llava_llama"):
-        raise ValueError(f"the decoder is a {kind}, not a Llama; not supported")
-    return llama_config(inner) if inner else None

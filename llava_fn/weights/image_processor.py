@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from llava_fn import fields
 from llava_fn.config import Vision
 from llava_fn.data.templates import MARK
+from llava_fn.weights.hub import IMAGE_PROCESSOR, PADS, PIXELS, PROCESSOR
 
 _PROCESSORS = {  # of transformers, by image mode
     "square": {"image_processor_type": "CLIPImageProcessor"},
     "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
-}
-_PIXELS = {  # in both image modes; transformers has the same defaults
-    "do_convert_rgb": True, "do_resize": True, "resample": 3,  # bicubic
-    "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": list(Vision.mean), "image_std": list(Vision.std),
-}  # fmt: skip
-_PADS = {  # class of image processor -> whether it pads to a square if do_pad is set
-    f"{name}{suffix}": pads
-    for name, pads in (("CLIPImageProcessor", False), ("CLIPFeatureExtractor", False), ("LlavaImageProcessor", True))
-    for suffix in ("", "Fast", "Pil")
 }
 
 
@@ -34,7 +27,7 @@ def preprocessor(size: int, image_mode: str) -> dict[str, Any]:
     """preprocessor_config.json. size: pixels per side."""
     check_mode(image_mode)
     edges = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    return {**_PROCESSORS[image_mode], "processor_class": "LlavaProcessor", **edges, **_PIXELS}
+    return {**_PROCESSORS[image_mode], "processor_class": "LlavaProcessor", **edges, **PIXELS}
 
 
 def processor(patch: int) -> dict[str, Any]:
@@ -45,45 +38,51 @@ def processor(patch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def image_mode_of(files: Mapping[str, Mapping[str, Any]]) -> str | None:
+def image_mode_of(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], stated: str | None = None, vision: Vision | None = None
+) -> str | None:
     """The image mode ("pad" or "square", see data/image.py) that a folder's JSON files specify; None if none does.
 
-    files: file name -> content. Read are config.json (LLaVA's image_aspect_ratio, which takes precedence),
-    preprocessor_config.json and processor_config.json (transformers; the second may contain the first).
-    ValueError, with file and value, for preprocessing of neither mode, and for two files that disagree.
+    files: file name -> content; read are preprocessor_config.json and processor_config.json of transformers, of which
+    the second may contain the first. stated: LLaVA's image_aspect_ratio of config.json, which takes precedence.
+    vision: the image tower, if config.json describes it. ValueError, with file, field and value, for preprocessing of
+    neither mode, for images or patches of another size than the tower's, and for two files that disagree.
     """
-    ratio = files.get("config.json", {}).get("image_aspect_ratio")
-    if ratio is not None:
-        if ratio not in _PROCESSORS:
-            modes = ", ".join(_PROCESSORS)
-            raise ValueError(f"config.json: image_aspect_ratio={ratio!r} is not supported, only {modes}")
-        return ratio
-    nested = files.get("processor_config.json", {}).get("image_processor")
-    configs = {"preprocessor_config.json": files.get("preprocessor_config.json"), "processor_config.json": nested}
-    modes = {name: _mode(name, values) for name, values in configs.items() if values is not None}
-    if len(set(modes.values())) > 1:
-        raise ValueError(f"the files disagree on the image mode: {modes}; remove the wrong one")
-    return next(iter(modes.values()), None)
+    modes, image = {}, vision and vision.image
+    if (name := "preprocessor_config.json") in files:
+        modes[name] = _mode(folder / name, fields.read(folder / name, files[name], IMAGE_PROCESSOR), image)
+    if (name := "processor_config.json") in files:
+        own = fields.read(folder / name, files[name], PROCESSOR)
+        if vision and own["patch_size"] not in (None, vision.patch):
+            raise ValueError(f"{folder / name}: patch_size={own['patch_size']}; the tower's is {vision.patch}")
+        if own["image_processor"] is not None:
+            modes[name] = _mode(folder / name, own["image_processor"], image)
+    if stated is None and len(set(modes.values())) > 1:
+        raise ValueError(f"{folder}: the files disagree on the image mode: {modes}; remove the wrong one")
+    return stated or next(iter(modes.values()), None)
 
 
-def _mode(name: str, values: Mapping[str, Any]) -> str:
-    """The image mode of an HF image processor's config, in which a missing field has its default."""
-    kind = values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor"))
-    if kind not in _PADS:
-        raise ValueError(f"{name}: image_processor_type={kind!r} is not supported, only {', '.join(_PADS)}")
-    for key, value in _PIXELS.items():
-        if values.get(key, value) != value:
-            raise ValueError(f"{name}: {key}={values[key]!r} is not supported, only {value!r}")
-    size, crop = values.get("size"), values.get("crop_size")
-    if isinstance(size, Mapping) and set(size) != {"shortest_edge"}:
-        raise ValueError(f"{name}: size={size!r} is not supported, only a shortest_edge")
-    if len(_edges(size) | _edges(crop)) > 1:
-        raise ValueError(f"{name}: size={size!r} with crop_size={crop!r} is not supported; they must agree")
-    pad = values.get("do_pad") or False
-    if pad not in (True, False) or (pad and not _PADS[kind]):
-        raise ValueError(f"{name}: do_pad={pad!r} of {kind}; only LlavaImageProcessor pads to a square")
-    return "pad" if pad else "square"
+def _mode(where: Path, own: Mapping[str, Any], image: int | None) -> str:
+    """The image mode of the used fields of an image processor's config, in which a missing field has its default.
+
+    image: pixels per side that the tower takes, if it is known.
+    """
+    kind = own["image_processor_type"] or own["feature_extractor_type"] or "CLIPImageProcessor"
+    size, crop = own["size"], own["crop_size"]
+    if isinstance(size, Mapping) and (size["height"] or size["width"]):
+        raise ValueError(f"{where}: size={_given(size)!r} is not supported, only a shortest_edge")
+    edges = _edges(size) | _edges(crop) | ({image} if image else set())
+    if len(edges) > 1:
+        tower = f" and a tower of {image} pixels" if image else ""
+        raise ValueError(f"{where}: size={size!r} with crop_size={crop!r}{tower} is not supported; they must agree")
+    if own["do_pad"] and not PADS[kind]:
+        raise ValueError(f"{where}: do_pad=true of {kind}; only LlavaImageProcessor pads to a square")
+    return "pad" if own["do_pad"] else "square"
 
 
-def _edges(size: Mapping[str, int] | int | None) -> set[int]:
-    return set() if size is None else {size} if isinstance(size, int) else set(size.values())
+def _given(size: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: edge for name, edge in size.items() if edge is not None}
+
+
+def _edges(size: Mapping[str, int | None] | int | None) -> set[int]:
+    return set() if size is None else {size} if isinstance(size, int) else set(_given(size).values())

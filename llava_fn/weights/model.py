@@ -15,11 +15,11 @@ from llava_fn import llama, projector
 from llava_fn import spec as specs
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llava
-from llava_fn.data.tokenizer import open_tokenizer
 from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
-from llava_fn.weights import peft, placing
-from llava_fn.weights.source import PARTS, Weights, interpret
+from llava_fn.weights import peft, placing, vocabulary
+from llava_fn.weights.configs import Stated
+from llava_fn.weights.source import PARTS, Weights, interpret, trimmed
 
 
 def _common(sources: Sequence[Weights], field: str):
@@ -72,7 +72,15 @@ def merge(sources: Sequence[Weights]) -> Weights:
         template=_form(sources, adapted, "template"), compat=_form(sources, adapted, "compat"),
     )  # fmt: skip
     _check_widths(whole)
-    return whole
+    return whole if whole.tokenizer is None else with_tokenizer(whole, whole.tokenizer)
+
+
+def with_tokenizer(source: Weights, tokenizer: bytes) -> Weights:
+    """The weights with this tokenizer, the rows that it has no piece for set apart. ValueError if it does not fit."""
+    if source.llama is None:
+        return dataclasses.replace(source, tokenizer=tokenizer)
+    text = vocabulary.rows(source.where, tokenizer, source.llama.vocab)
+    return dataclasses.replace(trimmed(source, text), tokenizer=tokenizer)
 
 
 def _with_trained_last(sources: Sequence[Weights]) -> tuple[list[Weights], Weights | None]:
@@ -145,10 +153,6 @@ def _check_widths(source: Weights) -> None:
         for side, width, part in ((inp, source.vision, "vision"), (out, source.llama, "llama")):
             if width is not None and width.width != side:
                 raise ValueError(f"{source.where}: the projector fits a {part} of width {side}, not {width.width}")
-    if source.tokenizer is not None and source.llama is not None:
-        pieces = open_tokenizer(source.tokenizer).vocab_size
-        if pieces > source.llama.vocab:
-            raise ValueError(f"{source.where}: the tokenizer has {pieces} pieces, the decoder {source.llama.vocab}")
 
 
 def config(source: Weights) -> Llava:
@@ -175,7 +179,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], c: Llava) -> TensorDict:
 
     c: the model's config, of which parts that the state dict lacks are not read. ValueError lists what does not fit.
     """
-    return load(interpret("the state dict", tensors, {}, c))
+    return load(interpret("the state dict", tensors, Stated(), c))
 
 
 def load(source: Weights, mesh: Mesh = Mesh()) -> TensorDict:

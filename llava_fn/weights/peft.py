@@ -38,11 +38,10 @@ Tensors = Mapping[str, Tensor]
 def read(folder: Path, values: Values, tensors: Tensors) -> tuple[Adapters, Tensors]:
     """The adapters of a PEFT folder, by our paths, and its other tensors, of a projector or an image tower.
 
-    ValueError names each field that W + scale B A does not express, each module to save that is not in the files, each
-    other tensor that is foreign, and each adapter tensor of an unknown module, without its partner, of another rank or
+    values: the used fields of its config. ValueError names each module to save that is not in the files, each other
+    tensor that is foreign, and each adapter tensor of an unknown module, without its partner, of another rank or
     dtype, duplicate, or with NaN or infinite values.
     """
-    peft_config.check(folder / CONFIG, values)
     pairs = {name: t for name, t in tensors.items() if ".lora_" in name}
     others = {name: t for name, t in tensors.items() if name not in pairs}
     if not pairs:

@@ -5,69 +5,60 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava_fn import fields
+from llava_fn.fields import OTHER, Field, flag, free, inside, number, only, text, texts, whole
+
 CONFIG = "adapter_config.json"
-USED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-HARMLESS = (  # none changes what the tensors mean, whatever its value
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
-)  # fmt: skip
-PLAIN = {  # fields that are harmless with one of these values
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
-}
-UNSET = (None, False, {}, [], "")  # every other field is harmless with one of these
-KINDS = {
-    "use_rslora": (bool, "true or false"),
-    "rank_pattern": (dict, "an object of patterns"),
-    "alpha_pattern": (dict, "an object of patterns"),
-    "modules_to_save": (list, "a list of names"),
-    "base_model_name_or_path": (str, "a name"),
-}
 ADVICE = "merge the adapters with PEFT (merge_and_unload, then save_pretrained), and convert the merged model"
 PROJECTOR = ("multi_modal_projector", "mm_projector", "linear_1", "linear_2")
 LAYER = re.compile(r"model\.(language_model\.)?layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 
-Values = Mapping[str, Any]
+Values = Mapping[str, Any]  # the used fields
 
 
-def check(where: Path, values: Values) -> None:
-    """ValueError names the fields that W + scale B A does not express, or the first one that is malformed."""
-    odd = [f"{k}={v!r}" for k, v in values.items() if k not in (*USED, *HARMLESS) and v not in PLAIN.get(k, UNSET)]
-    if odd:
-        raise ValueError(f"{where}: {', '.join(odd)} is more than plain LoRA, and not supported; {ADVICE}")
-    for field, (kind, noun) in KINDS.items():
-        if values.get(field) is not None and not isinstance(values[field], kind):
-            raise ValueError(f"{where}: {field}={values[field]!r}; it must be {noun}")
-    for field in ("r", "lora_alpha"):
-        _check_number(where, field, values.get(field))
+def _plain(*values: Any) -> Field:
+    return replace(only(*values), wanted=f"more than plain LoRA, and not supported; {ADVICE}")
+
+
+TABLE: fields.Table = {
+    "r": whole(), "lora_alpha": number(), "use_rslora": flag(None), "modules_to_save": texts(None),
+    "rank_pattern": inside({OTHER: whole()}), "alpha_pattern": inside({OTHER: number()}),
+    "base_model_name_or_path": text(None),
+    **free(  # none changes what the tensors mean, whatever its value
+        "auto_mapping ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern layers_to_transform "
+        "lora_dropout megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type "
+        "velora_config"
+    ),
+    "peft_type": _plain("LORA"), "bias": _plain("none", None),
+    "init_lora_weights": _plain(True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
+    OTHER: _plain(None, False, {}, [], ""),  # each of PEFT's other fields adds something if it is set
+}  # fmt: skip
+
+
+def read(where: Path, values: Any) -> Values:
+    """The used fields of adapter_config.json. ValueError names each that is malformed or more than W + scale B A."""
+    own = fields.read(where, values, TABLE)
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (values.get(field) or {}).items():
-            _check_number(where, f"{field}[{pattern!r}]", value)
+        for pattern in own[field] or ():
             _check_pattern(where, field, pattern)
-    if foreign := [name for name in values.get("modules_to_save") or () if _last(name) not in PROJECTOR]:
+    if foreign := [name for name in own["modules_to_save"] or () if _last(name) not in PROJECTOR]:
         raise ValueError(
             f"{where}: modules_to_save={foreign}: only the projector is supported in addition to adapters; {ADVICE}"
         )
+    return own
 
 
-def _last(name: object) -> str:
-    return str(name).rpartition(".")[2]
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def saved(values: Values) -> list[str]:
     """The last names of the modules that were trained whole, all of the projector."""
-    return [_last(name) for name in values.get("modules_to_save") or ()]
-
-
-def _check_number(where: Path, field: str, value: object) -> None:
-    whole = "alpha" not in field
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{where}: {field}={value!r}; it must be {'an integer' if whole else 'a number'} above 0")
+    return [_last(name) for name in values["modules_to_save"] or ()]
 
 
 def _check_pattern(where: Path, field: str, pattern: str) -> None:
@@ -79,15 +70,13 @@ def _check_pattern(where: Path, field: str, pattern: str) -> None:
 
 def rank(values: Values, module: str) -> int:
     """The rank of a module's adapter."""
-    return _of(values.get("rank_pattern"), module, values["r"])
+    return _of(values["rank_pattern"], module, values["r"])
 
 
 def scale(values: Values, module: str) -> float:
     """What B A is multiplied by."""
     r = rank(values, module)
-    return _of(values.get("alpha_pattern"), module, values["lora_alpha"]) / (
-        math.sqrt(r) if values.get("use_rslora") else r
-    )
+    return _of(values["alpha_pattern"], module, values["lora_alpha"]) / (math.sqrt(r) if values["use_rslora"] else r)
 
 
 def _of(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llava_fn import lora
+from llava_fn import fields, lora
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
@@ -20,12 +18,13 @@ from llava_fn.checkpoint.archive import Archive, open_archive, open_folder
 from llava_fn.checkpoint.folder import Checkpoint
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama, Llava, Vision
-from llava_fn.weights import configs, peft, placing
+from llava_fn.weights import configs, peft, peft_config, placing, vocabulary
+from llava_fn.weights.configs import Stated
 from llava_fn.weights.image_processor import image_mode_of
 from llava_fn.weights.placing import Tensors
 
 OURS = "llava_fn"
-CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", peft.CONFIG)
 PARTS = ("vision", "projector", "llama")
 UNUSED = "unused.safetensors"  # file of a checkpoint with the spare leaves, for a later export
 
@@ -61,8 +60,8 @@ class Weights:
             archive.release()
 
 
-def interpret(where: str, tensors: Tensors, values: configs.Values, c: Llava | None = None) -> Weights:
-    """The weights that named tensors hold. values: the fields of their config.json. c: the model, if known.
+def interpret(where: str, tensors: Tensors, stated: Stated, c: Llava | None = None) -> Weights:
+    """The weights that named tensors hold. stated: what their config.json says. c: the model, if known.
 
     ValueError lists every tensor that is missing, unexpected, duplicate, or of a wrong shape or dtype.
     """
@@ -72,16 +71,18 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, c: Llava | N
     vision = llama = None
     leaves: dict[str, Leaf] = {}
     try:
-        configs.check_fixed(values)
-        layer = configs.feature_layer(values)
         for slot, own in slots.items():
             if slot.part == "vision":
-                config = c.vision if c else configs.vision_in(values)
-                vision = config or configs.vision_from_shapes(slot, own, layer)
+                config = c.vision if c else stated.vision
+                vision = config or configs.vision_from_shapes(slot, own, stated.layer)
             if slot.part == "llama":
-                llama = c.llama if c else configs.llama_in(values) or configs.llama_from_shapes(slot, own)
-        if vision is None and layer != -2:
-            raise ValueError(f"the projector reads hidden state {layer} of an image tower that is not in the source")
+                llama = c.llama if c else stated.llama or configs.llama_from_shapes(slot, own)
+        if vision is None and stated.layer != -2:
+            raise ValueError(
+                f"the projector reads hidden state {stated.layer} of an image tower that is not in the source"
+            )
+        if vision is None and stated.tower_trained:
+            raise ValueError("unfreeze_mm_vision_tower=true: its image tower was trained, and is not in the source")
         for slot, own in slots.items():
             part = placing.leaves(slot, own, vision, llama, wrong)
             leaves |= {f"{slot.part}/{path}": leaf for path, leaf in part.items()}
@@ -91,17 +92,19 @@ def interpret(where: str, tensors: Tensors, values: configs.Values, c: Llava | N
         lines = "\n  ".join(wrong)
         raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
     spare = {k: leaves.pop(k) for k in list(leaves) if vision and placing.is_spare(k, vision)}
-    return _trim(Weights(where, layout.name, leaves, spare, (), vision, llama), values)
+    return trimmed(Weights(where, layout.name, leaves, spare, (), vision, llama), stated.image_row)
 
 
-def _trim(source: Weights, values: configs.Values) -> Weights:
-    """Move llava-hf's rows for `<image>`, `<pad>` and padding, which have no token here, to `spare`."""
-    first = values.get("image_token_index", values.get("image_token_id"))
+def trimmed(source: Weights, first: int | None) -> Weights:
+    """The weights with the rows of the vocabulary from `first` on in `spare`: `<image>`, `<pad>` and padding."""
     if source.llama is None or first is None or first >= source.llama.vocab:
         return source
     leaves, spare = dict(source.leaves), dict(source.spare)
     for path in ("llama/embed", "llama/head"):
         if path in leaves:
+            if path in spare:
+                row = f"image_token_index={source.llama.vocab}, but its tokenizer has {first} pieces"
+                raise ValueError(f"{source.where}: {row}; give the tokenizer that the decoder was trained with")
             whole = leaves[path]
             leaves[path], spare[path] = whole.then(lambda t: t[:first]), whole.then(lambda t: t[first:])
     return dataclasses.replace(source, leaves=leaves, spare=spare, llama=dataclasses.replace(source.llama, vocab=first))
@@ -116,7 +119,7 @@ def open_source(path: Path, c: Llava | None = None) -> Weights:
     path = checkpoint.newest(path)
     if path.is_file():
         archive = open_archive(path)
-        return dataclasses.replace(interpret(str(path), _model(archive), {}, c), archives=(archive,))
+        return dataclasses.replace(interpret(str(path), _model(archive), Stated(), c), archives=(archive,))
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if (path / checkpoint.SUMS).is_file():
@@ -149,39 +152,28 @@ def _megatron(folder: Path) -> Path | None:
     return ranks[0] if ranks else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object; is it the right file?")
-    return values
-
-
 def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     """The weights of a folder with config.json, or of a PEFT folder of adapters."""
     archives = open_folder(folder)
     tensors = {name: t for archive in archives for name, t in archive.tensors.items()}
-    files = {name: _json(folder / name) for name in CONFIGS}
-    adapter, is_peft = _json(folder / peft.CONFIG), (folder / peft.CONFIG).is_file()
+    files = {name: fields.load(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    is_peft = peft.CONFIG in files
+    adapter = peft_config.read(folder / peft.CONFIG, files[peft.CONFIG]) if is_peft else {}
     adapters, rest = peft.read(folder, adapter, tensors) if is_peft else ({}, tensors)
-    source = Weights(str(folder), "PEFT", {}, {}, ())
     if is_peft:
-        files["config.json"].pop("quantization_config", None)  # of the base in QLoRA; the folder's tensors are not
-    if rest:
-        source = interpret(str(folder), rest, files["config.json"], c)
-    tokenizer = folder / "tokenizer.model"
+        files.get("config.json", {}).pop("quantization_config", None)  # of the base in QLoRA; not of this folder
+    stated = configs.stated(folder / "config.json", files.get("config.json", {}))
+    source = interpret(str(folder), rest, stated, c) if rest else Weights(str(folder), "PEFT", {}, {}, ())
     whole = {"projector", "llama"} <= set(source.parts)
-    stated = is_peft and "image_aspect_ratio" in files["config.json"]  # LLaVA's code saves it with adapters too
+    mode = image_mode_of(folder, files, stated.image_mode, stated.vision)
     return dataclasses.replace(
         source,
         archives=tuple(archives),
         lora=adapters,
         trained=source.parts if is_peft else (),
         base=adapter.get("base_model_name_or_path") or None,
-        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
-        image_mode=image_mode_of({k: v for k, v in files.items() if v}) if whole or stated else None,
+        tokenizer=vocabulary.read(folder, stated.tokens),
+        image_mode=mode if whole or (is_peft and stated.image_mode) else None,  # LLaVA's adapters have it too
         template="v1" if whole else None,
     )
 

@@ -33,7 +33,7 @@ from llava_fn.data import image
 from llava_fn.data.templates import TEMPLATES
 from llava_fn.data.text import render
 from llava_fn.data.tokenizer import open_tokenizer
-from llava_fn.weights import configs
+from llava_fn.weights import configs, hub
 from llava_fn.weights.companions import OPEN_SYSTEM, liuhaotian, llava_hf, padded
 from llava_fn.weights.image_processor import image_mode_of
 from llava_fn.weights.model import from_state_dict
@@ -155,10 +155,10 @@ def test_hf_config_gives_the_model_back(c, tokenizer, tmp_path):
     files = llava_hf(c, torch.bfloat16, tokenizer.model, "pad", "vicuna_v1")
     raw, loaded = parsed(files)["config.json"], LlavaConfig.from_pretrained(written(files, tmp_path))
     for values in (raw, loaded.to_dict()):
-        text = configs.llama_in(values)
-        assert text.vocab == 576
-        text = dataclasses.replace(text, vocab=values["image_token_index"])
-        assert Llava(configs.vision_in(values), text) == c
+        stated = configs.stated("config.json", values)
+        assert stated.llama.vocab == 576
+        text = dataclasses.replace(stated.llama, vocab=stated.image_row)
+        assert Llava(stated.vision, text) == c
     assert raw["tie_word_embeddings"] == loaded.tie_word_embeddings == c.llama.tied
     assert loaded.text_config.max_position_embeddings == 4096
     assert loaded.image_seq_length == c.vision.patches
@@ -181,17 +181,14 @@ def test_transformers_4_finds_its_spelling_of_the_same_values(tokenizer):
 
 @pytest.mark.parametrize("c", CONFIGS.values(), ids=CONFIGS)
 def test_nothing_that_an_import_reads_is_left_to_a_default(c, tokenizer):
-    class Explicit(dict):
-        def get(self, key, default=None):
-            assert key in self or key == "rope_scaling", f"{key} is not written"
-            return super().get(key, default)
-
     hf = parsed(llava_hf(c, torch.float16, tokenizer.model, "pad", "vicuna_v1"))["config.json"]
     original = parsed(liuhaotian(c, torch.float16, tokenizer.model, "pad"))["config.json"]
-    configs.llama_config(Explicit(hf["text_config"]))
-    configs.vision_config(Explicit(hf["vision_config"]))
-    configs.llama_config(Explicit(original))
-    configs.vision_config(Explicit(original["mm_vision_config"]))
+    aside = {"rope_scaling", "unfreeze_mm_vision_tower", "mm_vision_tower"}  # null is what they would say
+    for values, table in (
+        (hf, hub.LLAVA), (hf["text_config"], hub.LLAMA), (hf["vision_config"], hub.VISION),
+        (original, hub.LLAVA_LLAMA), (original["mm_vision_config"], hub.VISION),
+    ):  # fmt: skip
+        assert {name for name, field in table.items() if field.used} - aside <= set(values)
 
 
 @pytest.mark.parametrize("c", CONFIGS.values(), ids=CONFIGS)
@@ -389,8 +386,9 @@ def test_chat_template_equals_our_rendering(name, tokenizer, tokenizers):
 def test_liuhaotian_config_gives_the_model_back(c, tokenizer):
     model = STAND_IN if c is LLAVA_13B else tokenizer.model
     values = parsed(liuhaotian(c, torch.bfloat16, model, "pad"))["config.json"]
-    for text in (values, LlamaConfig.from_dict(values).to_dict()):
-        assert Llava(configs.vision_in(values), configs.llama_config(text)) == c
+    again = LlamaConfig.from_dict(values).to_dict() | {"model_type": "llava_llama"}
+    for stated in (configs.stated("config.json", values), configs.stated("config.json", again)):
+        assert Llava(stated.vision, stated.llama) == c
     assert values["mm_hidden_size"] == c.vision.width
 
 
@@ -415,12 +413,16 @@ def test_liuhaotian_files_say_what_llava_reads():
     generation.validate(strict=True)
 
 
+def mode_of(files: dict[str, dict]) -> str | None:
+    return image_mode_of(Path(), files, configs.stated("config.json", files.get("config.json", {})).image_mode)
+
+
 def test_image_mode_comes_back_from_every_layout(mode, processor, tmp_path):
-    assert image_mode_of(parsed(llava_hf(SMALL, torch.float16, STAND_IN, mode, "v1"))) == mode
-    assert image_mode_of(parsed(liuhaotian(SMALL, torch.float16, STAND_IN, mode))) == mode
+    assert mode_of(parsed(llava_hf(SMALL, torch.float16, STAND_IN, mode, "v1"))) == mode
+    assert mode_of(parsed(liuhaotian(SMALL, torch.float16, STAND_IN, mode))) == mode
     processor.save_pretrained(tmp_path)  # transformers 5 puts the image processor into processor_config.json
     again = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert "preprocessor_config.json" not in again and image_mode_of(again) == mode
+    assert "preprocessor_config.json" not in again and mode_of(again) == mode
 
 
 # The preprocessor of CLIP and that of llava-hf on the hub, as far as they matter.
@@ -450,7 +452,7 @@ HUB = {
     ],
 )
 def test_image_mode_of_public_files(files, want):
-    assert image_mode_of(files) == want
+    assert mode_of(files) == want
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
@@ -468,23 +470,25 @@ def test_a_processor_that_makes_other_pixels_is_refused_by_file_and_value(file, 
     values = HUB | change
     files = {file: values if file.startswith("pre") else {"image_processor": values}}
     ((key, value),) = change.items()
-    with pytest.raises(ValueError, match=rf"^{file}: {key}={re.escape(repr(value))}"):
-        image_mode_of(files)
+    inside = "" if file.startswith("pre") or key in ("size", "do_pad") and value != "yes" else "image_processor."
+    written = re.escape(repr(value) if key == "size" else json.dumps(value))
+    with pytest.raises(ValueError, match=rf"^{file}: {inside}{key}={written}"):
+        mode_of(files)
 
 
 def test_a_crop_of_another_size_than_the_resized_image_is_refused():
     with pytest.raises(ValueError, match="preprocessor_config.json: size=.*336.*crop_size=.*224"):
-        image_mode_of({"preprocessor_config.json": HUB | {"crop_size": {"height": 224, "width": 224}}})
+        mode_of({"preprocessor_config.json": HUB | {"crop_size": {"height": 224, "width": 224}}})
 
 
 def test_unknown_aspect_ratio_and_files_that_disagree_are_refused():
-    with pytest.raises(ValueError, match="config.json: image_aspect_ratio='anyres'"):
-        image_mode_of({"config.json": {"image_aspect_ratio": "anyres"}})
-    with pytest.raises(ValueError, match="preprocessor_config.json: do_pad='yes'"):
-        image_mode_of({"preprocessor_config.json": {"image_processor_type": "LlavaImageProcessor", "do_pad": "yes"}})
+    with pytest.raises(ValueError, match='config.json: image_aspect_ratio="anyres"'):
+        mode_of({"config.json": {"image_aspect_ratio": "anyres"}})
+    with pytest.raises(ValueError, match='preprocessor_config.json: do_pad="yes"'):
+        mode_of({"preprocessor_config.json": {"image_processor_type": "LlavaImageProcessor", "do_pad": "yes"}})
     pads = {"image_processor": {"image_processor_type": "LlavaImageProcessor", "do_pad": True}}
     with pytest.raises(ValueError, match="disagree.*preprocessor_config.json.*square.*processor_config.json.*pad"):
-        image_mode_of({"preprocessor_config.json": HUB, "processor_config.json": pads})
+        mode_of({"preprocessor_config.json": HUB, "processor_config.json": pads})
 
 
 def exports(c=SMALL, dtype=torch.float16, model=STAND_IN, mode="pad"):

@@ -192,19 +192,20 @@ def test_an_interrupt_leaves_nothing_at_all(seed, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scales its rotary embedding"),
-        ({"attention_bias": True}, "has biases"),
-        ({"head_dim": 64}, "heads are 64 wide, not width / heads = 128"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.factor=2.0; this Llama scales its rotary"),
+        ({"attention_bias": True}, "attention_bias=true; only false is supported"),
+        ({"head_dim": 64}, "head_dim=64; only hidden_size / num_attention_heads = 128 works here"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta=10000.0, .*=500000.0 disagree"),
     ],
 )
 def test_llamas_that_compute_something_else_are_refused(change, said):
-    with pytest.raises(ValueError, match=said):
-        configs.llama_config(change)
+    with pytest.raises(ValueError, match=f"some/config.json: .*{said}"):
+        configs.stated("some/config.json", change)
 
 
 def test_published_configs_give_the_7b_model():
     values = json.loads('{"hidden_size": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32000, "rope_scaling": null}')
-    assert configs.llama_config(values) == config.LLAVA_7B.llama
+    assert configs.stated("config.json", values).llama == config.LLAVA_7B.llama
     clip = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
             "num_hidden_layers": 24, "patch_size": 14}  # fmt: skip
-    assert configs.vision_config(clip) == config.LLAVA_7B.vision
+    assert configs.stated("config.json", clip).vision == config.LLAVA_7B.vision
