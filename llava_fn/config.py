@@ -21,6 +21,12 @@ def _divides(name: str, whole: int, parts_name: str, parts: int) -> None:
         raise ValueError(f"{name}={whole} is not a multiple of {parts_name}={parts}; choose sizes that divide")
 
 
+def _check_number(name: str, value: object, above: float) -> None:
+    """ValueError unless a value is a finite number above a bound: what comes out of another one is NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be a number above {above:g}")
+
+
 @dataclass(frozen=True)
 class Vision:
     """The CLIP image tower (Radford et al. 2021; HF CLIPVisionConfig). Defaults: ViT-L/14 at 336 px.
@@ -47,6 +53,7 @@ class Vision:
         _divides("vision.width", self.width, "vision.heads", self.heads)
         if self.act not in ("quick_gelu", "gelu"):
             raise ValueError(f"vision.act={self.act!r} is not one of quick_gelu, gelu")
+        _check_number("vision.eps", self.eps, 0)
         if not -self.blocks - 1 <= self.feature_layer <= self.blocks:
             raise ValueError(f"vision.feature_layer={self.feature_layer} names no hidden state of {self.blocks} blocks")
 
@@ -80,6 +87,10 @@ class Llama:
         _divides("llama.heads", self.heads, "llama.kv_heads", self.kv_heads)
         if self.head % 2:
             raise ValueError(f"llama.width / llama.heads = {self.head} is odd; rotary embedding turns pairs")
+        _check_number("llama.eps", self.eps, 0)
+        _check_number("llama.theta", self.theta, 1)
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"llama.tied={self.tied!r}: must be true or false")
 
     @property
     def head(self) -> int:
@@ -206,6 +217,7 @@ class Parallel:
 
 
 C = TypeVar("C")
+LONGEST = 1000  # characters that an error shows of the reason, which may quote the whole file
 
 
 def plain(value: Any) -> Any:
@@ -222,9 +234,13 @@ def structure(kind: type[C], values: Mapping[str, Any]) -> C:
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__}: an object with its fields is wanted, not {type(values).__name__}")
     try:
-        return dacite.from_dict(kind, values, dacite.Config(strict=True, type_hooks={Path: Path}, cast=[tuple]))
-    except dacite.DaciteError as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
+        return dacite.from_dict(kind, values, dacite.Config(strict=True, type_hooks={Path: _path}, cast=[tuple]))
+    except (dacite.DaciteError, TypeError) as error:  # TypeError: where a list is wanted and something else stands
+        raise ValueError(f"{kind.__name__}: {str(error)[:LONGEST]}") from error
+
+
+def _path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else value  # what is neither fails the check of its type
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -186,6 +186,8 @@ def _used(values: Any, table: Table) -> Any:
 
 def load(path: Path) -> dict[str, Any]:
     """A JSON object from a file. ValueError names the file and the place where it is none, or has a field twice."""
+    if not path.is_file():  # a pipe or a device may have no end
+        raise ValueError(f"{path}: no such file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:

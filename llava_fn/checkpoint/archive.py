@@ -5,6 +5,7 @@ No pickle is executed: torch's weights_only reader reads those of torch.save, to
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_fn import fields
 from llava_fn.checkpoint import torchscript
 from llava_fn.checkpoint.torchscript import DANGER, Unreadable
 
@@ -39,11 +41,11 @@ DTYPES = {
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, itself pickled
 POINTER = b"version https://git-lfs"
-LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit, here for pickles and code too
 # What the readers below raise for a damaged file.
 DAMAGED = (
     SafetensorError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError, ArithmeticError,
-    AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+    AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 # What Megatron's checkpoints name beside tensors: its arguments, its enums, and numpy's random state.
@@ -173,7 +175,8 @@ class _Zip:
         return f"{self.root}/{member}" in self.file.namelist()
 
     def read(self, member: str) -> bytes:
-        return self.file.read(f"{self.root}/{member}")
+        with self.file.open(f"{self.root}/{member}") as f:
+            return f.read(LONGEST_HEADER)  # given no size, a member is unpacked as a whole, whatever it claims
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """One storage as a flat tensor. ValueError if its size is not the one in the pickle."""
@@ -200,7 +203,13 @@ def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
         raise Unreadable(f"{why}; give a file that torch.save or torch.jit.save wrote")
     prefix = f"{roots[0]}/data/"
     members = [info for info in file.infolist() if info.filename.startswith(prefix)]
-    packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
+    # TorchScript's code is compressed, and nothing else: no other member can unpack to more than the file holds
+    code = f"{roots[0]}/code/"
+    packed = [
+        info.filename for info in file.infolist()
+        if (info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size)
+        and not (info.filename.startswith(code) and info.file_size <= LONGEST_HEADER)
+    ]  # fmt: skip
     if packed:
         raise Unreadable(f"is compressed ({packed[0]} is); torch.load it and torch.save it again")
     with path.open("rb") as raw:  # not through the map, where each header would read megabytes around it
@@ -226,12 +235,25 @@ def _torchscript(archive: _Zip) -> list[tuple[str, Tensor]]:
     for member in archive.file.namelist():
         match = re.fullmatch(re.escape(archive.root) + r"/code/(__torch__.*)\.py", member)
         if match:
-            names |= torchscript.declared(match[1].replace("/", "."), archive.file.read(member).decode())
+            code = archive.read(member.removeprefix(f"{archive.root}/"))
+            names |= torchscript.declared(match[1].replace("/", "."), code.decode())
     return torchscript.tensors(archive.read("data.pkl"), names, archive.storage)
 
 
+class _Bounded(io.BufferedReader):
+    """A file that sets no memory aside for more bytes than it has left, whatever a pickle claims of its texts."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _load(path: Path, device: str) -> Any:
-    with path.open("rb") as raw:  # given a path, torch.load goes by the file's name
+    with _Bounded(path) as raw:  # given a path, torch.load goes by the file's name
         try:
             return torch.load(raw, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -253,7 +275,7 @@ class _Inert:
 
 def _saved(archive: _Zip) -> list[tuple[str, Tensor]]:
     """The tensors of a zip archive of torch.save, mapped at the offsets that torch reports."""
-    with archive.path.open("rb") as raw:
+    with _Bounded(archive.path) as raw:
         try:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(raw)
         except pickle.UnpicklingError as error:
@@ -396,13 +418,11 @@ def _open_indexed(index: Path) -> list[Archive]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, in the folder of the index."""
-    try:
-        files = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index: it is not JSON with a weight_map ({error}); fetch it again") from error
+    files = fields.load(index).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise ValueError(f"{index} is no index: its weight_map names no tensor; fetch it again")
+        raise ValueError(f"{index} is no index: it has no weight_map that names a tensor; fetch it again")
     outside = sorted(str(f) for f in files.values() if not isinstance(f, str) or f in ("", "..") or Path(f).name != f)
     if outside:
-        raise ValueError(f"{index} names {', '.join(outside)}; its files have to be in its own folder")
+        some = ", ".join(name[:100] for name in outside[:5])
+        raise ValueError(f"{index} names {some}; its files have to be in its own folder")
     return files

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_fn import tree
+from llava_fn import fields, tree
 from llava_fn.checkpoint.archive import Archive, open_archive
 from llava_fn.spec import Box
 
@@ -166,15 +166,18 @@ def dump_index(index: Index) -> str:
 
 def read_index(path: Path) -> Index:
     """Parse boxes.json. ValueError if `dump_index` did not write it."""
+    values = fields.load(path)
     try:
-        values = json.loads(path.read_text())
         if values["format"] != 1:
             raise ValueError(f"its format {values['format']} is not known; it needs a later version")
-        tilings = [tiling(row["shape"], row["boxes"]) for row in values["tilings"]]
-        return {
+        tilings = dict(enumerate(tiling(row["shape"], row["boxes"]) for row in values["tilings"]))
+        index = {
             kind: {name: Entry(tilings[row["tiling"]], row["crc32"]) for name, row in entries.items()}
             for kind, entries in values["tensors"].items()
         }
+        for name, entry in ((name, entry) for entries in index.values() for name, entry in entries.items()):
+            _check_whole(name, entry.crcs, len(entry.tiling.boxes))
+        return index
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from error
 
@@ -182,7 +185,17 @@ def read_index(path: Path) -> Index:
 def tiling(shape: Sequence[int], rows: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> Tiling:
     """The tiling of a shape. rows: (rank, sides of its box), as in boxes.json."""
     boxes = tuple(tuple((start, stop) for start, stop in sides) for _, sides in rows)
-    return Tiling(tuple(shape), tuple(rank for rank, _ in rows), boxes)
+    ranks = tuple(rank for rank, _ in rows)
+    _check_whole("a tiling", [*shape, *ranks, *(n for box in boxes for side in box for n in side)])
+    for box in boxes:
+        check_inside("a tiling", shape, box)
+    return Tiling(tuple(shape), ranks, boxes)
+
+
+def _check_whole(name: str, numbers: object, count: int = 0) -> None:
+    """ValueError unless these are whole numbers, at least `count` of them."""
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) < count:
+        raise ValueError(f"{name} holds what is no list of whole numbers, at least {count} of them")
 
 
 def index_of_whole(folder: Path) -> Index:

@@ -31,13 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from llava_fn import llava, lora, tree
+from llava_fn import fields, llava, lora, tree
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint.boxes import digest
 from llava_fn.config import Llava, Lora, plain, structure
 
 SUMS = "SHA256SUMS"
+SHOWN = 20  # tensors that an error lists
 TEMPORARY = ".part-"  # prefix of a folder that was never finished, or is being removed
 ASIDE = ".old-"  # prefix of a whole checkpoint while another one takes its place
 
@@ -248,8 +249,9 @@ def newest(path: Path) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, unverified. ValueError names a field that this version does not have."""
+    values = fields.load(folder / "manifest.json")
     try:
-        return structure(Manifest, json.loads((folder / "manifest.json").read_text()))
+        return structure(Manifest, values)
     except ValueError as error:
         raise ValueError(f"{folder / 'manifest.json'}: {error}") from error
 
@@ -274,7 +276,10 @@ def open_checkpoint(folder: Path, verified: bool = False) -> Checkpoint:
         have = {name: entry.tiling.shape for name, entry in index.get(kind, {}).items()}
         missing, extra = sorted(want.keys() - have), sorted(have.keys() - want)
         if missing or extra:
-            raise ValueError(f"{folder} does not fit its manifest: {kind}: missing {missing}, unexpected {extra}")
+            some = f"missing {missing[:SHOWN]}, unexpected {extra[:SHOWN]}"
+            raise ValueError(
+                f"{folder} does not fit its manifest: {kind}: {some}, {len(missing)} and {len(extra)} in all"
+            )
         wrong = [f"{name} is {have[name]}, not {want[name]}" for name in want if have[name] != want[name]]
         if wrong:
             raise ValueError(f"{folder} does not fit its manifest: {kind}: {'; '.join(wrong)}")

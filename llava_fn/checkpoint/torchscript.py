@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,8 @@ PLAIN = {
     ("torch.jit._pickle", "build_tensorlist"),
 }  # fmt: skip
 DECLARED = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]$", re.MULTILINE)
+
+MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class Unreadable(ValueError):
@@ -109,6 +112,9 @@ def tensors(
     kept. Unreadable for a pickle that names anything but tensors and modules; a damaged one raises what the unpickler
     raises.
     """
+    # Python's unpickler makes room for as many objects, and bytes, as a pickle claims to have
+    if any(op.name in MEMO and (number or 0) > len(pickled) for op, number, _ in pickletools.genops(pickled)):
+        raise pickle.UnpicklingError("it numbers more objects than it can hold")
     top = _Reader(pickled, storage).load()
     if not isinstance(top, _Object):
         raise Unreadable(f"holds a {type(top).__name__}, not a module; get a file that holds a model")

@@ -97,10 +97,12 @@ def to_rgb(img: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) 
 def _read(source: str | Path | bytes, name: str) -> bytes:
     """The content of the file. It is read before decoding, so that a disk error is not taken for a bad image."""
     try:
+        if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+            raise OSError(errno.EISDIR, "a directory or a device, and no file")  # a device may have no end
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         if error.errno not in BAD_PATH:
-            raise
+            raise OSError(error.errno, error.strerror, name) from error  # of reading it has no name
         raise BadRecord(f"{name}: cannot be read ({error.strerror}); correct the path or fetch the image") from error
     except ValueError as error:  # a NUL character in the path
         raise BadRecord(f"{name!r}: not a path ({error}); correct the record") from error

@@ -30,7 +30,7 @@ def spans(path: Path) -> np.ndarray | None:
         try:
             for some in _lines(data) if path.suffix == ".jsonl" else _objects(data):
                 found.extend(some)
-        except ValueError:  # of the list, of JSON, or of UTF-8
+        except (ValueError, RecursionError):  # of the list, of JSON, or of UTF-8
             return None
     return np.frombuffer(found, np.int64).reshape(-1, 2) if found else None
 

@@ -159,6 +159,8 @@ def _json(path: Path, line: int, content: str):
         return json.loads(content)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {line + error.lineno}, column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+        raise ValueError(f"{path}, from line {line + 1} on: {error}") from error
 
 
 def _lines(path: Path) -> Iterator[Any]:

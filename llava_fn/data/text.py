@@ -25,6 +25,7 @@ the end of an answer ("><" is one piece), and its trainer zeroed every such reco
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -220,7 +221,7 @@ def images_of(record: Mapping) -> list[str]:
     image = record.get("image", [])
     paths = [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadRecord(f"'image' is {image!r}; give a path, a list of paths, or leave it out for text")
+        raise BadRecord(f"'image' is {reprlib.repr(image)}; give a path, a list of paths, or leave it out for text")
     return paths
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from llava_fn import fields
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.config import differences, plain, structure
 from llava_fn.evaluate.prompts import Style
@@ -118,8 +119,9 @@ def read_provenance(folder: Path) -> Provenance:
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; no run was begun there")
+    values = fields.load(path)
     try:
-        return structure(Provenance, json.loads(path.read_text()))
+        return structure(Provenance, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -164,7 +166,7 @@ def _prediction(path: Path, number: int, line: bytes) -> tuple[Prediction, str]:
         row = json.loads(line)
         error = row["err"] if row["st"] == "error" else ""
         return Prediction(row["i"], row["p"], row["n"], row["t"] / 1000, error), row["h"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is no answer ({error!r}); remove the line") from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import hashlib
 import mmap
 import re
@@ -38,6 +39,7 @@ MD5 = MappingProxyType(
 REFERENCE = 64  # characters up to which an image cell is the index of another row
 SHOWN = 10  # problems that an error lists
 LONGEST_LIST = 100_000  # characters of a list of paths
+LONGEST_REASON = 500  # characters of a problem that are shown
 WINDOW = 2**25  # bytes of the mapped file that are read before its pages are released
 
 
@@ -84,6 +86,8 @@ class Table:
 
 def _read(path: Path, place: Span | Path) -> bytes:
     if isinstance(place, Path):
+        if place.exists() and not place.is_file():  # of a pipe or a device there may be no end
+            raise OSError(errno.EINVAL, "a directory or a device, and no file", str(place))
         return place.read_bytes()
     with path.open("rb") as f:
         f.seek(place.start)
@@ -145,7 +149,7 @@ class _Row:
     @property
     def label(self) -> str:
         """Its name in errors."""
-        return f"row {self.number} (index {self.cells['index']!r})"
+        return f"row {self.number} (index {_cut(self.cells['index'], 80)!r})"
 
 
 def _parse(path: Path, data: mmap.mmap) -> tuple[list[str], list[_Row]]:
@@ -160,10 +164,15 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[list[str], list[_Row]]:
     except _BadCell as error:
         wrong.append((error.offset, error.reason))
     if wrong:
-        shown = "".join(f"\n  line {_line(data, at)}: {reason}" for at, reason in wrong[:SHOWN])
+        shown = "".join(f"\n  line {_line(data, at)}: {_cut(reason, LONGEST_REASON)}" for at, reason in wrong[:SHOWN])
         more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ValueError(f"{path} cannot be used; mend these rows:{shown}{more}")
     return columns, rows
+
+
+def _cut(text: str, most: int) -> str:
+    """What a person can read of a text, which may be a whole cell."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class _BadCell(ValueError):

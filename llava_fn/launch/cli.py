@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 import tyro
 
+from llava_fn import fields
 from llava_fn.config import plain, structure
 from llava_fn.errors import NonFinite
 
@@ -80,7 +80,8 @@ def read(kind: type[C], path: Path) -> C:
     """A config from JSON. ValueError names the file and the field that is unknown, missing or of a wrong type."""
     if not path.is_file():
         raise ValueError(f"{path}: no such preset and no such file")
+    values = fields.load(path)
     try:
-        return structure(kind, json.loads(path.read_text()))
-    except ValueError as error:  # of JSON, of a field, or of a value
+        return structure(kind, values)
+    except ValueError as error:  # of a field, or of a value
         raise ValueError(f"{path}: {error}") from error

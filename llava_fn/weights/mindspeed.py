@@ -10,7 +10,6 @@ Megatron-LM transformer_config.py, both of core_r0.8.0.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_fn import fields
 from llava_fn.config import Llama, Llava, Vision, differences, plain
 from llava_fn.data.options import Source
 
@@ -233,24 +233,10 @@ def pretrain_config(t: Translation, base: Path) -> dict:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from error
-    except ValueError as error:  # a duplicate field, or bytes that are not UTF-8
-        raise ValueError(f"{path}: {error}") from error
+    values = fields.load(path)
     if not is_config(values):
         names = ", ".join(MODEL + DATA)
         raise ValueError(f"{path}: no JSON of MindSpeed-MM's LLaVA-1.5 example, which has one of {names}")
-    return values
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"one object has {', '.join(twice)} twice; remove one")
     return values
 
 

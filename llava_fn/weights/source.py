@@ -26,6 +26,7 @@ from llava_fn.weights.placing import Tensors
 OURS = "llava_fn"
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", peft.CONFIG)
 PARTS = ("vision", "projector", "llama")
+SHOWN = 100  # tensors that an error lists
 UNUSED = "unused.safetensors"  # file of a checkpoint with the spare leaves, for a later export
 
 
@@ -89,7 +90,8 @@ def interpret(where: str, tensors: Tensors, stated: Stated, c: Llava | None = No
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if wrong:
-        lines = "\n  ".join(wrong)
+        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        lines = "\n  ".join(wrong[:SHOWN] + more)
         raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
     spare = {k: leaves.pop(k) for k in list(leaves) if vision and placing.is_spare(k, vision)}
     return trimmed(Weights(where, layout.name, leaves, spare, (), vision, llama), stated.image_row)

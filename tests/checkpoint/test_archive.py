@@ -192,7 +192,7 @@ def test_compressed_and_byte_swapped_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="x.pt was saved on a machine of the other byte order"):
         open_archive(path)
     repack(path, how=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"x.pt is compressed \(x/data/0 is\)"):
+    with pytest.raises(ValueError, match=r"x.pt is compressed \(x/data.pkl is\)"):
         open_archive(path)
 
 
@@ -722,7 +722,9 @@ def test_a_second_index_and_a_broken_one_are_refused(tmp_path):
     (tmp_path / "model.fp16.safetensors.index.json").unlink()
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "version https://git-lfs\n"):
         index.write_text(text)
-        with pytest.raises(ValueError, match="index.json is no index"):
+        with pytest.raises(
+            ValueError, match="index.json(, line 1, column .*: Expecting| is not a JSON object| is no index)"
+        ):
             open_folder(tmp_path)
     for outside in ("../x.safetensors", "/etc/passwd", "..", "", 3):
         index.write_text(json.dumps({"weight_map": {"a": outside}}))
