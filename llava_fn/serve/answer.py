@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate.conversation import text_of
@@ -116,7 +117,7 @@ def _text_logprobs(tokenizer: Tokenizer, deltas: Sequence[Delta], offset: int) -
         "tokens": [name(token) for token, _, _ in found],
         "token_logprobs": [logprob for _, logprob, _ in found],
         "top_logprobs": [{name(t): p for t, p in ((token, logprob), *top)} for token, logprob, top in found],
-        "text_offset": [offset + sum(lengths[:j]) for j in range(len(found))],
+        "text_offset": list(accumulate(lengths, initial=offset))[:-1],
     }
 
 

@@ -74,9 +74,10 @@ def chat(body: bytes, o: Offer, name: str) -> Asked:
     a = o.family.member(adapter)
     if values.top_logprobs and not values.logprobs:
         raise Refused(400, "top_logprobs goes with logprobs: true; give both", "top_logprobs")
+    _check_samples(values, o.limits)
     tokens = _length(values, o.limits)
     try:
-        read = messages.read(values.messages)
+        read = messages.read(values.messages, o.limits)
         unknown += [f"messages.{field}" for message in read for field in message.unknown]
         _check_unknown(unknown, o)
         whole = messages.chat_of(read, a, o.limits)
@@ -91,7 +92,7 @@ def chat(body: bytes, o: Offer, name: str) -> Asked:
     answer = AnswerRequest(
         (name, 0), prompt.ids, keys, whole.pictures, with_stop(a, d), vocabulary(a), values.top_logprobs, goes_on
     )
-    return _asked([_of(answer, adapter)], values, unknown, o.limits)
+    return _asked([_of(answer, adapter)], values, unknown)
 
 
 def completion(body: bytes, o: Offer, name: str) -> Asked:
@@ -100,6 +101,7 @@ def completion(body: bytes, o: Offer, name: str) -> Asked:
     adapter = o.adapter(values.model)
     a = o.family.member(adapter)
     _check_unknown(unknown, o)
+    _check_samples(values, o.limits)
     tokens = _length(values, o.limits) or min(COMPLETION_TOKENS, o.limits.tokens)
     d = _decoding(values, tokens, values.logprobs is not None)
     answers = []
@@ -113,7 +115,7 @@ def completion(body: bytes, o: Offer, name: str) -> Asked:
         known = Vocabulary.of(a.tokenizer)
         answer = AnswerRequest((name, 0), ids, keys, (), d, known, int(values.logprobs or 0), goes_on=True)
         answers.append(_of(answer, adapter))
-    return _asked(answers, values, unknown, o.limits)
+    return _asked(answers, values, unknown)
 
 
 def _ids(prompt: str | tuple[int, ...], a: Assistant) -> Sequence[int]:
@@ -130,15 +132,10 @@ def _ids(prompt: str | tuple[int, ...], a: Assistant) -> Sequence[int]:
     return prompt
 
 
-def _asked(answers: Sequence[AnswerRequest], values: Fields, unknown: Sequence[str], limits: Limits) -> Asked:
+def _asked(answers: Sequence[AnswerRequest], values: Fields, unknown: Sequence[str]) -> Asked:
     """The request for `n` samples of each of these answers."""
     if values.stream_options is not None and not values.stream:
         raise Refused(400, "stream_options goes with stream; leave it out", "stream_options")
-    if values.n * len(answers) > limits.samples:
-        what = f"n={values.n}" + (f" for {len(answers)} prompts" if len(answers) > 1 else "")
-        raise Refused(400, f"{what}: this server gives at most {limits.samples} answers to a request", "n")
-    if values.n > 1 and values.temperature == 0:
-        raise Refused(400, f"n={values.n} without a temperature gives equal answers; leave one of them out", "n")
     samples = []
     for answer in answers:
         for j in range(values.n):
@@ -163,6 +160,15 @@ def _check_unknown(unknown: Sequence[str], o: Offer) -> None:
         raise Refused(400, f"unknown field {unknown[0]!r}; this server runs with --strict", unknown[0])
     if sum(map(len, unknown)) > fields.MOST_UNKNOWN:
         raise Refused(400, f"{len(unknown)} unknown fields, the first {fields.short(unknown[0])}; leave them out")
+
+
+def _check_samples(values: Fields, limits: Limits) -> None:
+    prompts = max(1, len(values.prompt))
+    if values.n * prompts > limits.samples:
+        what = f"n={values.n}" + (f" for {prompts} prompts" if prompts > 1 else "")
+        raise Refused(400, f"{what}: this server gives at most {limits.samples} answers to a request", "n")
+    if values.n > 1 and values.temperature == 0:
+        raise Refused(400, f"n={values.n} without a temperature gives equal answers; leave one of them out", "n")
 
 
 def _check_room(tokens: int, limits: Limits) -> None:

@@ -35,8 +35,10 @@ class Message:
         return [value for found, value in self.parts if found == kind]
 
 
-def read(messages: Sequence[object]) -> list[Message]:
+def read(messages: Sequence[object], limits: Limits) -> list[Message]:
     """Each message, checked by itself. Raises BadRecord or Refused."""
+    if len(messages) > limits.prompt:  # each has a token at least
+        raise BadRecord(f"{len(messages)} messages, more than a prompt of {limits.prompt} tokens can hold; send fewer")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

@@ -91,7 +91,8 @@ async def _whole(r: Reply, scope: Scope, receive: Receive, send: Send) -> int:
     except Refused as error:
         await refused(error)(scope, receive, send)
         return error.status
-    response = JSONResponse(answer.whole(r.form, r.tokenizer, r.asked, answers), headers=r.headers)
+    body = await asyncio.to_thread(answer.whole, r.form, r.tokenizer, r.asked, answers)  # logprobs may be many
+    response = JSONResponse(body, headers=r.headers)
     await response(scope, receive, send)
     return response.status_code
 

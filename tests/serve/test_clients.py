@@ -8,13 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import part, serving, text, user
 
 from llava_fn.generate import assistant
-from llava_fn.generate.conversation import Chat, ask
 from llava_fn.generate.options import ChatOptions
 from llava_fn.serve import engine
 from llava_fn.serve.options import Web
 
 HI = [{"role": "user", "content": "Say a word or two."}]
-SAID = ask(Chat(), "Say a word or two.")
 BODY = {"model": "tiny", "messages": HI, "temperature": 0, "max_tokens": 12}
 ORIGIN = "https://chat.example"
 
@@ -121,6 +119,48 @@ def test_a_proxy_may_cut_its_path_off_or_not(server, prefix):
 def test_a_proxy_may_pass_on_its_own_name(server):
     assert raw(server, "GET", "/v1/models", {"Host": "proxy.example"})[0] == 200
     assert raw(server, "GET", "/v1/models", {"Host": "evil.example"})[0] == 400
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+PARAMS = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 12, "seed": 3, "stop": ["###"], "top_k": 40, "min_p": 0.05}
+PAGE = {  # of open-webui's page, where a browser asks the server itself
+    "params": {}, "files": [], "filter_ids": [], "tool_servers": [], "features": {"web_search": False, "memory": False},
+    "variables": {"{{USER_NAME}}": "Bo"}, "model_item": {"id": "tiny"}, "session_id": "s1", "chat_id": "c1", "id": "m1",
+    "background_tasks": {"title_generation": True, "tags_generation": True},
+}  # fmt: skip
+# The fields of requests, and those of them that are named. Sources: open-webui routers/openai.py (chat), routers/tasks.py
+# (title, tags), utils/payload.py (params), components/chat/Chat.svelte (page).
+OPEN_WEBUI = {
+    "chat": ({"messages": [SYSTEM, *HI], "stream": True, "stream_options": {"include_usage": True}} | PARAMS, []),
+    "turns": ({"messages": [*HI, {"role": "assistant", "content": "A"}, *HI], "stream": True, "max_tokens": 12}, []),
+    "continue": ({"messages": [*HI, {"role": "assistant", "content": "A cat"}], "stream": True, "max_tokens": 12}, []),
+    "title": ({"messages": HI, "stream": False, "max_completion_tokens": 100}, []),
+    "tags": ({"messages": HI, "stream": False}, []),
+    "cached": ({"messages": [user(text("Hi") | {"cache_control": {"type": "ephemeral"}})], "max_tokens": 9}, []),
+    "ollama's": ({"messages": HI, "repeat_penalty": 1.1, "num_ctx": 4096, "keep_alive": "5m", "max_tokens": 9},
+                 ["repeat_penalty", "num_ctx", "keep_alive"]),
+    "page": ({"messages": HI, "stream": True, "max_tokens": 9} | PAGE, list(PAGE)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPEN_WEBUI)
+@pytest.mark.parametrize("with_image", [False, True])
+def test_requests_of_a_front_end_are_answered(server, images, case, with_image):
+    fields, named = OPEN_WEBUI[case]
+    messages = fields["messages"]
+    if with_image:  # of the first question
+        j = messages.index(next(m for m in messages if m["role"] == "user"))
+        said = messages[j]["content"]
+        parts = [text(said)] if isinstance(said, str) else said
+        messages = [*messages[:j], user(*parts, part(images[0].read_bytes())), *messages[j + 1 :]]
+    body = {"model": "tiny"} | fields | {"messages": messages}
+    if fields.get("stream"):
+        headers, said = server.stream(body)
+    else:
+        status, headers, answer = server.post(body, X_OpenWebUI_User_Name="Bo")
+        assert status == 200, answer
+        said = answer["choices"][0]["message"]["content"]
+    assert said and headers.get("x-ignored-fields", "") == ", ".join(named)
 
 
 def test_options_that_no_request_could_match_are_refused():

@@ -258,6 +258,7 @@ BAD = {
     "repetition_penalty": ({"repetition_penalty": 0}, 400, "must be from 0.01", "repetition_penalty"),
     "stop": ({"stop": ["a", ""]}, 400, "none empty", "stop"),
     "stop surrogate": ({"stop": "\ud800"}, 400, "stop must be in Unicode", "stop"),
+    "many messages": ({"messages": HI * 501}, 400, "501 messages, more than a prompt of 500 tokens", "messages"),
     "unknown fields": ({f"field_{i}": 1 for i in range(999)}, 400, '999 unknown fields, the first "field_0"', None),
     "stops": ({"stop": list("abcde")}, 400, "up to 4", "stop"),
     "stream": ({"stream": 1}, 400, "stream must be true or false", "stream"),
@@ -299,7 +300,7 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused():
     for _ in range(5000):
         deep = [deep]
     with pytest.raises(BadRecord, match="messages.0. is an object .* not what is nested so deeply"):
-        messages.read([deep])
+        messages.read([deep], ask_of.Limits())
 
 
 def test_a_large_image_is_refused_before_it_is_decoded(server, a):
