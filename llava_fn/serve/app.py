@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -110,8 +111,7 @@ async def health(s: Service, request: Request) -> Response:
 
 async def metrics(s: Service, request: Request) -> Response:
     """What Prometheus collects."""
-    text, kind = s.metrics.text(s.worker.figures(), request.headers.get("accept", ""))
-    return Response(text, headers={"Content-Type": kind})
+    return Response(s.metrics.text(s.worker.figures()), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 def _model(s: Service, name: str) -> dict:

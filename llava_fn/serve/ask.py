@@ -107,7 +107,7 @@ def completion(body: bytes, o: Offer, name: str) -> Asked:
     answers = []
     for prompt in values.prompt:
         try:
-            _, keys = conversation.prompt_of(a, _ids(prompt, a), (), {}, d)
+            _, keys = conversation.prompt_of(a, _ids(prompt, a, o.limits), (), {}, d)
             _check_room(len(keys), o.limits)
         except BadRecord as error:
             raise Refused(400, str(error), "prompt") from error
@@ -118,13 +118,14 @@ def completion(body: bytes, o: Offer, name: str) -> Asked:
     return _asked(answers, values, unknown)
 
 
-def _ids(prompt: str | tuple[int, ...], a: Assistant) -> Sequence[int]:
+def _ids(prompt: str | tuple[int, ...], a: Assistant, limits: Limits) -> Sequence[int]:
     """The tokens of a text, with BOS in front, or the given ones. Raises BadRecord."""
     if isinstance(prompt, str):
         if MARK in prompt:
             raise BadRecord(
                 f"a prompt holds {MARK!r}, but completions are of text; send images to /v1/chat/completions"
             )
+        messages.check_text([prompt], limits)
         return text.raw(prompt, a.tokenizer, a.form.compat)
     for token in prompt:
         if not 0 <= token < a.tokenizer.vocab_size:

@@ -39,7 +39,18 @@ def read(messages: Sequence[object], limits: Limits) -> list[Message]:
     """Each message, checked by itself. Raises BadRecord or Refused."""
     if len(messages) > limits.prompt:  # each has a token at least
         raise BadRecord(f"{len(messages)} messages, more than a prompt of {limits.prompt} tokens can hold; send fewer")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    check_text([text for message in read for text in message.all("text")], limits)
+    return read
+
+
+def check_text(texts: Sequence[str], limits: Limits) -> None:
+    """Raises BadRecord if the texts of a prompt are so long that they need not be tokenized to know it."""
+    characters = sum(map(len, texts))
+    if characters > limits.characters:
+        raise BadRecord(
+            f"the prompt has {characters} characters, over what {limits.prompt} tokens can hold; shorten it"
+        )
 
 
 def _message(message: object, where: str) -> Message:

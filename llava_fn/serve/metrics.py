@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llava_fn.serve.ask import Asked
 from llava_fn.serve.engine import AnswerName, Delta
@@ -50,13 +49,12 @@ class Metrics:
         self.prompt_tokens.inc(sum(len(answer.ids) for answer in asked.distinct))
         self.images.inc(sum(len(answer.pictures) for answer in asked.distinct))
 
-    def text(self, figures: Mapping[str, int], accept: str) -> tuple[bytes, str]:
-        """All of it in the format that `accept` asks for, and the type of that. figures: the worker's."""
+    def text(self, figures: Mapping[str, int]) -> bytes:
+        """All of it in the text format 0.0.4. figures: the worker's."""
         self.waiting.set(figures["waiting"])
         self.slots.labels("free").set(figures["free"])
         self.slots.labels("busy").set(figures["slots"] - figures["free"])
-        encode, kind = choose_encoder(accept)
-        return encode(self.registry), kind
+        return generate_latest(self.registry)
 
 
 @dataclass(frozen=True)

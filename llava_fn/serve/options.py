@@ -51,3 +51,8 @@ class Limits:
                 raise ValueError(f"limits.{name}={value}: must be above 0")
         if self.pixels > MAX_PIXELS:
             raise ValueError(f"limits.pixels={self.pixels}: must be at most {MAX_PIXELS}")
+
+    @property
+    def characters(self) -> int:
+        """More than a prompt's text can have: to tokenize megabytes takes minutes. No token has 64 characters."""
+        return 64 * self.prompt

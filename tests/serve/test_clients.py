@@ -43,7 +43,8 @@ def raw(server, method, path, headers):
 
 def figures(server):
     """(name, labels) -> value, as Prometheus reads them."""
-    with urllib.request.urlopen(server.url + "/metrics") as response:
+    odd = {"Accept": "application/openmetrics-text;version=?,text/plain;version=x"}
+    with urllib.request.urlopen(urllib.request.Request(server.url + "/metrics", headers=odd)) as response:
         assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
         families = list(text_string_to_metric_families(response.read().decode()))
     assert all(f.documentation and f.name.startswith("llava_fn_") for f in families)
@@ -128,8 +129,8 @@ PAGE = {  # of open-webui's page, where a browser asks the server itself
     "variables": {"{{USER_NAME}}": "Bo"}, "model_item": {"id": "tiny"}, "session_id": "s1", "chat_id": "c1", "id": "m1",
     "background_tasks": {"title_generation": True, "tags_generation": True},
 }  # fmt: skip
-# The fields of requests, and those of them that are named. Sources: open-webui routers/openai.py (chat), routers/tasks.py
-# (title, tags), utils/payload.py (params), components/chat/Chat.svelte (page).
+# The fields of requests, and those of them that are named. Sources in open-webui: routers/openai.py (chat),
+# routers/tasks.py (title, tags), utils/payload.py (params), components/chat/Chat.svelte (page).
 OPEN_WEBUI = {
     "chat": ({"messages": [SYSTEM, *HI], "stream": True, "stream_options": {"include_usage": True}} | PARAMS, []),
     "turns": ({"messages": [*HI, {"role": "assistant", "content": "A"}, *HI], "stream": True, "max_tokens": 12}, []),

@@ -405,6 +405,7 @@ NO_COMPLETION = {
     "surrogate": ({"prompt": "\ud800"}, "not valid Unicode", "prompt"),
     "long": ({"prompt": "word " * 120}, "over this server's limit of 300", "prompt"),
     "too long": ({"prompt": "word " * 2000}, "over the context of 512", "prompt"),
+    "longer": ({"prompt": "word " * 3900}, "19500 characters, over what 300 tokens can hold", "prompt"),
     "many": ({"prompt": ["a"] * 5}, "n=1 for 5 prompts: this server gives at most 4", "n"),
     "messages": ({"messages": HI}, "messages is not supported", "messages"),
     "logprobs": ({"logprobs": True}, "logprobs must be a whole number", "logprobs"),

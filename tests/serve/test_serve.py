@@ -265,6 +265,7 @@ BAD = {
     "options": ({"stream_options": {"include_usage": True}}, 400, "goes with stream", "stream_options"),
     "usage": ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "include_usage", "stream_options"),
     "long": ({"messages": [user(text("word " * 150))]}, 400, "over this server's limit of 500", "messages"),
+    "longer": ({"messages": [user(text("word " * 6401))]}, 400, "32005 characters, over what 500 tokens", "messages"),
     "too long": ({"messages": [user(text("word " * 4000))]}, 400, "over the context of 1024", "messages"),
     "http": (with_image("http://127.0.0.1:9/x.png"), 400, "a data URL only", "messages"),
     "https": (with_image("https://example.com/x.png"), 400, "fetches no address", "messages"),
