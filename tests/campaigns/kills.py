@@ -5,7 +5,7 @@
 A command is started, one or all of its processes are killed with signal 9, and it is started again, until it ends.
 After every kill each checkpoint that is there must be that of an undisturbed run, to the bit; at the end all figures,
 parameters and moments, or all results. A run whose data worker is killed must end by itself, with the error that says
-so. All else is a violation, which is printed with what the processes wrote. The exit status is 1 if there is one.
+so, or as usual if it has had all its data. All else is a violation, which is printed with what the processes wrote. The exit status is 1 if there is one.
 """
 
 import argparse
@@ -44,7 +44,7 @@ MODEL = config.Llava(
 FINAL = (".xlsx", "_acc.csv", "_summary.json")  # results that say nothing of time
 WORKER = "a process that reads data has failed"
 PLACES = ("start", "work", "save", "worker")
-HANG = 60.0  # seconds that a run may take to end after the death of a worker; it looks every 5, on a busy machine
+HANG = 120.0  # seconds that a run may take to end after the death of a worker; it looks every 5, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ def other_results(folder: Path, whole: Path, over: bool) -> str:
     return f"{', '.join(other)}: other results" if other else ""
 
 
-def family(process: int) -> list[int]:
-    """All processes that this one and those started."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [p for child in children for p in (int(child), *family(int(child)))]
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def strike(kind: Kind, place: str, pids: list[int], folder: Path, rng: random.Random) -> bool:
@@ -125,10 +123,12 @@ def strike(kind: Kind, place: str, pids: list[int], folder: Path, rng: random.Ra
         time.sleep(rng.uniform(0, 0.05))
     if any(map(ended, pids)):
         return False
-    victims = family(pids[0])[-1:] if place == "worker" else rng.sample(pids, rng.randint(1, len(pids)))
-    for pid in victims:
+    victims = pids
+    if place == "worker":  # which the forkserver, a child, has started
+        victims = [worker for child in children(pids[0]) for worker in children(child)][:1]
+    for pid in rng.sample(victims, rng.randint(min(1, len(victims)), len(victims))):
         os.kill(pid, signal.SIGKILL)
-    return True
+    return bool(victims)
 
 
 def finish(warm: Warm, pids: list[int], place: str, rng: random.Random) -> list[int]:
@@ -155,7 +155,7 @@ def start(warm: Warm, kind: Kind, folder: Path, *more: str) -> list[int]:
 def judge(kind: Kind, place: str, struck: bool, statuses: list[int], folder: Path, whole: Path) -> str:
     """What is wrong after a kill; empty if nothing is."""
     logs = "\n".join(path.read_text() for path in sorted(folder.glob("log*")))
-    if place == "worker" and struck and (statuses != [1] or WORKER not in logs):
+    if place == "worker" and struck and statuses != [0] and (statuses != [1] or WORKER not in logs):
         return f"a dead worker: statuses {statuses}\n{logs}"
     if not struck and set(statuses) != {0}:
         return f"undisturbed, and statuses {statuses}\n{logs}"
@@ -237,8 +237,8 @@ def kinds(work: Path) -> list[tuple[Kind, float]]:
     argv = ["--weights", base, "--device", "cpu", "--data", tsv, "--out", "out", "--name", "m", "--tokens", "8"]
     evaluate = [str(x) for x in (ROOT / "recipes/evaluate.py", *argv, "--batch", "1", "--workers", "1")]
     return [
-        (training("stage 1", "pretrain", one), 0.35),
-        (training("stage 1 with data workers", "pretrain", busy, places=(*PLACES, "worker", "worker")), 0.1),
+        (training("stage 1", "pretrain", one), 0.4),
+        (training("stage 1 with data workers", "pretrain", busy, places=(*PLACES, "worker", "worker")), 0.05),
         (training("stage 1 on two ranks", "pretrain", replace(one, **zero3), 2), 0.2),
         (training("stage 2", "finetune", two), 0.2),
         (training("stage 2 on two ranks", "finetune", replace(two, parallel=Parallel(tp=2)), 2), 0.15),
