@@ -5,7 +5,8 @@
 A command is started, one or all of its processes are killed with signal 9, and it is started again, until it ends.
 After every kill each checkpoint that is there must be that of an undisturbed run, to the bit; at the end all figures,
 parameters and moments, or all results. A run whose data worker is killed must end by itself, with the error that says
-so, or as usual if it has had all its data. All else is a violation, which is printed with what the processes wrote. The exit status is 1 if there is one.
+so, or as usual if it has had all its data. All else is a violation, which is printed with what the processes wrote. The
+exit status is 1 if there is one.
 """
 
 import argparse
