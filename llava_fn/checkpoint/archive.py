@@ -78,18 +78,43 @@ class Archive:
     path: Path
     tensors: dict[str, Tensor]  # names as in the file; nested dicts joined by "/"
     pages: mmap.mmap | None = field(default=None, repr=False)
+    sums: dict[int, tuple[int, int]] = field(
+        default_factory=dict, repr=False
+    )  # first byte of a storage -> size, CRC-32
 
     def release(self) -> None:
         """Free the memory of the pages that were read. The tensors stay valid: pages are read again when used."""
         if self.pages is not None:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
+    def check(self, t: Tensor) -> None:
+        """ValueError if the storage of a tensor of the file is damaged, by the sum that torch.save writes beside it.
+
+        Each storage is read and checked once. safetensors and torch's legacy format have no sums.
+        """
+        if self.pages is None or not self.sums:
+            return
+        first = t.untyped_storage().data_ptr() - self._address
+        size, crc = self.sums.get(first, (0, 0))
+        if first in self.sums and zlib.crc32(memoryview(self.pages)[first : first + size]) != crc:
+            names = ", ".join(name for name, own in self.tensors.items() if _same_storage(own, t))
+            raise ValueError(f"{self.path} is damaged: the CRC-32 of {names} is not the one in it; get the file again")
+        self.sums.pop(first, None)
+
+    @property
+    def _address(self) -> int:
+        return torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
+
     def find(self, t: Tensor) -> int | None:
         """The byte of the file at which a contiguous tensor begins, or None if the file does not hold it as it is."""
         if self.pages is None or not t.is_contiguous():
             return None
-        first = t.data_ptr() - torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
+        first = t.data_ptr() - self._address
         return first if 0 <= first <= len(self.pages) - t.nbytes else None
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def open_archive(path: Path) -> Archive:
@@ -170,6 +195,7 @@ class _Zip:
     file: zipfile.ZipFile
     root: str  # the folder that everything is in
     storages: dict[str, tuple[int, int]]  # key -> first byte, number of bytes
+    sums: dict[int, tuple[int, int]]  # first byte -> number of bytes, CRC-32
 
     def holds(self, member: str) -> bool:
         return f"{self.root}/{member}" in self.file.namelist()
@@ -191,7 +217,7 @@ def _open_zip(path: Path) -> Archive:
         archive = _index(path, file)
         # torch.load tells them apart in the same way
         found = _torchscript(archive) if archive.holds("constants.pkl") else _saved(archive)
-        return Archive(path, _unique(found), archive.pages)
+        return Archive(path, _unique(found), archive.pages, archive.sums)
 
 
 def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
@@ -212,9 +238,16 @@ def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
     ]  # fmt: skip
     if packed:
         raise Unreadable(f"is compressed ({packed[0]} is); torch.load it and torch.save it again")
+    if not any(info.CRC for info in file.infolist()):
+        raise Unreadable(
+            "was saved without sums (torch.serialization.set_crc32_options(False)), so that damage to it cannot be "
+            "seen; torch.load it with weights_only=True, and torch.save it again"
+        )
     with path.open("rb") as raw:  # not through the map, where each header would read megabytes around it
-        storages = {info.filename.removeprefix(prefix): _span(raw, info) for info in members}
-    archive = _Zip(path, _map(path), file, roots[0], storages)
+        spans = [(info, *_span(raw, info)) for info in members]
+    storages = {info.filename.removeprefix(prefix): (first, size) for info, first, size in spans}
+    sums = {first: (size, info.CRC) for info, first, size in spans if size}
+    archive = _Zip(path, _map(path), file, roots[0], storages, sums)
     if archive.holds("byteorder") and archive.read("byteorder").decode() != sys.byteorder:
         raise Unreadable("was saved on a machine of the other byte order; save it again on one of this")
     return archive
@@ -275,6 +308,7 @@ class _Inert:
 
 def _saved(archive: _Zip) -> list[tuple[str, Tensor]]:
     """The tensors of a zip archive of torch.save, mapped at the offsets that torch reports."""
+    archive.read("data.pkl")  # torch does not check its sum
     with _Bounded(archive.path) as raw:
         try:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(raw)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from llava_fn.llava import tower
 from llava_fn.weights.tables import LAYOUTS, Layout, Rule, Slot
 
 Tensors = Mapping[str, Tensor]
+Check = Callable[[Tensor], None]  # called before a tensor is read; ValueError if its file is damaged
 Shapes = Mapping[str, tuple[int, ...]]  # path of a leaf within its part -> global shape
 
 
@@ -82,9 +84,9 @@ def _group(path: str) -> str:
 
 
 def leaves(
-    slot: Slot, tensors: Tensors, vision: Vision | None, language: Llama | None, wrong: list[str]
+    slot: Slot, tensors: Tensors, vision: Vision | None, language: Llama | None, wrong: list[str], check: Check
 ) -> dict[str, Leaf]:
-    """The leaves of a slot's part, path -> leaf; what does not fit is added to `wrong`."""
+    """The leaves of a slot's part, path -> leaf; what does not fit is added to `wrong`. check: as of `Check`."""
     c = Llava(vision or Vision(), language or Llama())  # the sizes of other parts do not matter
     rules = slot.rules(c)
     first = next((tensors[r.theirs] for r in rules if r.ours == ("w1",) and r.theirs in tensors), None)
@@ -102,7 +104,7 @@ def leaves(
     for rule in rules:
         spare = slot.part == "vision" and is_spare(f"vision/{rule.ours[0]}", c.vision)
         if rule.theirs in tensors:
-            out |= _split(rule, tensors[rule.theirs], ours, wrong)
+            out |= _split(rule, tensors[rule.theirs], ours, wrong, check)
         elif not spare or _group(rule.ours[0]) in held:
             wrong.append(f"missing: {slot.part}'s {rule.theirs}")
     return out
@@ -118,7 +120,7 @@ def _untied(rules: list[Rule], ours: Shapes, tensors: Tensors, wrong: list[str])
     return [rule for rule in rules if rule.ours[0] in ours]
 
 
-def _split(rule: Rule, t: Tensor, ours: Shapes, wrong: list[str]) -> dict[str, Leaf]:
+def _split(rule: Rule, t: Tensor, ours: Shapes, wrong: list[str], check: Check) -> dict[str, Leaf]:
     shape = their_shape(rule, ours)
     if tuple(t.shape) != shape:
         wrong.append(f"wrong shape: {rule.theirs} is {tuple(t.shape)}, the config wants {shape}")
@@ -126,4 +128,9 @@ def _split(rule: Rule, t: Tensor, ours: Shapes, wrong: list[str]) -> dict[str, L
     if t.dtype not in SAFETENSORS:
         wrong.append(f"wrong dtype: {rule.theirs} is {t.dtype}; weights are {', '.join(map(str, SAFETENSORS))}")
         return {}
-    return {path: Leaf(ours[path], t.dtype, lambda j=j: rule.reshape.split(t)[j]) for j, path in enumerate(rule.ours)}
+
+    def read(j: int) -> Tensor:
+        check(t)
+        return rule.reshape.split(t)[j]
+
+    return {path: Leaf(ours[path], t.dtype, partial(read, j)) for j, path in enumerate(rule.ours)}

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llava_fn import fields, lora
 from llava_fn import spec as specs
@@ -61,10 +62,13 @@ class Weights:
             archive.release()
 
 
-def interpret(where: str, tensors: Tensors, stated: Stated, c: Llava | None = None) -> Weights:
+def interpret(
+    where: str, tensors: Tensors, stated: Stated, c: Llava | None = None, archives: Sequence[Archive] = ()
+) -> Weights:
     """The weights that named tensors hold. stated: what their config.json says. c: the model, if known.
 
-    ValueError lists every tensor that is missing, unexpected, duplicate, or of a wrong shape or dtype.
+    archives: the files of the tensors, whose sums are checked when a leaf is read. ValueError lists every tensor that
+    is missing, unexpected, duplicate, or of a wrong shape or dtype.
     """
     layout = placing.detect(where, tensors)
     wrong: list[str] = []
@@ -85,7 +89,7 @@ def interpret(where: str, tensors: Tensors, stated: Stated, c: Llava | None = No
         if vision is None and stated.tower_trained:
             raise ValueError("unfreeze_mm_vision_tower=true: its image tower was trained, and is not in the source")
         for slot, own in slots.items():
-            part = placing.leaves(slot, own, vision, llama, wrong)
+            part = placing.leaves(slot, own, vision, llama, wrong, partial(_check, archives))
             leaves |= {f"{slot.part}/{path}": leaf for path, leaf in part.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -94,7 +98,12 @@ def interpret(where: str, tensors: Tensors, stated: Stated, c: Llava | None = No
         lines = "\n  ".join(wrong[:SHOWN] + more)
         raise ValueError(f"{where} ({layout.name}) does not fit its model, {len(wrong)} tensors:\n  {lines}")
     spare = {k: leaves.pop(k) for k in list(leaves) if vision and placing.is_spare(k, vision)}
-    return trimmed(Weights(where, layout.name, leaves, spare, (), vision, llama), stated.image_row)
+    return trimmed(Weights(where, layout.name, leaves, spare, tuple(archives), vision, llama), stated.image_row)
+
+
+def _check(archives: Sequence[Archive], t: Tensor) -> None:
+    for archive in archives:
+        archive.check(t)
 
 
 def trimmed(source: Weights, first: int | None) -> Weights:
@@ -121,7 +130,7 @@ def open_source(path: Path, c: Llava | None = None) -> Weights:
     path = checkpoint.newest(path)
     if path.is_file():
         archive = open_archive(path)
-        return dataclasses.replace(interpret(str(path), _model(archive), Stated(), c), archives=(archive,))
+        return interpret(str(path), _model(archive), Stated(), c, [archive])
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if (path / checkpoint.SUMS).is_file():
@@ -161,16 +170,19 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
     files = {name: fields.load(folder / name) for name in CONFIGS if (folder / name).is_file()}
     is_peft = peft.CONFIG in files
     adapter = peft_config.read(folder / peft.CONFIG, files[peft.CONFIG]) if is_peft else {}
+    if is_peft:
+        for t in tensors.values():
+            _check(archives, t)  # all of a PEFT folder is read at once
     adapters, rest = peft.read(folder, adapter, tensors) if is_peft else ({}, tensors)
     if is_peft:
         files.get("config.json", {}).pop("quantization_config", None)  # of the base in QLoRA; not of this folder
     stated = configs.stated(folder / "config.json", files.get("config.json", {}))
-    source = interpret(str(folder), rest, stated, c) if rest else Weights(str(folder), "PEFT", {}, {}, ())
+    source = Weights(str(folder), "PEFT", {}, {}, tuple(archives))
+    source = interpret(str(folder), rest, stated, c, archives) if rest else source
     whole = {"projector", "llama"} <= set(source.parts)
     mode = image_mode_of(folder, files, stated.image_mode, stated.vision)
     return dataclasses.replace(
         source,
-        archives=tuple(archives),
         lora=adapters,
         trained=source.parts if is_peft else (),
         base=adapter.get("base_model_name_or_path") or None,
