@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins
 LONGEST = 200  # letters of a value in a message
 
 
@@ -188,8 +189,10 @@ def load(path: Path) -> dict[str, Any]:
     """A JSON object from a file. ValueError names the file and the place where it is none, or has a field twice."""
     if not path.is_file():  # a pipe or a device may have no end
         raise ValueError(f"{path}: no such file")
+    content = path.read_bytes()
+    check_pointer(path, content)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        values = json.loads(content.decode(), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from error
     except (ValueError, RecursionError) as error:  # a field twice, bytes that are not UTF-8, or too deep
@@ -197,6 +200,12 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object; is it the right file?")
     return values
+
+
+def check_pointer(path: Path, content: bytes) -> None:
+    """ValueError if a Git LFS pointer stands in place of a file."""
+    if content.startswith(POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer, which stands in place of the file; download the file itself")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

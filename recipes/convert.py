@@ -36,6 +36,7 @@ class Convert:
     # the layout to write; peft: the adapters, and a projector trained with them, named as in transformers or LLaVA
     to: Literal["llava_fn", "llava-hf", "liuhaotian", "mm_projector", "peft", "peft-liuhaotian"] = "llava_fn"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # that of the sources, unless given
+    check_cache: bool = False  # hold files of Hugging Face's cache to the SHA-256 in their name: about 1 s a GB
     merge_lora: bool = False  # add the adapters of a PEFT folder or of a run to the weights
     tokenizer: Path | None = None  # a sentencepiece tokenizer.model, if no source folder has one
     image_mode: Literal["pad", "square"] | None = None  # what the sources say, unless given
@@ -83,6 +84,7 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
     """All sources put together. ValueError names what is missing, has no place, or does not fit."""
     import torch
 
+    from llava_fn.checkpoint import sums
     from llava_fn.data.tokenizer import read_tokenizer
     from llava_fn.weights import mindspeed, model
     from llava_fn.weights.source import open_sources
@@ -91,6 +93,8 @@ def read(c: Convert) -> tuple[Weights, Translation | None]:
     texts = [path for path in sources if is_json(path)]
     moved = mindspeed.read(texts) if texts else None
     given = open_sources([path for path in sources if path not in texts], moved and moved.model)
+    for path in [archive.path for source in given if c.check_cache for archive in source.archives]:
+        sums.check(path, sums.of_cache(path))
     source = model.merge(given + (moved_sources(moved, given) if moved else []))
     if c.merge_lora:
         source = model.merge_lora(model.cast(source, torch.float32) if c.dtype else source)  # rounded once, below

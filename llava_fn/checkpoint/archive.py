@@ -24,9 +24,10 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 from llava_fn import fields
-from llava_fn.checkpoint import torchscript
+from llava_fn.checkpoint import sums, torchscript
 from llava_fn.checkpoint.torchscript import DANGER, Unreadable
 
 # Without it the kernel refuses to map a file that is larger than the machine's memory. Python names it from 3.13 on.
@@ -40,7 +41,6 @@ DTYPES = {
 }  # fmt: skip
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, itself pickled
-POINTER = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit, here for pickles and code too
 # What the readers below raise for a damaged file.
 DAMAGED = (
@@ -78,9 +78,7 @@ class Archive:
     path: Path
     tensors: dict[str, Tensor]  # names as in the file; nested dicts joined by "/"
     pages: mmap.mmap | None = field(default=None, repr=False)
-    sums: dict[int, tuple[int, int]] = field(
-        default_factory=dict, repr=False
-    )  # first byte of a storage -> size, CRC-32
+    crcs: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)  # first byte of a storage -> size, CRC
 
     def release(self) -> None:
         """Free the memory of the pages that were read. The tensors stay valid: pages are read again when used."""
@@ -92,14 +90,14 @@ class Archive:
 
         Each storage is read and checked once. safetensors and torch's legacy format have no sums.
         """
-        if self.pages is None or not self.sums:
+        if self.pages is None or not self.crcs:
             return
         first = t.untyped_storage().data_ptr() - self._address
-        size, crc = self.sums.get(first, (0, 0))
-        if first in self.sums and zlib.crc32(memoryview(self.pages)[first : first + size]) != crc:
+        size, crc = self.crcs.get(first, (0, 0))
+        if size and zlib_ng.crc32(memoryview(self.pages)[first : first + size]) != crc:
             names = ", ".join(name for name, own in self.tensors.items() if _same_storage(own, t))
             raise ValueError(f"{self.path} is damaged: the CRC-32 of {names} is not the one in it; get the file again")
-        self.sums.pop(first, None)
+        self.crcs.pop(first, None)
 
     @property
     def _address(self) -> int:
@@ -111,6 +109,13 @@ class Archive:
             return None
         first = t.data_ptr() - self._address
         return first if 0 <= first <= len(self.pages) - t.nbytes else None
+
+
+def open_download(path: Path) -> Archive:
+    """`open_archive` of a file that is held to the SHA-256 beside it, if there is one (see sums.py)."""
+    archive = open_archive(path)
+    sums.check(path, sums.beside(path))
+    return archive
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
@@ -147,8 +152,8 @@ def open_archive(path: Path) -> Archive:
 
 
 def _stranger(head: bytes) -> str:
-    if head.startswith(POINTER):
-        return "is a git-lfs pointer; run git lfs pull"
+    if head.startswith(fields.POINTER):
+        return "is a Git LFS pointer, which stands in place of the file; download the file itself (git lfs pull)"
     if not head:
         return "is empty; get the file again"
     if head.lstrip().startswith(b"<"):
@@ -195,7 +200,7 @@ class _Zip:
     file: zipfile.ZipFile
     root: str  # the folder that everything is in
     storages: dict[str, tuple[int, int]]  # key -> first byte, number of bytes
-    sums: dict[int, tuple[int, int]]  # first byte -> number of bytes, CRC-32
+    crcs: dict[int, tuple[int, int]]  # first byte -> number of bytes, CRC-32
 
     def holds(self, member: str) -> bool:
         return f"{self.root}/{member}" in self.file.namelist()
@@ -217,7 +222,7 @@ def _open_zip(path: Path) -> Archive:
         archive = _index(path, file)
         # torch.load tells them apart in the same way
         found = _torchscript(archive) if archive.holds("constants.pkl") else _saved(archive)
-        return Archive(path, _unique(found), archive.pages, archive.sums)
+        return Archive(path, _unique(found), archive.pages, archive.crcs)
 
 
 def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
@@ -246,8 +251,8 @@ def _index(path: Path, file: zipfile.ZipFile) -> _Zip:
     with path.open("rb") as raw:  # not through the map, where each header would read megabytes around it
         spans = [(info, *_span(raw, info)) for info in members]
     storages = {info.filename.removeprefix(prefix): (first, size) for info, first, size in spans}
-    sums = {first: (size, info.CRC) for info, first, size in spans if size}
-    archive = _Zip(path, _map(path), file, roots[0], storages, sums)
+    crcs = {first: (size, info.CRC) for info, first, size in spans if size}
+    archive = _Zip(path, _map(path), file, roots[0], storages, crcs)
     if archive.holds("byteorder") and archive.read("byteorder").decode() != sys.byteorder:
         raise Unreadable("was saved on a machine of the other byte order; save it again on one of this")
     return archive
@@ -388,6 +393,7 @@ def _unique(found: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def open_folder(folder: Path) -> list[Archive]:
     """The files of a folder in Hugging Face's layout that hold its weights.
 
+    Each is held to the SHA-256 beside it, if there is one (sums.py).
     If there is an index (*.safetensors.index.json, else *.bin.index.json): the files that it names. Else the files of
     `KINDS`, of which a folder may hold several; else every *.safetensors; else every *.bin and *.pt that is no
     trainer's leftover (`LEFTOVERS`, which are never opened). ValueError if there is nothing to read or more than one
@@ -403,7 +409,7 @@ def open_folder(folder: Path) -> list[Archive]:
             raise ValueError(f"{folder} holds several indices of its weights: {names}; keep one")
         if indices:
             return _open_indexed(indices[0])
-    archives = [open_archive(path) for path in _weights(folder)]
+    archives = [open_download(path) for path in _weights(folder)]
     _check_once(archives)
     return archives
 
@@ -440,7 +446,7 @@ def _open_indexed(index: Path) -> list[Archive]:
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise ValueError(f"{index} names files that are missing: {', '.join(absent)}; fetch them into its folder")
-    archives = [open_archive(index.parent / name) for name in names]
+    archives = [open_download(index.parent / name) for name in names]
     _check_once(archives)
     held = {name: archive.path.name for archive in archives for name in archive.tensors}
     wrong = [f"{n} is not in {f} but in {held.get(n, 'none')}" for n, f in files.items() if held.get(n) != f]

@@ -13,19 +13,19 @@ A rank that holds nothing has no file. Numbers are fp32. Padding is never writte
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 from llava_fn import fields, tree
 from llava_fn.checkpoint.archive import Archive, open_archive
+from llava_fn.checkpoint.sums import digest
 from llava_fn.spec import Box
 
 INDEX = "boxes.json"
@@ -107,13 +107,7 @@ def key_of(kind: str, name: str, box: Box | None) -> str:
 
 def crc_of(value: Tensor) -> int:
     """CRC-32 of the bytes of a tensor on the CPU."""
-    return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return zlib_ng.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def overlap(a: Box, b: Box) -> Box | None:

@@ -34,7 +34,7 @@ from tensordict import TensorDict
 from llava_fn import fields, llava, lora, tree
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
-from llava_fn.checkpoint.boxes import digest
+from llava_fn.checkpoint.sums import digest
 from llava_fn.config import Llava, Lora, plain, structure
 
 SUMS = "SHA256SUMS"

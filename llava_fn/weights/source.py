@@ -15,7 +15,7 @@ from llava_fn import fields, lora
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
 from llava_fn.checkpoint import folder as checkpoint
-from llava_fn.checkpoint.archive import Archive, open_archive, open_folder
+from llava_fn.checkpoint.archive import Archive, open_archive, open_download, open_folder
 from llava_fn.checkpoint.folder import Checkpoint
 from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.config import Llama, Llava, Vision
@@ -129,15 +129,21 @@ def open_source(path: Path, c: Llava | None = None) -> Weights:
     """
     path = checkpoint.newest(path)
     if path.is_file():
-        archive = open_archive(path)
+        archive = open_download(path)
         return interpret(str(path), _model(archive), Stated(), c, [archive])
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    if (path / checkpoint.SUMS).is_file():
+    if _is_ours(path):
         return _from_checkpoint(checkpoint.open_checkpoint(path, verified=True))
     if (rank := _megatron(path)) is not None:
         return open_source(rank, c)
     return _hugging_face(path, c)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours; others may have a SHA256SUMS too."""
+    listed = path / checkpoint.SUMS
+    return listed.is_file() and b"  manifest.json" in listed.read_bytes()
 
 
 def _model(archive: Archive) -> Tensors:
@@ -195,7 +201,7 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
 def has_base(path: Path) -> bool:
     """Whether it is a run, or a checkpoint of one, that goes on from a base."""
     path = checkpoint.newest(path)
-    return (path / checkpoint.SUMS).is_file() and checkpoint.read_manifest(path).base is not None
+    return _is_ours(path) and checkpoint.read_manifest(path).base is not None
 
 
 def open_trained(path: Path, base: Path) -> Weights:
@@ -206,7 +212,7 @@ def open_trained(path: Path, base: Path) -> Weights:
     path, base = checkpoint.newest(path), checkpoint.newest(base)
     c = checkpoint.open_checkpoint(path, verified=True)
     own = c.manifest.base
-    if own and (base / checkpoint.SUMS).is_file() and checkpoint.fingerprint(base) != own.fingerprint:
+    if own and _is_ours(base) and checkpoint.fingerprint(base) != own.fingerprint:
         raise ValueError(f"{path} was trained on {own.path}, and {base} is another base")
     return _from_checkpoint(c, with_base=False)
 
@@ -227,8 +233,7 @@ def open_adapter(path: Path, base: Path) -> Weights:
 
     ValueError if there are no adapters, or as of `open_trained`.
     """
-    is_ours = (checkpoint.newest(path) / checkpoint.SUMS).is_file()
-    source = open_trained(path, base) if is_ours else open_source(path)
+    source = open_trained(path, base) if _is_ours(checkpoint.newest(path)) else open_source(path)
     if not source.lora:
         raise ValueError(f"{path} holds no adapters; name a PEFT folder, or a run that trained some")
     return source

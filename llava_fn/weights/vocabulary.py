@@ -63,6 +63,7 @@ def read(folder: Path, stated: Values) -> bytes | None:
     if not (folder / MODEL).is_file():
         return None
     model = (folder / MODEL).read_bytes()
+    fields.check_pointer(folder / MODEL, model)
     files = {name: fields.read(folder / name, fields.load(folder / name), table)
              for name, table in TABLES.items() if (folder / name).is_file()}  # fmt: skip
     try:

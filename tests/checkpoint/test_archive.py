@@ -536,7 +536,7 @@ def test_compressed_and_short_storages_of_torchscript_are_refused(tmp_path):
         (b"", r"\(0 bytes\) is empty"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:3035\nsize 9\n",
-            r"is a git-lfs pointer; run git lfs",
+            r"is a Git LFS pointer, which stands in place of the file; download the file itself",
         ),
         (b"\n<!DOCTYPE html><html>Not found</html>", r"\(38 bytes\) is a web page"),
         (b"<?xml version='1.0'?><Error/>", "is a web page"),
@@ -723,7 +723,8 @@ def test_a_second_index_and_a_broken_one_are_refused(tmp_path):
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "version https://git-lfs\n"):
         index.write_text(text)
         with pytest.raises(
-            ValueError, match="index.json(, line 1, column .*: Expecting| is not a JSON object| is no index)"
+            ValueError,
+            match="index.json(, line 1, column .*: Expecting| is not a JSON object| is no index| is a Git LFS)",
         ):
             open_folder(tmp_path)
     for outside in ("../x.safetensors", "/etc/passwd", "..", "", 3):
