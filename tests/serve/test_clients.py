@@ -3,6 +3,7 @@
 import http.client
 import urllib.request
 
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import part, serving, text, user
@@ -78,8 +79,9 @@ def test_metrics_count_what_was_asked_and_answered(a, images, monkeypatch):
         assert now["llava_fn_time_per_token_seconds_sum",] > 0
         assert now["llava_fn_time_to_first_token_seconds_bucket", "+Inf"] == 5
         monkeypatch.setattr(engine, "step", lambda a, desk: 1 / 0)
+        with pytest.raises(openai.APIError, match="the model has failed"):
+            list(server.client().chat.completions.create(**BODY, stream=True))
         server.post(BODY)
-        server.post(BODY | {"stream": True})
         now = figures(server)
         assert now["llava_fn_requests_total", "chat/completions", "500"] == 1
         assert now["llava_fn_requests_total", "chat/completions", "503"] == 1

@@ -17,11 +17,14 @@ from llava_fn.data.text import render
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, conversation, decode
 from llava_fn.generate.conversation import Chat, ask, picture, text_of
+from llava_fn.generate.family import Family
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.generate.sampling import uniforms
 from llava_fn.generate.types import Vocabulary
-from llava_fn.serve import fields
+from llava_fn.serve import answer, fields
+from llava_fn.serve.ask import Offer, completion
 from llava_fn.serve.fields import CHAT, COMPLETION
+from llava_fn.serve.options import Limits
 from llava_fn.serve.refused import Refused
 
 HI = [{"role": "user", "content": "Say a word or two."}]
@@ -115,6 +118,13 @@ def test_what_would_change_the_answer_and_is_not_there_is_refused_by_name(table,
         assert (error.value.status, error.value.param) == (400, name)
     silent = {name for name, check in table.items() if "off." in getattr(check, "__qualname__", "")}
     assert silent == wanted.keys()
+
+
+def test_false_is_no_number_and_0_is_not_false():
+    for nothing, value in ((0, False), (False, 0), (1, True)):
+        with pytest.raises(BadRecord, match="is not supported; leave it out, or give"):
+            fields.off(nothing)(value)
+        fields.off(nothing)(nothing)
 
 
 def test_a_field_that_is_off_is_refused_whether_the_server_is_strict_or_not(server, strict):
@@ -266,6 +276,12 @@ def test_the_likeliest_tokens_beside_each_chosen_one(server, a, stream):
             assert t.token == control.get(token, a.tokenizer.decode([*a.tokenizer.encode("."), token])[1:])
 
 
+def test_a_token_is_spelled_with_its_space_and_a_control_token_by_its_name(a):
+    spell = [answer.spelled(a.tokenizer, token) for token in (a.tokenizer.bos, a.tokenizer.eos)]
+    assert spell == ["<s>", "</s>"]
+    assert "".join(answer.spelled(a.tokenizer, t) for t in a.tokenizer.encode(" A cat")) == " A cat"
+
+
 def test_options_of_logprobs_of_neighbours_do_not_mix(server):
     bodies = [BODY | {"logprobs": bool(k), "top_logprobs": k} for k in (0, 1, 20, 3)]
     with ThreadPoolExecutor(4) as pool:
@@ -362,6 +378,14 @@ def test_a_text_is_completed(server, a):
         assert "".join(c.choices[0].text for c in chunks[:-1]) == want and chunks[-1].usage == got.usage
     assert complete(server, "Hi", max_tokens=None).usage.completion_tokens <= 16
     assert a.tokenizer.eos in raw_ids("A</s>B", a.tokenizer)
+
+
+def test_a_template_does_not_end_a_text(weights):
+    captioner = assistant.load(ChatOptions((weights / "plain",), device="cpu", context=128))
+    body = json.dumps({"model": "tiny", "prompt": "Hi", "stop": "x"}).encode()
+    (one,) = completion(body, Offer(Family(captioner), "tiny", Limits()), "x").answers
+    assert one.vocabulary.ends == (captioner.tokenizer.eos,) != assistant.vocabulary(captioner).ends
+    assert one.decoding.stop == ("x",)
 
 
 def test_several_prompts_tokens_and_samples_of_each(server, a):
