@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,24 +20,40 @@ SPACES = b" \t\n\r"  # of JSON
 MARKS = bytes(byte in b'"\\{}[]' for byte in range(256))  # 1 for each byte that structure is made of
 
 
-def spans(path: Path) -> np.ndarray | None:
-    """(start, stop) in bytes of each record of a JSON list of objects, or of JSON lines (.jsonl): int64[n, 2].
+def has_lines(path: Path) -> bool:
+    """Whether a file is of JSON lines and not one JSON value: .jsonl, or any other name if its first line is a record."""
+    with path.open("rb") as f:
+        first = next((line for line in iter(partial(f.readline, CHUNK), b"") if line.strip()), b"")
+        if first.lstrip().startswith(b"["):
+            return False
+        if path.suffix.lower() == ".jsonl":
+            return True
+        try:
+            value = json.loads(first if first.endswith(b"\n") else first + f.readline())
+        except ValueError:
+            return False
+    return isinstance(value, dict) and "conversations" in value
 
-    None where the file is anything else, broken JSON too: then only a parser can say what it is.
+
+def spans(path: Path, see: Callable[[Any], None]) -> np.ndarray | None:
+    """(start, stop) in bytes of each record of a JSON list of objects, or of JSON lines: int64[n, 2].
+
+    see: is called with each record. None where the file is anything else, broken JSON too: then only a parser can say
+    what it is.
     """
     if not path.stat().st_size:
         return None
     found = array("q")
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            for some in _lines(data) if path.suffix == ".jsonl" else _objects(data):
+            for some in _lines(data, see) if has_lines(path) else _objects(data, see):
                 found.extend(some)
         except (ValueError, RecursionError):  # of the list, of JSON, or of UTF-8
             return None
     return np.frombuffer(found, np.int64).reshape(-1, 2) if found else None
 
 
-def _lines(data: mmap.mmap) -> Iterator[list[int]]:
+def _lines(data: mmap.mmap, see: Callable[[Any], None]) -> Iterator[list[int]]:
     """[start, stop, start, stop, ...] of the lines that are not blank. ValueError if one is no JSON, or no UTF-8."""
     decode = json.JSONDecoder().raw_decode  # json.loads without what it costs a call
     begin = 0
@@ -45,20 +63,20 @@ def _lines(data: mmap.mmap) -> Iterator[list[int]]:
         sizes, kept = np.array([len(line) for line in lines]), np.ones(len(lines), bool)
         for i, line in enumerate(str(data[begin:end], "utf-8").split("\n")):
             try:
-                whole = decode(line)[1] == len(line)
+                value, stop = decode(line)
             except json.JSONDecodeError:  # it is broken, or begins with a space
-                whole = False
-            if not whole:
+                value, stop = None, -1
+            if stop != len(line):
                 kept[i] = bool(line.strip())
-                if kept[i]:
-                    json.loads(line)
+                value = json.loads(line) if kept[i] else None
+            see(value)
         stops = begin + np.cumsum(sizes + 1) - 1
         yield np.stack([stops - sizes, stops], 1)[kept].ravel().tolist()
         release(data, end)
         begin = end
 
 
-def _objects(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+def _objects(data: mmap.mmap, see: Callable[[Any], None]) -> Iterator[tuple[int, int]]:
     """The objects of a list, in order.
 
     ValueError if one is no JSON, or no UTF-8, or where something else than commas and spaces stands between them.
@@ -67,7 +85,7 @@ def _objects(data: mmap.mmap) -> Iterator[tuple[int, int]]:
     for start, stop in _braces(data):
         if data[begin:start].strip(SPACES) != before:
             raise ValueError(f"no list of objects at byte {begin}")
-        json.loads(str(data[start:stop], "utf-8"))
+        see(json.loads(str(data[start:stop], "utf-8")))
         yield start, stop
         before, begin = b",", stop
     if data[begin:].strip(SPACES) != b"]":

@@ -13,7 +13,7 @@ import heapq
 import json
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from llava_fn.batch import IMAGE, Batch, Sample, collate
-from llava_fn.data import image, index, lengths, text
+from llava_fn.data import image, index, lengths, schema, text
 from llava_fn.data.options import Data, Source
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
@@ -62,8 +62,8 @@ class Record:
 class Records(Sequence[Record]):
     """The records of a file, each parsed when it is asked for.
 
-    spans: int64[n, 2], see index.py. size, changed: of the file, in bytes and nanoseconds. It pickles, so that worker
-    processes parse.
+    spans: int64[n, 2], see index.py. size, changed: of the file, in bytes and nanoseconds. unread: see `unread`. It
+    pickles, so that worker processes parse.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class Records(Sequence[Record]):
     spans: np.ndarray
     size: int
     changed: int
+    unread: Counter[str]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -134,17 +135,32 @@ def read(source: Source) -> Sequence[Record]:
         raise ValueError(f"{source.records}: no such file; give the JSON or JSONL file of the data set")
     if not source.images.is_dir():
         raise ValueError(f"{source.images}: no such folder; give the folder that the images of {source.records} lie in")
-    stat, places = source.records.stat(), index.spans(source.records)
+    keys: Counter[str] = Counter()
+    stat, places = source.records.stat(), index.spans(source.records, lambda value: keys.update(schema.unread(value)))
     if places is not None:
-        return Records(source.records, source.images, places, stat.st_size, stat.st_mtime_ns)
-    if source.records.suffix == ".jsonl":
+        return Records(source.records, source.images, places, stat.st_size, stat.st_mtime_ns, keys)
+    if index.has_lines(source.records):
         deque(_lines(source.records), maxlen=0)  # a broken line is named before any is kept
         values = list(_lines(source.records))
     else:
         values = _json(source.records, 0, _utf8(f"{source.records}", source.records.read_bytes()))
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{source.records}: not a list with at least one record")
+        raise ValueError(f"{source.records}: not a list with at least one record{_inside(values)}")
     return [Record(_name(source.records, i, v), source.images, v) for i, v in enumerate(values)]
+
+
+def _inside(values: object) -> str:
+    """Where in an object the records seem to be, as the end of a message."""
+    lists = [key for key, value in values.items() if isinstance(value, list)] if isinstance(values, dict) else []
+    return f"; write the list in {' or '.join(map(repr, lists))} to a file of its own" if lists else ""
+
+
+def unread(sources: Iterable[Sequence[Record]]) -> Counter[str]:
+    """The keys of records that are set and change nothing, with the number of records that have each; see schema.py."""
+    out: Counter[str] = Counter()
+    for source in sources:
+        out += source.unread if isinstance(source, Records) else Counter(k for r in source for k in schema.unread(r.value))
+    return out
 
 
 def _utf8(where: str, content: bytes) -> str:
@@ -192,7 +208,8 @@ def _digest(path: Path) -> str:
 def encode(record: Record, preparation: Preparation) -> text.Encoded:
     """Tokens and targets, with every position of an image. BadRecord, with the record's name, if it is unusable."""
     try:
-        turns, template = text.turns_of(record.value), template_of(preparation.template)
+        turns = text.turns_of(record.value)
+        template = text.template_for(record.value, template_of(preparation.template), preparation.compat)
         short = text.encode(turns, template, preparation.tokenizer, preparation.compat)  # one IMAGE an image
         ids, supervised = [], []
         for token, target in zip(short.ids, short.supervised, strict=True):

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from llava_fn.batch import IMAGE
+from llava_fn.data import schema
 from llava_fn.data.templates import MARK, SPECIAL, Template
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.errors import BadRecord
@@ -177,6 +178,8 @@ def _check_images(turns: Turns) -> None:
     for i, (role, text) in enumerate(turns):
         if role == "gpt" and MARK in text:
             raise BadRecord(f"turn {i} (gpt) holds {MARK}; images belong to questions")
+        if role == "human" and (mark := schema.foreign(text)):
+            raise BadRecord(f"turn {i} (human) has {mark!r}, another tool's mark of what is not there; {MARK} is an image")
 
 
 def _atoms(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) -> Iterator[tuple[str | int, bool]]:
@@ -217,19 +220,51 @@ def _encode_after(after: str, text: str, tokenizer: Tokenizer, compat: str | Non
 
 
 def images_of(record: Mapping) -> list[str]:
-    """The image paths of a LLaVA record: none, its "image", or each of a list; BadRecord if it is anything else."""
-    image = record.get("image", [])
-    paths = [image] if isinstance(image, str) else image
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadRecord(f"'image' is {reprlib.repr(image)}; give a path, a list of paths, or leave it out for text")
-    return paths
+    """The image paths of a LLaVA record: none, its "image" or "images", a path or a list; BadRecord for anything else.
+
+    null and an empty text mean none.
+    """
+    given = {key: record[key] for key in ("image", "images") if schema.is_set(record.get(key))}
+    for key, value in given.items():
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+            raise BadRecord(f"{key!r} is {reprlib.repr(value)}; give a path, a list of paths, or leave it out for text")
+        given[key] = paths
+    if len(given) == 2 and given["image"] != given["images"]:
+        raise BadRecord(f"'image' and 'images' differ: {reprlib.repr(given)}; keep one of them")
+    return next(iter(given.values()), [])
+
+
+def system_of(record: Mapping) -> str:
+    """The system prompt of a LLaVA record: its "system", or the text of a first turn from "system"; else empty.
+
+    BadRecord if it is no text, or if both differ.
+    """
+    turns = record["conversations"]
+    own = record["system"] if schema.is_set(record.get("system")) else ""
+    first = turns[0].get("value") if turns[0].get("from") == "system" else own
+    if not isinstance(own, str) or not isinstance(first, str):
+        odd = first if isinstance(own, str) else own
+        raise BadRecord(f"'system' is {reprlib.repr(odd)}; it must be a text")
+    if own and first != own:
+        raise BadRecord("'system' and the first turn, which is from 'system', differ; keep one of them")
+    return first
+
+
+def template_for(record: Mapping, template: Template, compat: str | None = None) -> Template:
+    """The template with the record's own system prompt, if it has one. BadRecord if there is no place for it."""
+    system = system_of(record)
+    for mark in template.reserved + ("<unk>",) if compat else ():
+        if mark in f" {system} ":
+            raise BadRecord(f"the system prompt holds {mark!r}, at which LLaVA loses the answers; reword it")
+    return template.with_system(system) if system else template
 
 
 def turns_of(record: Mapping) -> list[tuple[str, str]]:
     """The turns of one record of the LLaVA schema, checked, with its images in place.
 
-    record: {"image"?: path or paths, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}; other keys are
-    ignored. The one image of a question is moved to its front, "<image>\\n" + text, as LLaVA trains it; several
+    record: {"image"?: path or paths, "system"?: text, "conversations": [{"from": "human" | "gpt", "value": text}, ...]};
+    other keys as in schema.py; a first turn from "system" is for `system_of`. The one image of a question is moved to its front, "<image>\\n" + text, as LLaVA trains it; several
     images in a question stay where they stand.
     Raises BadRecord, giving the reason only: the caller adds the file and the record's id.
     Source: LLaVA train.py preprocess_multimodal.
@@ -240,7 +275,10 @@ def turns_of(record: Mapping) -> list[tuple[str, str]]:
     conversations = record.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise BadRecord("'conversations' is missing, empty or no list")
-    turns = [_turn(i, turn) for i, turn in enumerate(conversations)]
+    if unseen := schema.flaws(record):
+        raise BadRecord("; ".join(unseen))
+    first = int(isinstance(conversations[0], Mapping) and conversations[0].get("from") == "system")
+    turns = [_turn(i, turn) for i, turn in enumerate(conversations[first:], first)]
     _check_turns(turns)
     _check_answered(turns)
     _check_images(turns)

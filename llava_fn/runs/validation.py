@@ -13,7 +13,7 @@ import torch
 
 from llava_fn import llava, lora, tree
 from llava_fn.batch import Batch, collate
-from llava_fn.data import records
+from llava_fn.data import records, schema
 from llava_fn.data.options import Source
 from llava_fn.data.records import Bad, Preparation, Record
 from llava_fn.launch.processes import World
@@ -65,7 +65,7 @@ def divided(
 
 def _text(record: Record) -> bytes:
     value = record.value if isinstance(record.value, dict) else {}
-    return hashlib.sha256(json.dumps([value.get("image"), value.get("conversations")]).encode()).digest()
+    return hashlib.sha256(json.dumps([value.get(key) for key in schema.USED]).encode()).digest()
 
 
 def _check_apart(sources: Sequence[Sequence[Record]], heldout: Sequence[Record]) -> None:

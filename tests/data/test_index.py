@@ -56,7 +56,7 @@ def test_every_record_is_that_of_a_parser_of_the_whole(form, chunk, tmp_path, mo
 )  # fmt: skip
 def test_what_is_no_list_of_objects_is_left_to_the_parser(text, tmp_path):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    assert index.spans(tmp_path / "a.json") is None
+    assert index.spans(tmp_path / "a.json", lambda value: None) is None
 
 
 def parsed(path):

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_fn.batch import IMAGE
-from llava_fn.data import text
+from llava_fn.data import schema, text
 from llava_fn.data.templates import TEMPLATES, template_of
-from llava_fn.data.text import encode, images_of, prompt, render, turns_of
+from llava_fn.data.text import encode, images_of, prompt, render, template_for, turns_of
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from llava_fn.errors import BadRecord
 
@@ -481,17 +481,140 @@ def test_text_without_an_image_and_several_images_stay_as_they_are():
     assert turns_of(record("<image>a", "b", "c<image>", "d", image=["a", "b"]))[2] == ("human", "<image>\nc")
 
 
-@pytest.mark.parametrize("image, paths", [(None, []), ("a.jpg", ["a.jpg"]), (["a", "b"], ["a", "b"]), ([], [])])
-def test_images_of_gives_the_paths(image, paths):
-    assert images_of(record(image=image)) == paths
+@pytest.mark.parametrize("image, paths", [("a.jpg", ["a.jpg"]), (["a", "b"], ["a", "b"]), ([], [])])
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_images_of_gives_the_paths(key, image, paths):
+    assert images_of({key: image}) == images_of({"images": None, "image": None, key: image}) == paths
+    assert images_of({"image": image, "images": image}) == paths
 
 
-@pytest.mark.parametrize("image", ["", 3, [""], ["a", None], {"path": "a"}])
+@pytest.mark.parametrize("empty", [None, "", float("nan"), [], {}])
+def test_an_empty_image_is_none(empty):
+    assert turns_of(record("a", "b") | {"image": empty, "images": empty}) == [("human", "a"), ("gpt", "b")]
+    with pytest.raises(BadRecord, match="0 images in 'image' but 1 <image>"):
+        turns_of(record("<image>", "b") | {"image": empty})
+
+
+@pytest.mark.parametrize("image", [3, [""], ["a", None], {"path": "a"}])
 def test_image_that_is_no_path_is_refused(image):
     with pytest.raises(BadRecord, match="'image' is"):
         turns_of(record("<image>", "b", image=image))
-    with pytest.raises(BadRecord, match="'image' is None"):
-        images_of({"image": None})
+    with pytest.raises(BadRecord, match="'images' is"):
+        images_of({"images": image})
+
+
+def test_image_and_images_that_differ_are_refused():
+    with pytest.raises(BadRecord, match="'image' is .'a'. and 'images' .'b'.; keep one"):
+        images_of({"image": "a", "images": ["b"]})
+
+
+# Keys beside them, and marks of other tools.
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"video": "a.mp4"}, 'video="a.mp4"; media of this name are not read'),
+        ({"audio": ["x"]}, "audio="),
+        ({"image_path": "a.png"}, "image_path="),
+        ({"image": "b.png", "image_path": "a.png"}, "image_path="),
+        ({"image": "b.png", "depth": "b.npy"}, "depth="),
+        ({"meta": {"where": ["x/a.JPG"]}}, "meta=.*it names a file that is not read"),
+        ({"clip": "data:video/mp4;base64,AAAA"}, "clip="),
+        ({"url": "http://a.b/c.png"}, "url="),
+        ({"messages": [{"role": "user"}]}, "messages=.*put it into 'conversations'"),
+        ({"system_prompt": "Be kind."}, "system_prompt="),
+        ({"tools": "[{}]"}, "tools="),
+        ({"loss": False}, "loss=false; only 1 is supported"),
+        ({"weight": 0.5}, "weight=0.5; only 1 is supported"),
+    ],
+)
+def test_a_key_that_says_something_which_training_would_not_see_is_refused_by_name(more, said):
+    question = "<image>a" if "image" in more else "a"
+    with pytest.raises(BadRecord, match=said):
+        turns_of(record(question, "b") | more)
+
+
+@pytest.mark.parametrize(
+    "turn, more, said",
+    [
+        (1, {"loss": False}, "turn 1: loss=false; only 1"),
+        (1, {"weight": 0}, "turn 1: weight=0; only 1"),
+        (0, {"weight": 1}, "turn 0: weight=1; only 0"),
+        (0, {"image": "a.png"}, "turn 0: image=.*named by the record's 'image'"),
+        (0, {"audio": "a"}, "turn 0: audio="),
+        (1, {"mask_file": "x.png"}, "turn 1: mask_file=.*names a file"),
+    ],
+)
+def test_a_key_of_a_turn_is_refused_by_name(turn, more, said):
+    bad = record("a", "b")
+    bad["conversations"][turn] |= more
+    with pytest.raises(BadRecord, match=said):
+        turns_of(bad)
+
+
+def test_what_people_note_about_a_record_changes_nothing_and_is_named():
+    notes = {
+        "id": 3, "model": "gpt-4", "source": "gqa", "image_id": 7, "num_images": 1, "metadata": {"split": "train"},
+        "url": "http://a.b/c.png", "image_path": "/data/b.png", "weight": 1.0, "video": None, "audio": "", "tools": [],
+        "bbox": [[1, 2, 3, 4]], "caption": "A dog.\nIn the grass.",
+    }  # fmt: skip
+    noted = record("<image>a", "b", image="x/b.png") | notes
+    noted["conversations"][1] |= {"markdown": "b", "text": None, "loss": True}
+    noted["conversations"][0] |= {"weight": 0}
+    assert turns_of(noted) == turns_of(record("<image>a", "b", image="x/b.png"))
+    assert set(schema.unread(noted)) == set(notes) - {"id", "video", "audio", "tools"} | {
+        "conversations: markdown", "conversations: loss", "conversations: weight",
+    }  # fmt: skip
+    assert not schema.unread(record("a", "b")) and not schema.unread(["x"])
+
+
+@pytest.mark.parametrize(
+    "question, mark",
+    [
+        ("<video>\nWhat?", "<video>"), ("What?\n<audio>", "<audio>"), ("<|image_1|> What?", "<|image_1|>"),
+        ("<img>a.jpg</img>What?", "<img>"), ("<ImageHere>What?", "<ImageHere>"), ("<Image>\nWhat?", "<Image>"),
+        (" <image_placeholder>", "<image_placeholder>"), ("<|vision_start|><|image_pad|>", "<|vision_start|>"),
+        ("<image 1>What?", "<image 1>"),
+    ],
+)  # fmt: skip
+def test_a_mark_of_another_tool_in_the_place_of_an_image_is_refused(question, mark):
+    with pytest.raises(BadRecord, match=re.escape(f"turn 2 (human) has {mark!r}, another tool's mark")):
+        turns_of(record("a", "b", question, "c"))
+
+
+@pytest.mark.parametrize("question", ["How do I style <video> in HTML?", "Is it `<img>`?\nYes or no", "a <Image> b"])
+def test_a_mark_of_another_tool_elsewhere_is_text(question):
+    assert turns_of(record(question, "<video>"))[0] == ("human", question) and schema.FOREIGN.search(question)
+
+
+# System prompts.
+
+
+def test_a_system_prompt_takes_the_place_of_the_templates():
+    own = V1.with_system("Be kind.")
+    for given in (
+        record("a", "b") | {"system": "Be kind."},
+        record("Be kind.", "a", "b", speakers=("system", "human", "gpt")),
+        record("Be kind.", "a", "b", speakers=("system", "human", "gpt")) | {"system": "Be kind."},
+    ):
+        assert turns_of(given) == [("human", "a"), ("gpt", "b")] and template_for(given, V1) == own
+    assert template_for(record("a", "b") | {"system": None}, V1) == V1
+
+
+@pytest.mark.parametrize(
+    "given, template, compat, said",
+    [
+        (record("a", "b") | {"system": "x"}, TEMPLATES["plain"], None, "no place for a system prompt"),
+        (record("a", "b") | {"system": ["x"]}, V1, None, "'system' is .*must be a text"),
+        (record("y", "a", "b", speakers=("system", "human", "gpt")) | {"system": "x"}, V1, None, "keep one of them"),
+        (record("a", "b") | {"system": "<image>"}, V1, None, "the system prompt holds '<image>'"),
+        (record("a", "b") | {"system": "x ASSISTANT: y"}, V1, "llava_437", "LLaVA loses the answers"),
+    ],
+)
+def test_a_system_prompt_that_has_no_place_is_refused(given, template, compat, said):
+    with pytest.raises(BadRecord, match=said):
+        template_for(given, template, compat)
 
 
 @pytest.mark.parametrize(
