@@ -145,7 +145,8 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
 
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
-    sources, heldout = validation.divided([records.read(source) for source in c.data.sources], c.heldout, c.data.seed)
+    files = [records.read(source) for source in c.data.sources]
+    sources, heldout = validation.divided(files, c.heldout, c.data.seed)
     schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
     held, bad = validation.batches(heldout, preparation, c.heldout, c.data.on_bad_record, world)
 
@@ -165,8 +166,8 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     run.open(c, c.parallel, state.step, frozen)
     print(run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint), file=sys.stderr)
     print(report.groups(c.optim, params, zero), file=sys.stderr)
-    if doubts := validation.doubts(sources, origin.random):
-        print(doubts, file=sys.stderr)
+    for line in filter(None, (records.unread_line(files), validation.doubts(sources, origin.random))):
+        print(line, file=sys.stderr)
 
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)

@@ -130,6 +130,8 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     state = run.resume(checkpoint, params)
     run.open(c, c.parallel, state.step, frozen)
     print(run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint), file=sys.stderr)
+    if unread := records.unread_line(sources):
+        print(unread, file=sys.stderr)
 
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)

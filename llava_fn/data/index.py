@@ -21,7 +21,7 @@ MARKS = bytes(byte in b'"\\{}[]' for byte in range(256))  # 1 for each byte that
 
 
 def has_lines(path: Path) -> bool:
-    """Whether a file is of JSON lines and not one JSON value: .jsonl, or any other name if its first line is a record."""
+    """Whether a file is of JSON lines and not one value: .jsonl, or another name and a first line that is a record."""
     with path.open("rb") as f:
         first = next((line for line in iter(partial(f.readline, CHUNK), b"") if line.strip()), b"")
         if first.lstrip().startswith(b"["):

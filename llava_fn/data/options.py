@@ -19,7 +19,7 @@ every image that Pillow would warn about is refused here, and no global of Pillo
 class Source:
     """One data set in LLaVA's layout."""
 
-    records: Path  # a JSON list, or JSON lines (.jsonl)
+    records: Path  # a JSON list, or JSON lines
     images: Path  # the folder that the records' "image" is relative to
     weight: float = 1.0  # how often an epoch shows each record; 0.5 shows every second one, drawn anew each epoch
 

@@ -159,8 +159,18 @@ def unread(sources: Iterable[Sequence[Record]]) -> Counter[str]:
     """The keys of records that are set and change nothing, with the number of records that have each; see schema.py."""
     out: Counter[str] = Counter()
     for source in sources:
-        out += source.unread if isinstance(source, Records) else Counter(k for r in source for k in schema.unread(r.value))
+        out += source.unread if isinstance(source, Records) else _unread(r.value for r in source)
     return out
+
+
+def _unread(values: Iterable[object]) -> Counter[str]:
+    return Counter(key for value in values for key in schema.unread(value))
+
+
+def unread_line(sources: Iterable[Sequence[Record]]) -> str:
+    """What `unread` finds, for the log; empty if it finds nothing."""
+    found = ", ".join(f"{key} ({count} records)" for key, count in unread(sources).most_common())
+    return f"keys of records that are set and change nothing: {found}" if found else ""
 
 
 def _utf8(where: str, content: bytes) -> str:

@@ -69,7 +69,7 @@ USED = ("image", "images", "system", "conversations")
 RECORD = _table(USED)
 _IMAGE = Field(_unset, "images are named by the record's 'image', in the order of their <image>")
 ANSWER = _table(("from", "value"), image=_IMAGE, images=_IMAGE)
-QUESTION = ANSWER | dict.fromkeys(WEIGHTS, _weighs(0))
+QUESTION = {**ANSWER, **dict.fromkeys(WEIGHTS, _weighs(0))}
 
 
 def flaws(record: Mapping[str, Any]) -> list[str]:

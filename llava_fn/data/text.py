@@ -179,7 +179,9 @@ def _check_images(turns: Turns) -> None:
         if role == "gpt" and MARK in text:
             raise BadRecord(f"turn {i} (gpt) holds {MARK}; images belong to questions")
         if role == "human" and (mark := schema.foreign(text)):
-            raise BadRecord(f"turn {i} (human) has {mark!r}, another tool's mark of what is not there; {MARK} is an image")
+            raise BadRecord(
+                f"turn {i} (human) has {mark!r}, another tool's mark of what is not there; {MARK} is an image"
+            )
 
 
 def _atoms(parts: Iterator[_Part], tokenizer: Tokenizer, compat: str | None) -> Iterator[tuple[str | int, bool]]:
@@ -263,9 +265,9 @@ def template_for(record: Mapping, template: Template, compat: str | None = None)
 def turns_of(record: Mapping) -> list[tuple[str, str]]:
     """The turns of one record of the LLaVA schema, checked, with its images in place.
 
-    record: {"image"?: path or paths, "system"?: text, "conversations": [{"from": "human" | "gpt", "value": text}, ...]};
-    other keys as in schema.py; a first turn from "system" is for `system_of`. The one image of a question is moved to its front, "<image>\\n" + text, as LLaVA trains it; several
-    images in a question stay where they stand.
+    record: {"image"?: path or paths, "system"?: text, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}
+    and other keys, see schema.py. A first turn from "system" is left to `system_of`. The one image of a question is
+    moved to its front, "<image>\\n" + text, as LLaVA trains it; several images in a question stay where they stand.
     Raises BadRecord, giving the reason only: the caller adds the file and the record's id.
     Source: LLaVA train.py preprocess_multimodal.
     Differs: LLaVA drops a leading gpt turn and all but one image of a turn, and does not count images.

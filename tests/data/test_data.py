@@ -90,6 +90,38 @@ def test_a_file_that_is_no_data_set_is_refused_with_its_name_and_line(source, na
         data.read(source(content, name))
 
 
+@pytest.mark.parametrize("name", ["some.json", "some.JSONL", "some.txt"])
+def test_json_lines_are_known_by_their_content_and_a_list_too(source, name):
+    values = [say("a"), say("b", model="x", image_id=3)]
+    lines = data.read(source("\n" + "\n".join(map(json.dumps, values)), name))
+    assert [r.value for r in lines] == [r.value for r in data.read(source(values, name))] == values
+    assert isinstance(lines, data.Records) and data.unread([lines, lines]) == {"model": 2, "image_id": 2}
+    assert data.read(source(json.dumps(values[0]), name))[0].value == values[0]  # one line
+    with pytest.raises(ValueError, match=f"{name}, line 3, column 1: "):
+        data.read(source("\n".join([*map(json.dumps, values), "x"]), name))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_with_the_records_inside_is_refused_with_the_place(source, indent):
+    inside = {"version": 1, "data": [say("a")]}
+    with pytest.raises(ValueError, match="some.json: not a list .*; write the list in 'data' to a file of its own"):
+        data.read(source(json.dumps(inside, indent=indent)))
+
+
+def test_keys_that_change_nothing_are_counted_in_a_list_that_is_kept_parsed_too(source):
+    read = data.read(source([say("a", model="x"), 3]))
+    assert not isinstance(read, data.Records) and data.unread([read]) == {"model": 1}
+    assert data.unread_line([read]) == "keys of records that are set and change nothing: model (1 records)"
+    assert data.unread_line([read[1:]]) == ""
+
+
+def test_a_system_prompt_of_a_record_is_encoded_in_its_place(source, how):
+    (plain, own) = data.read(source([say("a"), say("a", system="Be kind.")]))
+    chat = replace(how, template="vicuna_v1", max_tokens=2048)
+    ids = [x for x in data.encode(own, chat).ids if x >= 0]
+    assert how.tokenizer.decode(ids).startswith("Be kind. USER:") and ids != data.encode(plain, chat).ids
+
+
 def test_what_is_missing_or_not_text_is_named(source, tmp_path):
     with pytest.raises(ValueError, match="gone.json: no such file"):
         data.read(Source(tmp_path / "gone.json", tmp_path))
