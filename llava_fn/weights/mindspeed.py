@@ -1,9 +1,9 @@
 """The JSON files of MindSpeed-MM's LLaVA-1.5 example in our terms: model.json, data.json, and those of its inference
 and its evaluation.
 
-A field of a file is either used, or checked for the only value that is LLaVA-1.5's, or listed as ignored. MindSpeed-MM
-skips unknown fields and gives missing ones Megatron's defaults, which often are not LLaVA's: a missing field is checked
-as if it had that default.
+A field of a file is either used, or checked for the only value that is LLaVA-1.5's, or listed as ignored, or refused
+because nothing here knows it. MindSpeed-MM gives missing fields Megatron's defaults, which often are not LLaVA's: a
+missing field is checked as if it had that default.
 Sources: MindSpeed-MM vl_model.py, clip_vit_model.py, multimodal_projector.py, multimodal_dataset.py, and
 Megatron-LM transformer_config.py, both of core_r0.8.0.
 """
@@ -102,6 +102,32 @@ TEMPLATES = {"llava-plain": "plain"}  # the only template that MindSpeed-MM supp
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float32": "float32"}
 RECOMPUTE = {"full": True, "selective": False, None: False}  # selective: attention alone, which stores no scores here
 
+_SPEED = (  # how Megatron runs a layer: numbers differ by rounding alone
+    "bf16 fp16 fp32 params_dtype bias_activation_fusion bias_gelu_fusion bias_swiglu_fusion bias_dropout_fusion "
+    "apply_rope_fusion masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm attention_softmax_in_fp32 "
+    "apply_query_key_layer_scaling fp32_residual_connection gradient_accumulation_fusion recompute_granularity "
+    "recompute_method recompute_num_layers distribute_saved_activations deallocate_pipeline_outputs cpu_offloading "
+    "sequence_parallel use_flash_attn use_fused_rotary_pos_emb freeze device is_encoder_decoder init_method_std "
+    "max_position_embeddings language_max_sequence_length num_attention_heads"
+)
+_WORDS = "hub_backend autotokenizer_name cache_dir padding_side use_fast from_pretrained"
+IGNORED: fields.Table = {
+    **fields.free(" ".join(f"{part}.{name}" for part in PARTS for name in _SPEED.split())),
+    **fields.free(
+        " ".join(f"{at}.{x}" for at in ("tokenizer", "dataset_param.tokenizer_config") for x in _WORDS.split())
+    ),
+    **fields.free(f"dataset_param.use_text_processer {PIPELINE}.pad2square"),
+    **fields.free(  # of its inference and evaluation
+        "pipeline_class dtype device image_processer_path image_path prompts dataset_path evaluation_dataset "
+        "evaluation_model result_output_path"
+    ),
+}
+FOLLOWING = (  # fields that follow from the sizes
+    f"{VISION}.num_query_groups", f"{VISION}.kv_channels", f"{LLAMA}.kv_channels", f"{PROJECTOR}.input_size",
+    f"{PROJECTOR}.hidden_size", f"{PROJECTOR}.ffn_hidden_size",
+)  # fmt: skip
+OPTIONS = ("generation_config.", "dataloader_param.")  # how to sample, and how to read data: options here
+
 PLACEHOLDER = re.compile(r"<[^/]*>|\{[^/]*\}|(^|/)your_\w+_path(/|$)")
 
 
@@ -143,6 +169,11 @@ class _File:
         """Add the field to `wrong`."""
         state = f"is {self.take(name)!r}" if self.inside(name) else "is missing"
         self.wrong.append(f"{self.name}: {name} {state}{why}")
+
+    def refuse_unknown(self) -> None:
+        """Refuse each field that was neither taken nor is known to mean nothing here."""
+        left = {k: v for k, v in self.leaves.items() if k not in self.taken and not k.startswith(OPTIONS) and v != {}}
+        self.wrong += [f"{self.name}: {flaw}" for flaw in fields.flaws(left, IGNORED)]
 
     def check(self, name: str, wanted: Any, default: Any) -> None:
         """Refuse the field unless its value, or the default of a missing field, is the wanted one."""
@@ -209,6 +240,8 @@ def read(files: Sequence[Path]) -> Translation:
     facts = [(f.name, _model(f, bool(datas))) for f in models]
     model = next((own["model"] for _, own in facts if own["model"]), Llava())
     facts += [(f.name, _data(f, model.vision.image)) for f in datas]
+    for f, _ in opened:
+        f.refuse_unknown()
     if wrong := [line for f, _ in opened for line in f.wrong]:
         raise ValueError(f"{len(wrong)} fields of MindSpeed-MM cannot be moved:" + "".join(f"\n  {w}" for w in wrong))
     joined = _joined(facts)
@@ -274,6 +307,8 @@ def _llava(f: _File) -> Llava | None:
         config["eps"] = _eps(f, f"{part}.layernorm_epsilon")
     vision, llama = sizes[VISION], sizes[LLAMA]
     llama["kv_heads"] = f.size(f"{LLAMA}.num_query_groups", llama["heads"] or 1)
+    for name in FOLLOWING:
+        f.take(name)  # known even where it cannot be checked
     if None in (*vision.values(), *llama.values()):
         return None
     if vision["blocks"] == 23:  # ViT-L without its last block, which LLaVA does not run

@@ -99,6 +99,24 @@ def fate(move, files, name, path, value):
     return "ignored"
 
 
+NOWHERE = {
+    "model": ("", f"{LLAMA}.", f"{VISION}.", f"{PROJECTOR}.", "image_encoder.", "text_decoder.inner."),
+    "data": ("", "dataset_param.", f"{BASIC}.", f"{PIPELINE}.", f"{PIPELINE}.size."),
+    "inference": ("", "tokenizer."), "evaluate": ("",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, inside", [(name, x) for name, inner in NOWHERE.items() for x in inner])
+def test_a_field_from_nowhere_is_refused_by_file_field_and_value(move, name, inside):
+    values = FILES[name]()
+    if "inner" in inside:
+        values = put(values, inside.strip("."), {})
+    assert move(**{name: put(values, f"{inside}a_field_from_nowhere", None)})
+    said = refusal(move, **{name: put(values, f"{inside}a_field_from_nowhere", 7)})
+    assert said.startswith("1 fields of MindSpeed-MM cannot be moved:\n")
+    assert f"\n  {name}.json: {inside}a_field_from_nowhere=7; unknown; remove the field if" in said
+
+
 SIZES = {  # the fields that have to change together
     f"{LLAMA}.hidden_size": {f"{PROJECTOR}.hidden_size": 8192, f"{PROJECTOR}.ffn_hidden_size": 8192},
     f"{VISION}.hidden_size": {f"{PROJECTOR}.input_size": 2048, f"{VISION}.kv_channels": 128},
@@ -404,12 +422,15 @@ def test_a_training_that_there_is_not_is_refused(move, load):
 @pytest.mark.parametrize("inner", [True, False])
 def test_several_data_sets_become_sources(move, load, inner):
     rows = [{"data_path": f"{i}.jsonl", "data_folder": f"i{i}", "repeat_time": i} for i in range(3)]
-    rows.append({"data_path": "a.json", "data_folder": "b", "note": 7})
-    moved = move(data=put(data_json(), BASIC, {"data_path": rows} if inner else rows))
+    rows.append({"data_path": "a.json", "data_folder": "b", "note": None})
+    values = put(data_json(), BASIC, {"data_path": rows} if inner else rows)
+    moved = move(data=values)
     sources = [Source(Path(f"{i}.jsonl"), Path(f"i{i}"), i) for i in range(3)] + [Source(Path("a.json"), Path("b"))]
     assert load(moved).data.sources == tuple(sources)
     where = f"{BASIC}.data_path[3]" if inner else f"{BASIC}[3]"
-    assert [line for line in moved.ignored if BASIC in line] == [f"data.json: {where}.note = 7"]
+    assert [line for line in moved.ignored if BASIC in line] == [f"data.json: {where}.note = None"]
+    rows[3]["note"] = 7
+    assert f"data.json: {where}.note=7; unknown" in refusal(move, data=values)
 
 
 @pytest.mark.parametrize("times", [0.5, 2.5, -1, True, "2", None])
