@@ -14,6 +14,7 @@ from llava_fn.generate import assistant
 from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
+from llava_fn.serve.options import Web
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -276,3 +277,13 @@ def test_it_is_readable_on_a_phone_in_light_and_dark(server, files, open_page, s
     with Image.open(tmp_path / "page.png") as shot:
         corner = shot.convert("L").getpixel((2, 2))
         assert shot.size == (360, 640) and (corner > 240 if scheme == "light" else corner < 40)
+
+
+def test_the_page_asks_below_the_path_of_a_proxy(a, open_page):
+    with serving(a, web=Web(root_path="/llava"), prompt=500, tokens=400) as running:
+        page = open_page(dataclasses.replace(running, url=f"{running.url}/llava/"))
+        page.fill("#question", "Say a word.")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('.answer p')?.className === ''")
+        said = page.inner_text(".answer p")
+    assert said == alone(a, ask(Chat(), "Say a word."), Decoding(tokens=12)).strip()
