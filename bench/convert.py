@@ -70,7 +70,8 @@ def make(folder: Path, c: Llava) -> int:
     parts = {part: placing.shapes(part, c, (c.llama.width, c.vision.width)) for part in PARTS}
     leaves = {f"{part}/{k}": random_leaf(shape, rng) for part, inner in parts.items() for k, shape in inner.items()}
     words = (words / "data/tokenizer.model.v1").read_bytes()
-    source = Weights("random", OURS, leaves, {}, (), c.vision, c.llama, {}, words, "pad", "v1")
+    source = Weights("random", OURS, leaves, {}, (), c.vision, c.llama,
+                     tokenizer=words, image_mode="pad", template="v1")  # fmt: skip
     export.export(source, folder, "llava-hf")
     return max(x.nbytes for x in leaves.values())
 

@@ -32,6 +32,7 @@ class Stated:
     layer: int = -2  # the hidden state of the image tower that the projector reads, counted as in HF
     image_row: int | None = None  # first row of the vocabulary that is no text: llava-hf's <image>, <pad> and padding
     image_mode: str | None = None
+    tower: str | None = None  # name of the image tower, in LLaVA's own code
     tower_trained: bool = False  # the image tower is not the published one
     tokens: Values = dataclasses.field(default_factory=dict)  # "bos_token_id", "eos_token_id" -> one or several ids
 
@@ -118,7 +119,8 @@ def _llava_llama(own: Values) -> Stated:
     layer, inner = own["mm_vision_select_layer"], own["mm_vision_config"]
     vision = None if inner is None else _vision(inner, layer)
     trained = bool(own["unfreeze_mm_vision_tower"])
-    return Stated(vision, _llama(own), layer, None, own["image_aspect_ratio"], trained, _tokens(own))
+    tower, tokens = own["mm_vision_tower"], _tokens(own)
+    return Stated(vision, _llama(own), layer, None, own["image_aspect_ratio"], tower, trained, tokens)
 
 
 READERS = {  # kind of config -> from its used fields to what it says

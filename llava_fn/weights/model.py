@@ -14,12 +14,14 @@ from torch import Tensor
 from llava_fn import llama, projector
 from llava_fn import spec as specs
 from llava_fn.checkpoint.leaf import Leaf
-from llava_fn.config import Llava
+from llava_fn.config import Llava, Vision
 from llava_fn.llava import tower
 from llava_fn.parallel.mesh import Mesh
 from llava_fn.weights import peft, placing, vocabulary
 from llava_fn.weights.configs import Stated
 from llava_fn.weights.source import PARTS, Weights, interpret, trimmed
+
+TOWERS = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # OpenAI's, equal but for pixels per side
 
 
 def _common(sources: Sequence[Weights], field: str):
@@ -72,6 +74,7 @@ def merge(sources: Sequence[Weights]) -> Weights:
         template=_form(sources, adapted, "template"), compat=_form(sources, adapted, "compat"),
     )  # fmt: skip
     _check_widths(whole)
+    _check_towers(sources)
     return whole if whole.tokenizer is None else with_tokenizer(whole, whole.tokenizer)
 
 
@@ -145,6 +148,20 @@ def _rounded(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.finfo(dtype).max < torch.finfo(t.dtype).max and (out.isinf() & t.isfinite()).any():
         raise ValueError(f"{name} holds {t.abs().max().item():.4g}, beyond the range of {dtype}; write another dtype")
     return out
+
+
+def _check_towers(sources: Sequence[Weights]) -> None:
+    """ValueError if the image tower is the published one for other images than the one that another source names."""
+    given = next((source for source in sources if "vision" in source.parts), None)
+    for source in sources:
+        image = TOWERS.get(Path(source.tower or "").name)
+        if given is None or given is source or given.vision is None or image in (None, given.vision.image):
+            continue
+        if dataclasses.replace(given.vision, image=image) == Vision(image=image):
+            raise ValueError(
+                f"{source.where}: mm_vision_tower={source.tower!r} takes images of {image} pixels, {given.where} those "
+                f"of {given.vision.image}; give the tower that is named"
+            )
 
 
 def _check_widths(source: Weights) -> None:

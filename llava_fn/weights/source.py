@@ -45,6 +45,7 @@ class Weights:
     lora: peft.Adapters = field(default_factory=dict)
     trained: tuple[str, ...] = ()  # parts that were trained together with the adapters
     base: str | None = None  # name of the base in PEFT's config
+    tower: str | None = None  # name of the image tower in LLaVA's config
     tokenizer: bytes | None = None
     image_mode: str | None = None
     template: str | None = None
@@ -192,6 +193,7 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
         lora=adapters,
         trained=source.parts if is_peft else (),
         base=adapter.get("base_model_name_or_path") or None,
+        tower=stated.tower,
         tokenizer=vocabulary.read(folder, stated.tokens),
         image_mode=mode if whole or (is_peft and stated.image_mode) else None,  # LLaVA's adapters have it too
         template="v1" if whole else None,
@@ -254,7 +256,8 @@ def _from_checkpoint(c: Checkpoint, with_base: bool = True) -> Weights:
         spare = {**base.spare, **spare}
     return Weights(
         str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, _adapters(c, own),
-        tuple(part for part in m.parts if part != lora.PART), None, c.tokenizer, m.image_mode, m.template, m.compat,
+        tuple(part for part in m.parts if part != lora.PART), tokenizer=c.tokenizer, image_mode=m.image_mode,
+        template=m.template, compat=m.compat,
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from peft import LoraConfig
 from transformers import CLIPConfig, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig
 
 from llava_fn import config, fields
+from llava_fn.checkpoint.leaf import Leaf
 from llava_fn.weights import configs, export, hub, image_processor, model, peft_config, vocabulary
-from llava_fn.weights.source import open_source
+from llava_fn.weights.source import Weights, open_source
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,16 @@ def test_a_tower_that_was_trained_and_is_not_there_is_refused(state, tokenizer, 
         (there / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="unfreeze_mm_vision_tower=true: its image tower was trained, and is not"):
         open_source(tmp_path / "False")
+
+
+@pytest.mark.parametrize("tower", ["openai/clip-vit-large-patch14-336", "./checkpoints/clip-vit-large-patch14-336"])
+def test_another_tower_than_the_one_that_is_named_is_refused(tower):
+    named = Weights("liu", "", {}, {}, (), tower=tower)
+    towers = {n: Weights(f"clip{n}", "", {"vision/cls": Leaf.of(torch.ones(3))}, {}, (), config.Vision(image=n))
+              for n in (224, 336)}  # fmt: skip
+    assert model.merge([named, towers[336]]).vision.image == 336
+    with pytest.raises(ValueError, match=f"liu: mm_vision_tower='{tower}' takes images of 336 pixels, clip224 those"):
+        model.merge([named, towers[224]])
 
 
 # The vocabulary: tokenizer.model, and what other files say of it.
