@@ -32,6 +32,8 @@ FILL = (int(255 * _RED), int(255 * _GREEN), int(255 * _BLUE))
 MAX_CANVAS = 16_384**2
 """Largest padded or resized intermediate image, in pixels: 1.1 GB, because Pillow keeps four bytes for an RGB pixel."""
 
+ROWS = 256  # of an image that are padded at a time
+
 # A list, because Pillow's other plugins guess at formats without a signature, or run programs (EPS). JPEG includes MPO,
 # a JPEG file with more pictures behind the first.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -177,6 +179,23 @@ def pad_to_square(img: Image.Image, fill: tuple[int, int, int] = FILL, name: str
     return square
 
 
+def _padded(img: Image.Image, size: int, name: str) -> Image.Image:
+    """The image of `pad_to_square`, resized to size x size. The square, of a long image a gigabyte, is never made.
+
+    As Pillow does, rows are resized first, some of them at a time, and columns then. Rows of one colour keep it.
+    """
+    side = max(img.size)
+    _check_canvas(img, side, side, name)
+    left, top = (side - img.width) // 2, (side - img.height) // 2
+    narrow = Image.new("RGB", (size, side), FILL)
+    for y in range(0, img.height, ROWS):
+        rows = img.crop((0, y, img.width, min(y + ROWS, img.height)))
+        strip = Image.new("RGB", (side, rows.height), FILL)
+        strip.paste(rows, (left, 0))
+        narrow.paste(strip.resize((size, rows.height), Image.Resampling.BICUBIC), (0, top + y))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def resize_crop(img: Image.Image, size: int, name: str = "image") -> Image.Image:
     """Resize the shorter edge of an RGB image to `size` pixels (bicubic), then cut the central size x size out.
 
@@ -202,6 +221,5 @@ def to_pixels(img: Image.Image, size: int, mode: str, name: str = "image") -> to
     """
     if mode not in ("square", "pad"):
         raise ValueError(f"image mode {mode!r}: must be 'square' (resize and centre crop) or 'pad' (pad to a square)")
-    if mode == "pad":
-        img = pad_to_square(img, FILL, name)
-    return torch.from_numpy(np.array(resize_crop(img, size, name))).permute(2, 0, 1).contiguous()
+    img = _padded(img, size, name) if mode == "pad" else resize_crop(img, size, name)
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()

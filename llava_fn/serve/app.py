@@ -56,7 +56,7 @@ class Service:
     key: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
-    reading: set[str] = field(default_factory=set)  # names of requests whose bodies are being read
+    reading: dict[str, int] = field(default_factory=dict)  # name of a request that is being read -> bytes of it
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "ask"))  # limits images in memory
 
     @property
@@ -166,12 +166,12 @@ async def _read(s: Service, request: Request, read: Read, name: str) -> Asked:
     """What a request asks for. Refused if too many are being read: each may hold a body and images in memory."""
     if len(s.reading) >= s.limits.queue:
         raise Refused(429, f"{len(s.reading)} requests are being read already; try again later", code="busy")
-    s.reading.add(name)
+    s.reading[name] = 0
     try:
-        body = await _body(request, s.limits)
+        body = await _body(request, s.limits, partial(_take, s, name))
         asked = await asyncio.get_running_loop().run_in_executor(s.pool, read, body, s.offer, name)
     finally:
-        s.reading.discard(name)
+        del s.reading[name]
     if asked.unknown:
         logging.getLogger("llava_fn.serve").warning("%s: ignored fields: %s", name, ascii(asked.unknown))
     return asked
@@ -183,8 +183,15 @@ def _authorise(s: Service, request: Request) -> None:
         raise Refused(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The body. Refused if its type, its size or its time is wrong."""
+def _take(s: Service, name: str, size: int) -> None:
+    """Note that a request has so many bytes in memory. Refused if all requests together have too many."""
+    s.reading[name] = size
+    if sum(s.reading.values()) > s.limits.bodies:
+        raise Refused(429, "requests that are being read fill this server's memory; try again later", code="busy")
+
+
+async def _body(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
+    """The body. Refused if its type, its size or its time is wrong. take: is told each size that it has reached."""
     # pages of other sites may not send JSON's type without asking first
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body is JSON: send it with Content-Type: application/json")
@@ -199,6 +206,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 size += len(part)
                 if size > limits.body:
                     raise excess
+                take(size)
     except TimeoutError as error:
         raise Refused(408, f"the body did not come within {limits.seconds:g} seconds") from error
     except ClientDisconnect as error:
@@ -206,14 +214,15 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-def _refused(request: Request, error: Refused) -> Response:
+# Starlette gives a handler that is no coroutine a thread of its own.
+async def _refused(request: Request, error: Refused) -> Response:
     return reply.refused(error)
 
 
-def _no_route(request: Request, error: HTTPException) -> Response:
+async def _no_route(request: Request, error: HTTPException) -> Response:
     where = f"{request.method} {request.url.path}: {error.detail}"
     return reply.refused(Refused(error.status_code, f"{where}; see /v1/models and /v1/chat/completions"))
 
 
-def _failed(request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     return reply.refused(Refused(500, "the server has failed; see its log"))

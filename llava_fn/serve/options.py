@@ -42,6 +42,7 @@ class Limits:
     samples: int = 8  # answers to a request
     queue: int = 128  # requests that wait for a slot, and as many that are being read
     body: int = 20 * 2**20  # bytes of a request
+    bodies: int = 256 * 2**20  # bytes of all requests that are being read
     seconds: float = 300.0  # from a request's arrival to the end of its answer
 
     def __post_init__(self) -> None:

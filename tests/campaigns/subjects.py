@@ -107,7 +107,8 @@ def manifest(**more) -> checkpoint.Manifest:
     return replace(checkpoint.Manifest(TINY, PARTS, "pad", "vicuna_v1", None, step=7, recipe={"lr": 1.0}), **more)
 
 
-def _checkpoint(folder: Path) -> None:
+def save_checkpoint(folder: Path) -> None:
+    """Of a tiny model, with its moments, as `folder`/000007."""
     moments = (_params(1), _params(2))
     checkpoint.save(folder / "000007", manifest(), _params(), moments, words())
 
@@ -134,7 +135,7 @@ def _seal(folder: Path) -> None:
 
 
 def _exported(folder: Path, layout: str) -> Path:
-    _checkpoint(folder.parent / "ours")
+    save_checkpoint(folder.parent / "ours")
     export.export(open_source(folder.parent / "ours/000007"), folder / "w", layout)
     return folder / "w"
 
@@ -167,7 +168,7 @@ def _projector(folder: Path, legacy: bool) -> None:
 
 def _adapters(folder: Path) -> None:
     """Adapters that a run of ours trained, as PEFT's folder, and its base."""
-    _checkpoint(folder / "base")
+    save_checkpoint(folder / "base")
     own = manifest(parts=("lora",), lora=config.Lora(RANK), base=checkpoint.Base(
         str(folder / "base/000007"), checkpoint.fingerprint(folder / "base/000007")))  # fmt: skip
     params = tree.split(_params(adapted=True), lambda path: path[0] == "lora")[0]
@@ -370,7 +371,7 @@ def subjects() -> list[Subject]:
                 _part("mm_projector.bin"), NONE),
         Subject("TorchScript", _clip, ("ViT.pt",), _part("ViT.pt")),
         Subject("adapters (PEFT)", _adapters, peft, trained, f"{PLAIN}; {NONE}", _answer),
-        Subject("checkpoint", _checkpoint, one, _load, seal=_seal),
+        Subject("checkpoint", save_checkpoint, one, _load, seal=_seal),
         Subject("checkpoint of two ranks", _sharded, two, _load, seal=_seal),
         Subject("config of a run", _run, ("config.json",), _read_run, PLAIN),
     ]  # fmt: skip

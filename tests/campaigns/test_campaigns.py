@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import hostile_requests
 import pytest
 from mutations import DEEP
 from subjects import subjects
@@ -26,7 +27,7 @@ def run(warm, script, folder, *args):
 
 
 def test_no_spoiled_input_is_read_as_something_else(warm, tmp_path):
-    status, said, counts = run(warm, "inputs.py", tmp_path, "--n", 160, "--seed", 14)
+    status, said, counts = run(warm, "inputs.py", tmp_path, "--n", 160, "--seed", 7)
     assert status == 0, said
     verdicts = Counter(verdict for (_, verdict), n in counts.items() for _ in range(n))
     assert sum(counts.values()) == 160 and min(verdicts[v] for v in ("equal", "error", "changed")) > 10
@@ -49,6 +50,21 @@ def test_each_planted_fault_is_found_and_kept(warm, tmp_path):
     one = next(outcome for outcome in kept if outcome["subject"] == "raises")
     again = warm.run(["python", HERE / "planted.py", "--only", str(one["index"])], tmp_path, dict(os.environ))
     assert again.returncode == 1 and f"{one['mutation']} of a.json\nviolation: reading: KeyError" in again.stdout
+
+
+@pytest.mark.slow
+def test_the_server_stands_a_storm(capsys):
+    found = hostile_requests.campaign(hostile_requests.parse(["--n", "40", "--seed", "1"]))
+    assert {o.verdict for o in found} == {"answered", "refused", "closed"}, capsys.readouterr().out
+
+
+def test_the_faults_of_a_planted_server_are_found(monkeypatch):
+    monkeypatch.setattr(hostile_requests, "SETTLED", 1.0)
+    args = hostile_requests.parse(["--n", "48", "--seed", "1"])
+    *found, server = hostile_requests.campaign(args, lambda folder: [HERE / "planted_server.py"])
+    wrong = {o.kind: o.detail for o in found if o.verdict == "violation"}
+    assert "not '[" in wrong["good"] and "500" in wrong["deep nesting"]
+    assert server.verdict == "violation" and "/dev/null" in server.detail and "answers" in server.detail
 
 
 # What was wrong: subject, the file that is spoiled, its new content, what the error says.

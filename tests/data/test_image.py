@@ -1,6 +1,7 @@
 """Pixels equal CLIP's and LLaVA's image processors bit for bit; every file that cannot give them is refused by name."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -379,3 +380,23 @@ def test_pillows_globals_stay_as_they_were():
     open_image(encode(noise(4, 4), "PNG"))
     refused(png(10_000, 100_000), "limit")
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (700, 513), (300, 700), (24, 24), (25, 24), (600, 256)])
+def test_padding_by_strips_is_padding_the_whole(size):
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    img = Image.fromarray(noise)
+    for side in (24, 336):
+        want = np.array(resize_crop(pad_to_square(img), side))
+        assert np.array_equal(to_pixels(img, side, "pad").permute(1, 2, 0).numpy(), want)
+
+
+def test_a_long_image_takes_no_more_memory_than_its_pixels():
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    img = Image.new("RGB", (16_000, 2))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    to_pixels(img, 336, "pad")
+    assert peak() - before < 100_000  # KiB; its square has a million

@@ -348,6 +348,25 @@ def test_only_so_many_requests_are_read_at_a_time(a):
         assert create(server).choices
 
 
+def test_requests_that_are_read_together_hold_so_many_bytes(a):
+    with serving(a, bodies=1100) as server:
+        with raw(server) as one:
+            one.sendall(request(user="x" * 900)[:-5])
+            assert until(lambda: sum(server.service.reading.values()) > 900)
+            with pytest.raises(openai.RateLimitError, match="fill this server's memory"):
+                create(server)
+        assert until(lambda: not server.service.reading)
+        assert create(server).choices
+
+
+def test_errors_start_no_threads(server):
+    post(server, {}, "/v1/embeddings")
+    before = threading.active_count()
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: post(server, {}, "/v1/embeddings")[0], range(40))) == {404}
+    assert threading.active_count() <= before
+
+
 def until(condition):
     for _ in range(500):
         if condition():
