@@ -8,5 +8,9 @@ class BadRecord(ValueError):
     """
 
 
+class TooLong(BadRecord):
+    """One record has more tokens than a sample may have."""
+
+
 class NonFinite(ArithmeticError):
     """The loss or a gradient is NaN or infinite. The message names the step, the records and the first such leaf."""

@@ -79,8 +79,19 @@ def recipe(c: Pretrain, dp: int) -> dict:
     return values
 
 
+def follow(c: Pretrain) -> Pretrain:
+    """The config whose paths in the usual folder of the data set that comes with the package are in `unpack`."""
+    moved = lambda p: c.unpack / p.relative_to(EMOJI_DATA) if c.unpack and p.is_relative_to(EMOJI_DATA) else p  # noqa: E731
+    there = lambda s: replace(s, records=moved(s.records), images=moved(s.images))  # noqa: E731
+    return replace(
+        c, data=replace(c.data, sources=tuple(map(there, c.data.sources))),
+        heldout=c.heldout and there(c.heldout), tokenizer=c.tokenizer and moved(c.tokenizer),
+    )  # fmt: skip
+
+
 def main(c: Pretrain) -> TrainState:
     """Train to the end, from wherever the run folder stands, and return the last state."""
+    c = follow(c)
     # imports stand where they are used: torch takes seconds, and --help does without
     from llava_fn.launch.device import pick_device
     from llava_fn.launch.processes import processes

@@ -31,7 +31,7 @@ from llava_fn.data.options import Data, Source
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.data.workers import mapped
-from llava_fn.errors import BadRecord
+from llava_fn.errors import BadRecord, TooLong
 
 Bad = tuple[str, str]  # name and reason of a record that cannot be used
 LENGTHS = 1024  # records that a worker process measures at a time
@@ -228,9 +228,9 @@ def encode(record: Record, preparation: Preparation) -> text.Encoded:
             supervised += [target] * times
         limit = preparation.max_tokens
         if len(ids) > limit:
-            raise BadRecord(f"{len(ids)} tokens, more than max_tokens={limit}; shorten it or raise the limit")
+            raise TooLong(f"{len(ids)} tokens, more than max_tokens={limit}; shorten it or raise the limit")
     except BadRecord as error:
-        raise BadRecord(f"{record.name}: {error}") from error
+        raise type(error)(f"{record.name}: {error}") from error
     return text.Encoded(ids, supervised)
 
 

@@ -66,7 +66,7 @@ def _table(used: Iterable[str], **more: Field) -> Table:
 
 
 USED = ("image", "images", "system", "conversations")
-RECORD = _table(USED)
+RECORD = _table(("id", *USED))
 _IMAGE = Field(_unset, "images are named by the record's 'image', in the order of their <image>")
 ANSWER = _table(("from", "value"), image=_IMAGE, images=_IMAGE)
 QUESTION = {**ANSWER, **dict.fromkeys(WEIGHTS, _weighs(0))}
@@ -86,10 +86,10 @@ def unread(record: Any) -> list[str]:
     """The keys that are set and change nothing: "model", "conversations: markdown"."""
     if not isinstance(record, Mapping):
         return []
-    out = [key for key in record.keys() - _PLAIN_RECORD if is_set(record[key])]
+    out = [key for key in record.keys() - RECORD.keys() if is_set(record[key])]
     for turn in _turns(record):
         if len(turn) > 2:
-            out += [f"conversations: {key}" for key in turn.keys() - _PLAIN_TURN if is_set(turn[key])]
+            out += [f"conversations: {key}" for key in turn.keys() - ANSWER.keys() if is_set(turn[key])]
     return list(dict.fromkeys(out))
 
 

@@ -10,29 +10,22 @@ Whatever stands in a cell stays text: the template escapes it, and the script ma
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
-from importlib import resources
 
-import jinja2
-import numpy as np
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
 
 from llava_fn.evaluate import score, tally
 from llava_fn.evaluate.compare import Comparison
 from llava_fn.evaluate.records import Question
 from llava_fn.evaluate.tally import Scored, Summary, Tally
 from llava_fn.evaluate.tsv import Table
+from llava_fn.runs import page
 
 PICTURES = 120
-SIDE = 800  # pixels of a picture's longer side at most: the print of a page can be read
 EACH = 3  # pictures of one question
 TEXT = 500  # characters of a text
-BINS = 24
 LONG = 16  # bars above which a table takes the whole width
 GROUPS = ("category", "l2-category")  # columns: few bars first
 VERDICTS = ("right", "wrong", "unparsed", "failed", "missing")
@@ -53,10 +46,8 @@ def comparison(c: Comparison, table: Table) -> str:
 
 
 def _render(s: Summary, data: dict[str, Sized], c: Comparison | None, shown: Sequence[Question]) -> str:
-    source = resources.files("llava_fn.evaluate").joinpath("page.html").read_text(encoding="utf-8")
-    undefined = jinja2.StrictUndefined
-    env = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
-    return env.from_string(source).render(
+    return page.render(
+        "evaluate/page.html",
         s=s, c=c, data=_script(data | {"columns": [name for name, _ in _sections(s)]}), verdicts=_verdicts(s),
         changes=Counter(p.change for p in c.pairs) if c else {}, agreement=_agreement(c) if c else {},
         sections=_sections(s), histograms=_histograms(s), confusion=_confusion(s),
@@ -107,21 +98,7 @@ def _answer(row: Scored) -> dict:
 def _pictures(table: Table, questions: Sequence[Question]) -> dict[str, list[str]]:
     """JPEGs of the first PICTURES different sets of pictures, as data URLs. "" where one cannot be opened."""
     first = list({q.images: q for q in reversed(questions)}.values())[::-1][:PICTURES]
-    return {q.images: [_small(content) for content in table.images(q)[:EACH]] for q in first}
-
-
-def _small(content: bytes) -> str:
-    out = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG need not be decoded in full
-            image.thumbnail((SIDE, SIDE))
-            paper = Image.new("RGBA", image.size, "white")
-            paper.alpha_composite(image.convert("RGBA"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError):
-        return ""  # the page says so in its place
-    paper.convert("RGB").save(out, "JPEG", quality=60, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return {q.images: [page.small(content) for content in table.images(q)[:EACH]] for q in first}
 
 
 def _verdicts(s: Summary) -> list[tuple[str, int]]:
@@ -141,27 +118,8 @@ def _histograms(s: Summary) -> list[dict]:
     answers = [row.prediction for row in s.rows if row.prediction and row.status == "ok"]
     if not answers:
         return []
-    tokens = _histogram("Length of answers", "tokens", [p.tokens for p in answers])
-    return [tokens, _histogram("Time of answers", "seconds", [p.seconds for p in answers])]
-
-
-def _histogram(title: str, unit: str, values: Sequence[float]) -> dict:
-    """Bars of equal width up to the 99th percentile; the last holds all that is longer, too."""
-    x = np.array(values, dtype=float)
-    whole = unit == "tokens"
-    top = float(np.quantile(x, 0.99))
-    width = max(1.0, np.ceil((top + 1) / BINS)) if whole else max(top / BINS, 1e-9)
-    bins = int(min(BINS, top // width + 1))
-    counts = np.bincount(np.minimum(x // width, bins - 1).astype(int), minlength=bins)
-    ends = [(j * width, (j + 1) * width - (1 if whole else 0)) for j in range(bins)]
-    names = [f"{a:.3g} to {b:.3g}" if a != b else f"{a:.3g}" for a, b in ends]
-    names[-1] = f"{ends[-1][0]:.3g} or more"
-    median, high = (float(np.quantile(x, q)) for q in (0.5, 0.9))
-    return {
-        "title": title, "unit": unit, "median": f"{median:.3g}", "high": f"{high:.3g}", "longest": f"{x.max():.3g}",
-        "bars": list(zip(names, counts.tolist(), (100 * counts / counts.max()).round(2).tolist(), strict=True)),
-        "ticks": ["0", f"{bins * width / 2:.3g}", f"{bins * width:.3g}"],
-    }  # fmt: skip
+    tokens = page.histogram("Length of answers", "tokens", [p.tokens for p in answers])
+    return [tokens, page.histogram("Time of answers", "seconds", [p.seconds for p in answers])]
 
 
 def _confusion(s: Summary) -> dict | None:

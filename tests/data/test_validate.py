@@ -28,10 +28,12 @@ def test_bad_records_of_other_files_are_named_and_end_with_status_1(validate, em
     rows = json.loads((emojis / "train.json").read_text())
     rows[3]["image"] = "gone.png"
     (tmp_path / "records.json").write_text(json.dumps(rows))
-    arguments = ("--source.records", "records.json", "--source.images", emojis)
+    arguments = ("--source.records", "records.json", "--source.images", emojis, "--json", "a.json", "--html", "a.html")
     done = validate(tmp_path, "--unpack", "None", *arguments, "--tokenizer", emojis / "tokenizer.model")
     assert done.returncode == 1 and f"records.json: {len(rows) - 1} of {len(rows)} records are fine" in done.stdout
     assert "1 bad records" in done.stderr and "gone.png: cannot be read" in done.stderr
+    assert len(json.loads((tmp_path / "a.json").read_text())["bad"]) == 1
+    assert "gone.png" in (tmp_path / "a.html").read_text()
     done = validate(tmp_path, "--unpack", "None", *arguments)
     assert done.returncode == 2 and "give --source.records" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -1,11 +1,13 @@
 """The report of an evaluation: what it says, and how it behaves in a real browser (Chromium, headless)."""
 
+import base64
 import io
 import json
 import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tables
 import tsvs
@@ -15,6 +17,7 @@ from tables import Table, said, table
 from llava_fn.evaluate import compare as comparing
 from llava_fn.evaluate import page, results, score
 from llava_fn.evaluate.intervals import bootstrap, of_difference
+from llava_fn.runs import page as pages
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
@@ -84,7 +87,7 @@ def test_pictures_are_small_shared_and_no_more_than_the_cap(choices, monkeypatch
 
 
 def jpeg(url):
-    return Image.open(io.BytesIO(page.base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
 
 
 def encoded(image, kind="PNG"):
@@ -97,14 +100,14 @@ def encoded(image, kind="PNG"):
 def test_a_picture_of_any_mode_becomes_a_small_jpeg_on_white(mode):
     clear = Image.new("RGBA", (1000, 500), (0, 0, 0, 0))
     image = clear.convert(mode) if mode in ("RGBA", "LA") else Image.new(mode, (1000, 500))
-    small = jpeg(page._small(encoded(image, "JPEG" if mode == "CMYK" else "PNG")))
+    small = jpeg(pages.small(encoded(image, "JPEG" if mode == "CMYK" else "PNG")))
     assert small.size == (800, 400) and small.format == "JPEG"
     assert (small.convert("RGB").getpixel((9, 9)) == (255, 255, 255)) == (mode in ("RGBA", "LA", "CMYK"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", encoded(Image.new("RGB", (90, 90)))[:60]])
 def test_a_picture_that_cannot_be_opened_is_named_in_its_place(content):
-    assert page._small(content) == ""
+    assert pages.small(content) == ""
 
 
 def test_a_question_with_many_pictures_shows_the_first():
@@ -124,13 +127,13 @@ def test_long_texts_are_cut_with_a_mark():
 
 
 def test_a_histogram_counts_every_answer_and_its_last_bar_the_longest():
-    h = page._histogram("t", "tokens", [1] * 500 + [2] * 499 + [1000])
+    h = pages.histogram("t", "tokens", [1] * 500 + [2] * 499 + [1000])
     assert [(name, n) for name, n, _ in h["bars"] if n] == [("1", 500), ("2 or more", 500)]
     assert [height for _, n, height in h["bars"]] == [0, 100, 100] and (h["median"], h["longest"]) == ("1.5", "1e+03")
-    h = page._histogram("t", "seconds", [j / 100 for j in range(1000)])
-    assert len(h["bars"]) == page.BINS and sum(n for _, n, _ in h["bars"]) == 1000
-    assert page._histogram("t", "seconds", [0.0, 0.0])["bars"][0][1] == 2
-    assert sum(n for _, n, _ in page._histogram("t", "tokens", list(range(0, 5000, 7)))["bars"]) == 715
+    h = pages.histogram("t", "seconds", [j / 100 for j in range(1000)])
+    assert len(h["bars"]) == pages.BINS and sum(n for _, n, _ in h["bars"]) == 1000
+    assert pages.histogram("t", "seconds", [0.0, 0.0])["bars"][0][1] == 2
+    assert sum(n for _, n, _ in pages.histogram("t", "tokens", list(range(0, 5000, 7)))["bars"]) == 715
 
 
 def test_the_confusion_counts_each_right_letter_against_the_letter_found(choices):
@@ -162,8 +165,8 @@ def test_a_comparison_is_paired_by_question_and_of_the_headlines_rows():
     a, b = ["A"] * 60, ["B" if j % 4 == 0 else "A" for j in range(60)]
     c = comparing.compare(summary(t, a), summary(t, b, model="two"))
     assert c.whole.name == "validation" and c.whole.difference == 0.25 and [x.mean for x in c.tallies] == [1, 0.75]
-    gains = page.np.array([float(j % 4 == 0) for j in range(20, 60)])
-    assert c.whole.interval == bootstrap(gains, page.np.arange(40))
+    gains = np.array([float(j % 4 == 0) for j in range(20, 60)])
+    assert c.whole.interval == bootstrap(gains, np.arange(40))
     assert str(c) == (
         f"FILE (validation): one less two is +25.00 points (95 % interval {100 * c.whole.interval.low:+.2f} to "
         f"{100 * c.whole.interval.high:+.2f}); 15 questions better, 0 worse, of 60"
@@ -173,9 +176,9 @@ def test_a_comparison_is_paired_by_question_and_of_the_headlines_rows():
     assert splits == [("dev", 20, 1, 0.75), ("validation", 40, 1, 0.75)]
     assert [g.n for g in c.groups["category"]] == [14, 13, 13] and len(c.groups["l2-category"]) == 20
     rows = [j for j in range(20, 60) if j % 3 == 0]
-    worth = [page.np.array([row.score.score for row in s.rows])[rows] for s in (c.one, c.other)]
+    worth = [np.array([row.score.score for row in s.rows])[rows] for s in (c.one, c.other)]
     rocks = next(g for g in c.groups["category"] if g.name == "rocks")
-    assert rocks.interval == of_difference(*worth, page.np.array(rows))
+    assert rocks.interval == of_difference(*worth, np.array(rows))
     html = page.comparison(c, t)
     assert f"{100 * rocks.interval.low:+.1f} to {100 * rocks.interval.high:+.1f}</td>" in html
     assert html.count("(validation)</span></h2>") == 2 and html.count('class="gain"') == 2 + 3 + 5

@@ -378,3 +378,15 @@ def test_a_config_file_that_is_no_config_is_refused_by_name(launcher, tmp_path, 
     (tmp_path / "my.json").write_bytes(content.encode("latin-1"))
     status, log = launcher.run(tmp_path, "--config", "my.json")
     assert status == 1 and log.startswith("my.json: ") and "Traceback" not in log, log
+
+
+def test_the_paths_of_the_data_set_follow_unpack_alone(pretrain, tmp_path):
+    c = pretrain.follow(replace(pretrain.EMOJI, unpack=tmp_path, tokenizer=Path("mine.model")))
+    (source,) = c.data.sources
+    assert (source.records, source.images, c.heldout.records) == (
+        tmp_path / "train.json", tmp_path, tmp_path / "heldout.json",
+    )  # fmt: skip
+    assert c.tokenizer == Path("mine.model")
+    assert pretrain.follow(pretrain.EMOJI) == pretrain.EMOJI
+    other = replace(pretrain.EMOJI, unpack=None, heldout=None, tokenizer=None)
+    assert pretrain.follow(other) == other
