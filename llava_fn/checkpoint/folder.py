@@ -247,6 +247,12 @@ def newest(path: Path) -> Path:
     return at(path / "checkpoints", found[-1])
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, perhaps a damaged one; other people's folders may have a SHA256SUMS too."""
+    listed = path / SUMS
+    return listed.is_file() and ((path / "manifest.json").exists() or b"  manifest.json" in listed.read_bytes())
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, unverified. ValueError names a field that this version does not have."""
     values = fields.load(folder / "manifest.json")

@@ -64,7 +64,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    if (path / checkpoint.SUMS).is_file():
+    if checkpoint.is_checkpoint(path):
         return checkpoint.fingerprint(path)
     files = {archive.path for archive in open_source(path).archives}
     folders = {file.parent for file in files} if path.is_dir() else set()

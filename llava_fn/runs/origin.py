@@ -121,8 +121,8 @@ def open_origin(model: Llava | None, words: Path | None, base: Path | None) -> O
             raise ValueError("give a base, which brings model and tokenizer, or a model and a tokenizer")
         return Origin(model, words, None)
     base = checkpoint.newest(base)
-    if not (base / checkpoint.SUMS).is_file():
-        raise ValueError(f"{base} is not a checkpoint: it has no {checkpoint.SUMS}; recipes/convert.py makes one")
+    if not checkpoint.is_checkpoint(base):
+        raise ValueError(f"{base} is not a checkpoint of llava_fn; recipes/convert.py makes one")
     opened = checkpoint.open_checkpoint(base)
     if model and (other := differences(plain(opened.manifest.model), plain(model))):
         lines = "\n  ".join(other)
@@ -139,7 +139,7 @@ def adopt(paths: Sequence[Path], folder: Path) -> Origin:
     if not paths:
         raise ValueError("give a base: a run's folder, a checkpoint, or weights of any layout")
     path = checkpoint.newest(paths[0])
-    if len(paths) > 1 or not (path / checkpoint.SUMS).is_file():
+    if len(paths) > 1 or not checkpoint.is_checkpoint(path):
         names = " ".join(str(path.resolve()) for path in paths)
         path = folder.with_name(f"{folder.name}-{zlib.crc32(names.encode()):08x}")
         if not path.exists():

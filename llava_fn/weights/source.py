@@ -134,17 +134,11 @@ def open_source(path: Path, c: Llava | None = None) -> Weights:
         return interpret(str(path), _model(archive), Stated(), c, [archive])
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    if _is_ours(path):
+    if checkpoint.is_checkpoint(path):
         return _from_checkpoint(checkpoint.open_checkpoint(path, verified=True))
     if (rank := _megatron(path)) is not None:
         return open_source(rank, c)
     return _hugging_face(path, c)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint of ours; others may have a SHA256SUMS too."""
-    listed = path / checkpoint.SUMS
-    return listed.is_file() and b"  manifest.json" in listed.read_bytes()
 
 
 def _model(archive: Archive) -> Tensors:
@@ -203,7 +197,7 @@ def _hugging_face(folder: Path, c: Llava | None) -> Weights:
 def has_base(path: Path) -> bool:
     """Whether it is a run, or a checkpoint of one, that goes on from a base."""
     path = checkpoint.newest(path)
-    return _is_ours(path) and checkpoint.read_manifest(path).base is not None
+    return checkpoint.is_checkpoint(path) and checkpoint.read_manifest(path).base is not None
 
 
 def open_trained(path: Path, base: Path) -> Weights:
@@ -214,7 +208,7 @@ def open_trained(path: Path, base: Path) -> Weights:
     path, base = checkpoint.newest(path), checkpoint.newest(base)
     c = checkpoint.open_checkpoint(path, verified=True)
     own = c.manifest.base
-    if own and _is_ours(base) and checkpoint.fingerprint(base) != own.fingerprint:
+    if own and checkpoint.is_checkpoint(base) and checkpoint.fingerprint(base) != own.fingerprint:
         raise ValueError(f"{path} was trained on {own.path}, and {base} is another base")
     return _from_checkpoint(c, with_base=False)
 
@@ -235,7 +229,7 @@ def open_adapter(path: Path, base: Path) -> Weights:
 
     ValueError if there are no adapters, or as of `open_trained`.
     """
-    source = open_trained(path, base) if _is_ours(checkpoint.newest(path)) else open_source(path)
+    source = open_trained(path, base) if checkpoint.is_checkpoint(checkpoint.newest(path)) else open_source(path)
     if not source.lora:
         raise ValueError(f"{path} holds no adapters; name a PEFT folder, or a run that trained some")
     return source

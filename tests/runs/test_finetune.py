@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +247,8 @@ def test_weights_of_a_public_layout_are_converted_once(warm, small, tiny, tokeni
     hf = model.load(assistant.open_weights([based / "base"]))
     argv = [ROOT / "recipes/convert.py", based / "base", tmp_path / "hf", "--to", "llava-hf"]
     assert warm.wait(warm.start(argv, tmp_path, dict(os.environ), tmp_path / "log")) == 0
+    sums = subprocess.run("sha256sum *.safetensors > SHA256SUMS", shell=True, cwd=tmp_path / "hf")  # as some publish it
+    assert sums.returncode == 0
     args = ("--config", write(tmp_path, small), "--base", "hf")
     status, log = run(warm, tmp_path, *args, "--data.epochs", "1")
     assert status == 0 and "hf: converted once, to run/base-" in log, log

@@ -340,7 +340,12 @@ WRONG = [
     ({"tokenizer": "my.json"}, [], {}, "error: my.json: not a sentencepiece model"),
     ({"tokenizer": "none.model"}, [], {}, "error: .*none.model"),
     ({"tokenizer": None}, [], {}, "error: give a base, which brings model and tokenizer, or a model and a tokenizer"),
-    ({"base": "none", "model": None, "tokenizer": None}, [], {}, "error: none is not a checkpoint: it has no SHA256"),
+    (
+        {"base": "none", "model": None, "tokenizer": None},
+        [],
+        {},
+        "error: none is not a checkpoint of llava_fn; recipes/convert",
+    ),
     ({"train": "projector"}, [], {}, "error: vision, llama is not trained, and no base brings it"),
     ({"data.sources.0.records": "none.json"}, [], {}, "error: none.json: no such file"),
     ({"data.sources": []}, [], {}, "error: the data set is empty"),
