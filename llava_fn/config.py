@@ -21,6 +21,14 @@ def _divides(name: str, whole: int, parts_name: str, parts: int) -> None:
         raise ValueError(f"{name}={whole} is not a multiple of {parts_name}={parts}; choose sizes that divide")
 
 
+MOST_BLOCKS = 1000  # more than any model has
+
+
+def _check_blocks(name: str, blocks: int) -> None:
+    if not 1 <= blocks <= MOST_BLOCKS:
+        raise ValueError(f"{name}={blocks}: must be from 1 to {MOST_BLOCKS}")
+
+
 def _check_number(name: str, value: object, above: float) -> None:
     """ValueError unless a value is a finite number above a bound: what comes out of another one is NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
@@ -54,6 +62,7 @@ class Vision:
         if self.act not in ("quick_gelu", "gelu"):
             raise ValueError(f"vision.act={self.act!r} is not one of quick_gelu, gelu")
         _check_number("vision.eps", self.eps, 0)
+        _check_blocks("vision.blocks", self.blocks)
         if not -self.blocks - 1 <= self.feature_layer <= self.blocks:
             raise ValueError(f"vision.feature_layer={self.feature_layer} names no hidden state of {self.blocks} blocks")
 
@@ -88,6 +97,7 @@ class Llama:
         if self.head % 2:
             raise ValueError(f"llama.width / llama.heads = {self.head} is odd; rotary embedding turns pairs")
         _check_number("llama.eps", self.eps, 0)
+        _check_blocks("llama.blocks", self.blocks)
         _check_number("llama.theta", self.theta, 1)
         if not isinstance(self.tied, bool):
             raise ValueError(f"llama.tied={self.tied!r}: must be true or false")

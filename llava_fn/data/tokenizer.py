@@ -143,6 +143,12 @@ class SentencePiece:
 
 
 def _check_model(processor: sentencepiece.SentencePieceProcessor) -> None:
+    try:
+        processor.id_to_piece(list(range(processor.vocab_size())))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the sentencepiece model has a piece that is no UTF-8 ({error}); get the file again"
+        ) from error
     if processor.bos_id() < 0 or processor.eos_id() < 0:
         raise ValueError("the sentencepiece model has no BOS or no EOS token, which every template needs")
     if processor.unk_id() in processor.encode("\U0010ffff"):

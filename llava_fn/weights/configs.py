@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from llava_fn import fields
-from llava_fn.config import Llama, Llava, Vision
+from llava_fn.config import MOST_BLOCKS, Llama, Llava, Vision
 from llava_fn.weights import hub
 from llava_fn.weights.tables import Rule, Slot, megatron_llama
 
 Values = Mapping[str, Any]  # of a config.json
-ANY = Llava(Vision(blocks=1000), Llama(blocks=1000))  # more blocks than any model, for the rules of all
+ANY = Llava(Vision(blocks=MOST_BLOCKS), Llama(blocks=MOST_BLOCKS))  # for the rules of all models
 TABLES = {  # kind of config -> its table
     "clip": hub.CLIP, "clip_vision_model": hub.VISION, "llava": hub.LLAVA, "llava_llama": hub.LLAVA_LLAMA,
 }  # fmt: skip

@@ -74,8 +74,12 @@ def shapes(part: str, c: Llava, widths: tuple[int, ...]) -> Shapes:
 
 
 def their_shape(rule: Rule, ours: Shapes) -> tuple[int, ...]:
-    """The shape of a rule's tensor, from those of our leaves."""
-    return tuple(rule.reshape.join(*[torch.empty(ours[path], device="meta") for path in rule.ours]).shape)
+    """The shape of a rule's tensor, from those of our leaves. ValueError if no tensor can be so large."""
+    try:
+        return tuple(rule.reshape.join(*[torch.empty(ours[path], device="meta") for path in rule.ours]).shape)
+    except (RuntimeError, TypeError) as error:
+        sizes = ", ".join(str(ours[path]) for path in rule.ours)
+        raise ValueError(f"the config wants a {rule.theirs} of {sizes}, and no tensor is so large") from error
 
 
 def _group(path: str) -> str:

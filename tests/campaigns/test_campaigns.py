@@ -85,6 +85,13 @@ FOUND = {
                     + b"\tq\ta\t9.png\n", "x\\.\\.\\.'\\): .*9.png cannot be read"),
     "no tokenizer": ("tokenizer.model", "w/tokenizer.model", b"no", "tokenizer.model: not a sentencepiece"),
     "legacy, cut": ("torch.save, legacy", "mm_projector.bin", slice(0, 141), "truncated or damaged"),
+    "blocks": ("configs of a model", "w/config.json", (b'"num_hidden_layers": 2', b'"num_hidden_layers": 2000000000'),
+               "config.json: .*blocks=2000000000: must be from 1 to 1000"),
+    "blocks, ours": ("checkpoint of two ranks", "000007/manifest.json", (b'"blocks": 2', b'"blocks": 2000000000'),
+                     "manifest.json: .*blocks=2000000000: must be from 1 to 1000"),
+    "vast": ("config.json of LLaVA's code", "w/config.json", (b'"vocab_size": 512', b'"vocab_size": ' + b"9" * 30),
+             "the config wants a .* and no tensor is so large"),
+    "pieces": ("tokenizer.model", "w/tokenizer.model", (b"<unk>", b"\xff\xff\xff\xff>"), "a piece that is no UTF-8"),
     "boxes": ("checkpoint of two ranks", "000007/boxes.json", (b'"crc32": [', b'"crc32": [0.5, '), "no list of whole"),
 }  # fmt: skip
 
