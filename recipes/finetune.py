@@ -107,6 +107,7 @@ def recipe(c: Finetune, dp: int) -> dict:
     free = ("run_dir", "saving", "device", "unpack", "base", "parallel", "recompute")
     values = plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
     values["heldout"] = values["heldout"]["share"]
+    del values["data"]["image_reading"]  # the manifest has it, and older runs lack it
     values["data"]["accumulate"] *= dp if c.loss == "rank_mean" else 0  # a token mean does not depend on the grouping
     return values
 
@@ -159,6 +160,7 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     manifest = Manifest(
         origin.model, c.parts, c.data.image_mode, c.data.template, c.data.compat, base=origin.record,
         recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources), lora=c.lora,
+        image_reading=c.data.image_reading,
     )  # fmt: skip
     run = Run(c.run_dir, c.saving, manifest, tokenizer.model, zero, world, watch)
     checkpoint = world.in_turn(partial(find_checkpoint, c.run_dir, c.saving.resume))

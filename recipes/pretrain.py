@@ -75,6 +75,7 @@ def recipe(c: Pretrain, dp: int) -> dict:
     """The part of the config that the numbers of a run depend on, by more than rounding. dp: size of the data axis."""
     free = ("run_dir", "saving", "device", "unpack", "heldout", "base", "model", "tokenizer", "parallel", "recompute")
     values = plain(replace(c, data=replace(c.data, sources=(), workers=0))) | dict.fromkeys(free)
+    del values["data"]["image_reading"]  # the manifest has it, and older runs lack it
     values["data"]["accumulate"] *= dp if c.loss == "rank_mean" else 0  # a token mean does not depend on the grouping
     return values
 
@@ -135,6 +136,7 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     manifest = Manifest(
         origin.model, parts, c.data.image_mode, c.data.template, c.data.compat,
         base=origin.record, recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources),
+        image_reading=c.data.image_reading,
     )  # fmt: skip
     run = Run(c.run_dir, c.saving, manifest, tokenizer.model, zero, world, watch)
     checkpoint = world.in_turn(lambda: find_checkpoint(c.run_dir, c.saving.resume))

@@ -65,6 +65,7 @@ class Manifest:
     recipe: dict | None = None  # the fields of the run's config that its numbers depend on
     data: list | None = None  # fingerprints of the records' files
     lora: Lora | None = None  # of the part `lora`
+    image_reading: str = "original"  # see data/options.py
     format: int = 1
 
 

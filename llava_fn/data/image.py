@@ -19,10 +19,10 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_fn.config import Vision
-from llava_fn.data.options import MAX_PIXELS
+from llava_fn.data.options import MAX_PIXELS, READINGS
 from llava_fn.errors import BadRecord
 
 _RED, _GREEN, _BLUE = Vision.mean
@@ -45,14 +45,16 @@ _URL_SAFE = str.maketrans("-_", "+/")
 BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS, reading: str = "original"
+) -> Image.Image:
     """Decode one image to RGB, like `Image.open(source).convert("RGB")` in LLaVA train.py, or say why not.
 
     source: path, or the content of a file. name: how errors call it, by default the path. max_pixels: limit on
     width * height, checked on the header before decoding, at most MAX_PIXELS. The content, not the suffix, decides the
-    format (OCR-VQA holds GIFs named .jpg). As in LLaVA alpha is dropped, the hidden colour stays, and the EXIF
-    orientation of a JPEG is ignored. 16-bit colour is cut to its high byte by Pillow. Of an MPO (a camera's JPEG with
-    a preview or a depth map behind it) the first picture is the image.
+    format (OCR-VQA holds GIFs named .jpg). reading: what becomes of transparency and of EXIF's orientation; as in LLaVA
+    alpha is dropped, the hidden colour stays, and the orientation is ignored. 16-bit colour is cut to its high byte by
+    Pillow. Of an MPO (a camera's JPEG with a preview or a depth map behind it) the first picture is the image.
 
     Raises BadRecord for a missing, empty, truncated or broken file, another format (SVG, HEIC, AVIF, HTML), more than
     one frame or page, too many pixels, or pixels whose conversion to 8-bit RGB is undefined (float, 32-bit, LAB).
@@ -64,16 +66,19 @@ def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: 
     """
     if not 1 <= max_pixels <= MAX_PIXELS:
         raise ValueError(f"max_pixels={max_pixels}: must be from 1 to {MAX_PIXELS}, above which Pillow itself objects")
+    _check_reading(reading)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so truncated images would pass, filled with "
             "gray; find the library that sets it, and set it to False"
         )
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
-    return _decode(_read(source, name), name, max_pixels)
+    return _decode(_read(source, name), name, max_pixels, reading)
 
 
-def from_base64(text: str, name: str = "base64 image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def from_base64(
+    text: str, name: str = "base64 image", max_pixels: int = MAX_PIXELS, reading: str = "original"
+) -> Image.Image:
     """The RGB image in base64 or in a data URL of base64, as `open_image` of its bytes. Raises BadRecord.
 
     Lines may be broken, the alphabet may be that of URLs, and padding may be left out; a data URL may be escaped.
@@ -87,13 +92,21 @@ def from_base64(text: str, name: str = "base64 image", max_pixels: int = MAX_PIX
         content = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except ValueError as error:
         raise BadRecord(f"{name}: no base64 ({error}); encode the bytes of an image file") from error
-    return open_image(content, name, max_pixels)
+    return open_image(content, name, max_pixels, reading)
 
 
-def to_rgb(img: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def to_rgb(
+    img: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS, reading: str = "original"
+) -> Image.Image:
     """An image that is open in Pillow, of any mode, as RGB. Raises BadRecord as `open_image` does."""
+    _check_reading(reading)
     _check_header(img, name, max_pixels)
-    return _to_rgb(img, name)
+    return _to_rgb(img, name, reading)
+
+
+def _check_reading(reading: str) -> None:
+    if reading not in READINGS:
+        raise ValueError(f"image reading {reading!r}: must be one of {', '.join(READINGS)}")
 
 
 def _read(source: str | Path | bytes, name: str) -> bytes:
@@ -113,13 +126,13 @@ def _read(source: str | Path | bytes, name: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, name: str, max_pixels: int, reading: str) -> Image.Image:
     """Header checks, pixels, RGB. Pillow raises nearly every kind of exception on broken bytes; all mean BadRecord."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as img:
             _check_header(img, name, max_pixels)
             img.load()
-            return _to_rgb(img, name)
+            return _to_rgb(img, name, reading)
     except (BadRecord, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -144,15 +157,25 @@ def _check_header(img: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(img: Image.Image, name: str) -> Image.Image:
+def _to_rgb(img: Image.Image, name: str, reading: str) -> Image.Image:
+    if reading == "original":
+        return _opaque(img, name, img.format)
+    turned = ImageOps.exif_transpose(img)  # which has no format
+    if reading == "shown" and turned.has_transparency_data and turned.mode in MODES_8BIT:
+        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned.convert("RGBA"))
+    return _opaque(turned, name, img.format)
+
+
+def _opaque(img: Image.Image, name: str, form: str | None) -> Image.Image:
+    """RGB without alpha. form: of the file."""
     if img.mode in MODES_8BIT:
         img.info.pop("transparency", None)  # alpha is dropped; kept, Pillow warns that it would lose it
         return img.convert("RGB")
     # PNG and PGM define 65535 as white. In TIFF and JPEG2000, 16 bits often hold 12, and would come out black.
-    if img.mode in MODES_16BIT and img.format in ("PNG", "PPM"):
+    if img.mode in MODES_16BIT and form in ("PNG", "PPM"):
         return Image.fromarray((np.asarray(img) >> 8).astype(np.uint8)).convert("RGB")
     raise BadRecord(
-        f"{name}: {img.format} of Pillow mode {img.mode}, which does not define black and white; save it with 8 bits"
+        f"{name}: {form} of Pillow mode {img.mode}, which does not define black and white; save it with 8 bits"
     )
 
 

@@ -15,6 +15,12 @@ MAX_PIXELS = 89_478_485
 every image that Pillow would warn about is refused here, and no global of Pillow is changed."""
 
 
+READINGS = ("original", "hf", "shown")
+"""How an image file becomes an image. original: as LLaVA, which ignores EXIF's orientation and shows the colour under
+transparent pixels; hf: as transformers' load_image, which turns the image as EXIF says; shown: as a viewer shows it,
+turned, and on white."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One data set in LLaVA's layout."""
@@ -36,6 +42,9 @@ class Data:
     template: str = "plain"
     compat: Literal["llava_437", "llava_431", "legacy"] | None = None  # a historical tokenization; see text.py
     image_mode: Literal["square", "pad"] = "square"
+    image_reading: Literal["original", "hf", "shown"] = (
+        "original"  # of EXIF's orientation and transparency; shown: as a viewer shows the image
+    )
     max_tokens: int = 2048  # of one sample, image positions included; a longer record is a bad record
     samples: int = 256  # per update; ignored where `tokens` is set
     tokens: int = 0  # per update at most: as many samples as fit, in order; 0: count samples instead

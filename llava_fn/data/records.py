@@ -100,11 +100,14 @@ class Preparation:
     image: int  # pixels per side
     patches: int  # per image
     max_tokens: int
+    image_reading: str = "original"
 
 
 def preparation(tokenizer: Tokenizer, image: int, patches: int, data: Data) -> Preparation:
     """The preparation that `data` asks for, for a tower that sees `image` pixels per side as `patches` tokens."""
-    return Preparation(tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens)
+    return Preparation(
+        tokenizer, data.template, data.compat, data.image_mode, image, patches, data.max_tokens, data.image_reading
+    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,8 @@ def sample(record: Record, preparation: Preparation, encoded: text.Encoded | Non
     encoded, side = encoded or encode(record, preparation), preparation.image
     try:
         paths = [record.images / name for name in text.images_of(record.value)]
-        pixels = [image.to_pixels(image.open_image(p), side, preparation.image_mode, str(p)) for p in paths]
+        opened = [image.open_image(p, reading=preparation.image_reading) for p in paths]
+        pixels = [image.to_pixels(x, side, preparation.image_mode, str(p)) for x, p in zip(opened, paths, strict=True)]
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
     stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)

@@ -115,7 +115,8 @@ def form_of(
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
-    base = PRESETS[preset] if preset else Form(weights.template or "", weights.image_mode or "", weights.compat)
+    own = Form(weights.template or "", weights.image_mode or "", weights.compat, weights.image_reading or "original")
+    base = PRESETS[preset] if preset else own
     form = replace(base, template=template or base.template, image_mode=image_mode or base.image_mode)
     if not form.template or not form.image_mode:
         raise ValueError(f"{weights.where} does not say its template or its image mode; give them, or a preset")

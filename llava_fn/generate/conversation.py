@@ -50,12 +50,13 @@ def picture(source: str | Path | bytes | Image.Image, a: Assistant, name: str | 
 
     Raises BadRecord for what is no image, and for an image above image.MAX_PIXELS.
     """
+    reading = a.form.image_reading
     if isinstance(source, Image.Image):
-        img = image.to_rgb(source, name or "image")
+        img = image.to_rgb(source, name or "image", reading=reading)
     elif isinstance(source, str) and source.startswith("data:"):
-        img = image.from_base64(source, name or "data URL")
+        img = image.from_base64(source, name or "data URL", reading=reading)
     else:
-        img = image.open_image(source, name)
+        img = image.open_image(source, name, reading=reading)
     pixels = image.to_pixels(img, a.config.vision.image, a.form.image_mode, name or "image")
     return Picture(pixels, hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
 

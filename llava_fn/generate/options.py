@@ -46,12 +46,13 @@ class Form:
     template: str
     image_mode: str
     compat: str | None = None
+    image_reading: str = "original"
 
 
 PRESETS: Mapping[str, Form] = MappingProxyType(
     {
         "original": Form("llava_v1", "pad"),  # LLaVA's own command line and web page
-        "hf": Form("hf", "square", "hf"),  # transformers' processor and the prompt of its documentation
+        "hf": Form("hf", "square", "hf", "hf"),  # transformers' processor and the prompt of its documentation
     }
 )
 

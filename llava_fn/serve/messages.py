@@ -123,7 +123,7 @@ def chat_of(messages: Sequence[Message], a: Assistant, limits: Limits) -> Chat:
 
 
 def _picture(url: str, a: Assistant, limits: Limits, where: str) -> Picture:
-    return conversation.picture(image.from_base64(url, where, limits.pixels), a, where)
+    return conversation.picture(image.from_base64(url, where, limits.pixels, a.form.image_reading), a, where)
 
 
 def _marked(message: Message) -> str:

@@ -158,7 +158,8 @@ def _ours(source: Weights, tokenizer: bytes, part: Path, progress: Callable[[int
     files = {"params.safetensors": source.leaves} | ({UNUSED: source.spare} if source.spare else {})
     digests = {name: leaf.write(part / name, leaves, source.archives, progress) for name, leaves in files.items()}
     modes = source.image_mode or "square", source.template or "plain", source.compat
-    manifest = checkpoint.Manifest(c, source.parts, *modes)
+    reading = source.image_reading or "original"
+    manifest = checkpoint.Manifest(c, source.parts, *modes, image_reading=reading)
     checkpoint.seal(part, manifest, tokenizer, digests)
 
 

@@ -72,6 +72,7 @@ def merge(sources: Sequence[Weights]) -> Weights:
         lora=adapters, trained=adapted.trained if adapted else (),
         tokenizer=_common(sources, "tokenizer"), image_mode=_form(sources, adapted, "image_mode"),
         template=_form(sources, adapted, "template"), compat=_form(sources, adapted, "compat"),
+        image_reading=_form(sources, adapted, "image_reading"),
     )  # fmt: skip
     _check_widths(whole)
     _check_towers(sources)

@@ -50,6 +50,7 @@ class Weights:
     image_mode: str | None = None
     template: str | None = None
     compat: str | None = None  # see data/text.py
+    image_reading: str | None = None  # see data/options.py
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -251,7 +252,7 @@ def _from_checkpoint(c: Checkpoint, with_base: bool = True) -> Weights:
     return Weights(
         str(c.folder), OURS, leaves, spare, tuple(archives), m.model.vision, m.model.llama, _adapters(c, own),
         tuple(part for part in m.parts if part != lora.PART), tokenizer=c.tokenizer, image_mode=m.image_mode,
-        template=m.template, compat=m.compat,
+        template=m.template, compat=m.compat, image_reading=m.image_reading,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from llava_fn.batch import IMAGE, Sample, collate
 from llava_fn.data import records as data
@@ -396,6 +397,15 @@ def test_a_broken_image_is_a_bad_record(source, how, emojis, tmp_path):
     broken = replace(source(records), images=tmp_path)
     (step,) = run(broken, how, on_bad_record="skip")
     assert [name for name, _ in step.bad] == ["some.json[0] id h"] and "half.png" in step.bad[0][1]
+
+
+def test_images_are_read_as_the_options_say(source, how, tmp_path):
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    clear = replace(source([say("a", "clear.png")]), images=tmp_path)
+    for reading, value in (("original", 9), ("shown", 255)):
+        ours = data.preparation(how.tokenizer, 16, PATCHES, Data(max_tokens=64, image_reading=reading))
+        (step,) = run(clear, ours)
+        assert (step.batches[0].pixels == value).all()
 
 
 def test_sources_that_are_never_shown_are_refused(source, how):

@@ -1,5 +1,6 @@
 """Pixels equal CLIP's and LLaVA's image processors bit for bit; every file that cannot give them is refused by name."""
 
+import base64
 import io
 import re
 import struct
@@ -14,10 +15,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_fn.data.image import FILL, MAX_PIXELS, open_image, pad_to_square, resize_crop, to_pixels
+from llava_fn.data.image import FILL, MAX_PIXELS, from_base64, open_image, pad_to_square, resize_crop, to_pixels, to_rgb
 from llava_fn.errors import BadRecord
 from llava_fn.vit import normalise
 
@@ -400,3 +402,55 @@ def test_a_long_image_takes_no_more_memory_than_its_pixels():
     before = peak()
     to_pixels(img, 336, "pad")
     assert peak() - before < 100_000  # KiB; its square has a million
+
+
+# EXIF and transparency
+
+
+def odd_image():
+    """Red above, clear green below, to be turned by a quarter; as a PNG."""
+    img = Image.new("RGBA", (20, 30), (255, 0, 0, 255))
+    img.paste((0, 255, 0, 0), (0, 15, 20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its left side is up
+    return encode(img, "PNG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    "reading, size, first, last",
+    [
+        ("original", (20, 30), (255, 0, 0), (0, 255, 0)),  # LLaVA: Image.open(path).convert("RGB")
+        ("hf", (30, 20), (0, 255, 0), (255, 0, 0)),
+        ("shown", (30, 20), (255, 255, 255), (255, 0, 0)),
+    ],
+)
+def test_a_reading_decides_what_becomes_of_exif_and_transparency(reading, size, first, last):
+    content = odd_image()
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    with Image.open(io.BytesIO(content)) as opened:
+        images = [open_image(content, reading=reading), from_base64(url, reading=reading)]
+        images.append(to_rgb(opened, reading=reading))
+    for img in images:
+        assert (img.size, img.getpixel((0, 0)), img.getpixel((img.width - 1, img.height - 1))) == (size, first, last)
+
+
+def test_the_reading_of_transformers_is_that_of_its_load_image():
+    content = odd_image()
+    theirs = load_image("data:image/png;base64," + base64.b64encode(content).decode())
+    assert np.array_equal(np.asarray(open_image(content, reading="hf")), np.asarray(theirs))
+    for mode in ("P", "L", "LA", "1", "RGB"):
+        plain = encode(noise(9, 7).convert("L").convert(mode), "PNG")
+        assert open_image(plain, reading="shown").tobytes() == open_image(plain).tobytes()
+
+
+def test_an_unknown_reading_is_refused():
+    for read in (open_image, lambda content, reading: to_rgb(noise(2, 2), reading=reading)):
+        with pytest.raises(ValueError, match="image reading 'upright': must be one of original, hf, shown"):
+            read(odd_image(), reading="upright")
+
+
+def test_deep_gray_keeps_its_scale_in_every_reading():
+    deep = encode(Image.fromarray(np.full((3, 2), 0x8000, np.uint16)), "PNG")
+    assert {open_image(deep, reading=reading).getpixel((0, 0)) for reading in ("original", "hf", "shown")} == {
+        (128,) * 3
+    }

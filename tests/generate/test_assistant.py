@@ -17,10 +17,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_fn import llama
 from llava_fn.batch import IMAGE
+from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, conversation, decode, options
 from llava_fn.generate.conversation import Chat, ask, picture, reply, undo
 from llava_fn.generate.options import ChatOptions, Decoding, Form
+from llava_fn.weights import export, model
+from llava_fn.weights.source import open_source
 
 D = Decoding(tokens=12)
 
@@ -58,12 +61,28 @@ def test_template_image_mode_and_tokenizer_are_those_of_the_checkpoint(a, captio
     assert a.tokenizer == tokenizer and a.trained == "vicuna_v1"
 
 
+def test_images_are_read_as_in_training(tiny, lively, tokenizer, tmp_path):
+    manifest = checkpoint.Manifest(tiny, ("vision", "projector", "llama"), "pad", "hf", None, image_reading="shown")
+    checkpoint.save(tmp_path / "own", manifest, lively, None, tokenizer.model)
+    export.export(model.merge([open_source(tmp_path / "own")]), tmp_path / "again", export.OURS)
+    clear = io.BytesIO()
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(clear, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(clear.getvalue()).decode()
+    for folder in (tmp_path / "own", tmp_path / "again"):
+        a = assistant.load(ChatOptions((folder,), device="cpu"))
+        assert a.form == Form("hf", "pad", None, "shown")
+        for source in (clear.getvalue(), url, Image.open(clear)):
+            assert picture(source, a).pixels.min() == 255
+    own = assistant.load(ChatOptions((tmp_path / "own",), device="cpu", preset="original"))
+    assert picture(clear.getvalue(), own).pixels.max() == 9
+
+
 def test_presets_and_single_choices_overrule_the_checkpoint(weights):
     def form(**more):
         return assistant.load(ChatOptions((weights / "plain",), device="cpu", **more)).form
 
     assert form(preset="original") == Form("llava_v1", "pad")
-    assert form(preset="hf") == Form("hf", "square", "hf")
+    assert form(preset="hf") == Form("hf", "square", "hf", "hf")
     assert form(preset="original", image_mode="square") == Form("llava_v1", "square")
     assert form(template="mpt") == Form("mpt", "square")
     with pytest.raises(ValueError, match="no preset 'hff'; there are: original, hf"):
