@@ -60,7 +60,7 @@ def test_the_server_stands_a_storm(capsys):
 
 def test_the_faults_of_a_planted_server_are_found(monkeypatch):
     monkeypatch.setattr(hostile_requests, "SETTLED", 1.0)
-    args = hostile_requests.parse(["--n", "48", "--seed", "1"])
+    args = hostile_requests.parse(["--n", "12", "--seed", "1"])
     *found, server = hostile_requests.campaign(args, lambda folder: [HERE / "planted_server.py"])
     wrong = {o.kind: o.detail for o in found if o.verdict == "violation"}
     assert "not '[" in wrong["good"] and "500" in wrong["deep nesting"]
