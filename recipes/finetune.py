@@ -158,18 +158,16 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution, c.lora)
 
     manifest = Manifest(
-        origin.model, c.parts, c.data.image_mode, c.data.template, c.data.compat, base=origin.record,
-        recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources), lora=c.lora,
-        image_reading=c.data.image_reading,
+        origin.model, c.parts, c.data.image_mode, c.data.template, c.data.compat, image_reading=c.data.image_reading,
+        recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources), lora=c.lora, base=origin.record,
     )  # fmt: skip
     run = Run(c.run_dir, c.saving, manifest, tokenizer.model, zero, world, watch)
     checkpoint = world.in_turn(partial(find_checkpoint, c.run_dir, c.saving.resume))
     state = run.resume(checkpoint, params)
     run.open(c, c.parallel, state.step, frozen)
-    print(run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint), file=sys.stderr)
-    print(report.groups(c.optim, params, zero), file=sys.stderr)
-    for line in filter(None, (records.unread_line(files), validation.doubts(sources, origin.random))):
-        print(line, file=sys.stderr)
+    summary = run.summary(sum(map(len, sources)), task.steps, origin.random, checkpoint)
+    notes = records.unread_line(files), validation.doubts(sources, origin.random)
+    print("\n".join(filter(None, (summary, report.groups(c.optim, params, zero), *notes))), file=sys.stderr)
 
     share = records.Share(world.mesh.dp.rank, world.mesh.dp.size, world.mesh.tp.size)
     steps = records.steps(sources, schedule, preparation, state.step, task.steps, share)
@@ -183,10 +181,9 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
         watch.begin("answers")
         report.plot_loss(run.folder, state.step)
     if world.first and heldout:
-        params = origin.whole(run.at(state.step), world.device)
-        asked, bad = records.usable(validation.some(heldout, c.heldout.answers), preparation)
-        records.tolerate("held-out records", bad, c.data.on_bad_record, len(asked))
+        asked, bad = records.held_out(validation.some(heldout, c.heldout.answers), preparation, c.data.on_bad_record)
         run.leave_out(0, bad)
+        params = origin.whole(run.at(state.step), world.device)
         report.show(answers.answer(params, asked, origin.model, tokenizer), "answers", run.folder)
     return state
 

@@ -123,8 +123,8 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
     sources = [records.read(source) for source in c.data.sources]
     schedule = world.in_turn(partial(records.schedule, sources, c.data, preparation, c.run_dir))
-    heldout, bad = records.usable(records.read(c.heldout) if c.heldout else (), preparation)
-    records.tolerate("held-out records", bad, c.data.on_bad_record, len(heldout))
+    shown = records.read(c.heldout) if c.heldout else ()
+    heldout, bad = records.held_out(shown, preparation, c.data.on_bad_record)
 
     spec = llava.spec(origin.model)
     dtype, parts = getattr(torch, c.dtype), STAGES[c.train]

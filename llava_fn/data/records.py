@@ -264,6 +264,13 @@ def usable(records: Iterable[Record], preparation: Preparation) -> tuple[list[Sa
     return good, bad
 
 
+def held_out(records: Iterable[Record], preparation: Preparation, on_bad_record: str) -> tuple[list[Sample], list[Bad]]:
+    """`usable` of held-out records. BadRecord as of `tolerate`."""
+    good, bad = usable(records, preparation)
+    tolerate("held-out records", bad, on_bad_record, len(good))
+    return good, bad
+
+
 def tolerate(what: str, bad: Sequence[Bad], on_bad_record: str, usable: int = 1) -> None:
     """BadRecord lists the records that cannot be used, if such may not be skipped or if none is left.
 

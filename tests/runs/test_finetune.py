@@ -138,7 +138,11 @@ def test_a_checkpoint_holds_what_is_trained_and_names_its_base(finished, based, 
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(warm, small, tmp_path):
-    worse = replace(small, saving=Saving(save_interval=1, keep=1), optim=config.Optim(lr=0.5, clip=0.0))
+    (tmp_path / "other.json").write_text(
+        json.dumps([talk("other", [], "Which tone is darker?", "what no record says")])
+    )
+    heldout = replace(small.heldout, records=tmp_path / "other.json")  # the more is learnt, the worse it becomes
+    worse = replace(small, saving=Saving(save_interval=1, keep=1), heldout=heldout, optim=config.Optim(lr=0.1))
     status, log = run(warm, tmp_path, "--config", write(tmp_path, worse))
     assert status == 0, log
     losses = {row["step"]: row["heldout_loss"] for row in rows(tmp_path)}

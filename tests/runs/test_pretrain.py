@@ -382,7 +382,7 @@ def test_wrong_input_ends_with_a_message_and_without_a_traceback(launcher, small
 def test_a_config_file_that_is_no_config_is_refused_by_name(launcher, tmp_path, content):
     (tmp_path / "my.json").write_bytes(content.encode("latin-1"))
     status, log = launcher.run(tmp_path, "--config", "my.json")
-    assert status == 1 and log.startswith("my.json: ") and "Traceback" not in log, log
+    assert status == 1 and log.startswith("my.json") and "Traceback" not in log, log
 
 
 def test_the_paths_of_the_data_set_follow_unpack_alone(pretrain, tmp_path):
