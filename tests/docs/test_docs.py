@@ -28,7 +28,7 @@ from llava_fn.data import emoji, emoji_chat
 ROOT = Path(__file__).parents[2]
 # in the order in which a reader may need them: README's and weights.md's commands make what the others start from
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (
-    "weights", "answers", "evaluate", "training", "cluster", "serve", "npu", "architecture", "extend",
+    "weights", "answers", "evaluate", "training", "cluster", "serve", "npu", "reliability", "architecture", "extend",
 ))]  # fmt: skip
 
 
@@ -51,6 +51,8 @@ SHORTER = {  # commands that take minutes, and options that make them short
     r"python recipes/(pretrain|finetune)\.py --config (published|task) .*": "--data.workers 0",
     r"python recipes/finetune\.py": "--data.epochs 0.03 --heldout.most 16 --heldout.answers 8",
     r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
+    r"python tests/campaigns/kills\.py .*": "--train 0 --evaluate 2",
+    r"python tests/campaigns/(inputs|hostile_requests)\.py .*": "--n 20",
 }
 
 
@@ -62,7 +64,8 @@ SNIPPETS = [(page, block) for page in PAGES for block in blocks(page, "python") 
 def clone(tmp_path_factory):
     """A folder in which the README's relative paths mean something, with small models and data under the real names."""
     folder = tmp_path_factory.mktemp("clone")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     data, words = emoji.unpack(folder / "emoji-data"), (folder / "emoji-data/tokenizer.model").read_bytes()
     state = layouts.hub(layouts.hf_model())
     layouts.write_openai(folder / "ViT-L-14-336px.pt", state)
@@ -159,7 +162,7 @@ def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
             assert "40 of 40 records are fine" in done.stdout
         if "infer" in command and "llava" not in command and "finetune" not in command:
             assert "stage 1" in done.stderr and done.stdout.strip()
-        if "evaluate" in command:
+        if "evaluate.py" in command:
             assert "dry-run" in command or "95 % interval" in done.stdout
         if "llava_fn.plan" in command:
             assert "fits: " in done.stdout and "the same on all roles" in done.stdout
