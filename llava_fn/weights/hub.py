@@ -48,11 +48,12 @@ GENERATION: Table = SAMPLING | STEERING | {
     "token_healing": only(False, None),
 }  # fmt: skip
 CONFIG: Table = SAMPLING | STEERING | free(
-    "_name_or_path _commit_hash architectures torch_dtype dtype attn_implementation _attn_implementation "
-    "_attn_implementation_internal _attn_implementation_autoset _flash_attn_2_enabled unsloth_version unsloth_fixed "
-    "finetuning_task id2label label2id num_labels problem_type task_specific_params prefix return_dict torchscript "
-    "use_bfloat16 tf_legacy_loss tokenizer_class chunk_size_feed_forward is_decoder initializer_range "
-    "initializer_factor attention_dropout dropout sep_token_id bos_token_id eos_token_id"
+    "_name_or_path _model_name_or_path _commit_hash architectures torch_dtype dtype attn_implementation "
+    "_attn_implementation _attn_implementation_internal _attn_implementation_autoset _flash_attn_2_enabled "
+    "unsloth_version unsloth_fixed finetuning_task id2label label2id num_labels problem_type task_specific_params "
+    "prefix return_dict torchscript use_bfloat16 tf_legacy_loss tokenizer_class chunk_size_feed_forward is_decoder "
+    "initializer_range initializer_factor attention_dropout dropout sep_token_id unk_token_id bos_token_id "
+    "eos_token_id"
 ) | {
     "is_encoder_decoder": only(False), "add_cross_attention": only(False), "cross_attention_hidden_size": only(None),
     "tie_encoder_decoder": only(False), "pruned_heads": only({}, None), "quantization_config": PRECISE,
