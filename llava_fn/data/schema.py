@@ -66,40 +66,38 @@ def _table(used: Iterable[str], **more: Field) -> Table:
 
 
 USED = ("image", "images", "system", "conversations")
-RECORD = _table(("id", *USED))
+PLAIN_RECORD = {"id", *USED}
+PLAIN_TURN = {"from", "value"}
+RECORD = _table(PLAIN_RECORD)
 _IMAGE = Field(_unset, "images are named by the record's 'image', in the order of their <image>")
-ANSWER = _table(("from", "value"), image=_IMAGE, images=_IMAGE)
+ANSWER = _table(PLAIN_TURN, image=_IMAGE, images=_IMAGE)
 QUESTION = {**ANSWER, **dict.fromkeys(WEIGHTS, _weighs(0))}
 
 
 def flaws(record: Mapping[str, Any]) -> list[str]:
     """One text for each key of a record, or of a turn, that says something which training would not see."""
     own = {_last(text) for key in ("image", "images") for text in _texts(record.get(key))}
-    out = [] if record.keys() <= _PLAIN_RECORD else fields.flaws(_without(record, own), RECORD)
+    out = [] if record.keys() <= PLAIN_RECORD else fields.flaws(_without(record, own), RECORD)
     for i, turn in enumerate(_turns(record)):
-        if not turn.keys() <= _PLAIN_TURN:  # seldom
+        if not turn.keys() <= PLAIN_TURN:  # seldom
             out += fields.flaws(_without(turn, own), ANSWER if turn.get("from") == "gpt" else QUESTION, f"turn {i}: ")
     return out
 
 
 def unread(record: Any) -> list[str]:
     """The keys that are set and change nothing: "model", "conversations: markdown"."""
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         return []
-    out = [key for key in record.keys() - RECORD.keys() if is_set(record[key])]
+    out = [key for key in record if key not in RECORD and is_set(record[key])]
     for turn in _turns(record):
-        if len(turn) > 2:
-            out += [f"conversations: {key}" for key in turn.keys() - ANSWER.keys() if is_set(turn[key])]
+        if not turn.keys() <= PLAIN_TURN:
+            out += [f"conversations: {key}" for key in turn if key not in ANSWER and is_set(turn[key])]
     return list(dict.fromkeys(out))
-
-
-_PLAIN_RECORD = {"id", *USED}
-_PLAIN_TURN = {"from", "value"}
 
 
 def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     turns = record.get("conversations")
-    return [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
 
 
 def _texts(value: Any) -> Iterator[str]:
