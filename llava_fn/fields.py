@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins
+IS_POINTER = "is a Git LFS pointer, which stands in place of the file; download the file itself"
 LONGEST = 200  # letters of a value in a message
 
 
@@ -205,7 +206,7 @@ def load(path: Path) -> dict[str, Any]:
 def check_pointer(path: Path, content: bytes) -> None:
     """ValueError if a Git LFS pointer stands in place of a file."""
     if content.startswith(POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer, which stands in place of the file; download the file itself")
+        raise ValueError(f"{path} {IS_POINTER}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

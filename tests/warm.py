@@ -101,6 +101,11 @@ def ranks(worker: Callable, args: tuple, world: int) -> None:
     start_processes(worker, args, world, start_method="forkserver")
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 def ended(pid: int) -> bool:
     """Whether a process that was started, and not waited for, has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"

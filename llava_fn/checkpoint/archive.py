@@ -153,7 +153,7 @@ def open_archive(path: Path) -> Archive:
 
 def _stranger(head: bytes) -> str:
     if head.startswith(fields.POINTER):
-        return "is a Git LFS pointer, which stands in place of the file; download the file itself (git lfs pull)"
+        return f"{fields.IS_POINTER} (git lfs pull)"
     if not head:
         return "is empty; get the file again"
     if head.lstrip().startswith(b"<"):

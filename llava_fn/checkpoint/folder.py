@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -339,10 +340,10 @@ def find_base(base: Base, folder: Path) -> Path:
     its path, from each folder above the run. ValueError if it is not there, or another checkpoint is in its place.
     """
     path = Path(base.path)
-    beside = [up.joinpath(*path.parts[-n:]) for up in folder.resolve().parents for n in range(1, len(path.parts))]
-    there = [place for place in (path, *beside) if (place / SUMS).is_file()]
+    beside = (up.joinpath(*path.parts[-n:]) for up in folder.resolve().parents for n in range(1, len(path.parts)))
+    there = (place for place in chain([path], beside) if (place / SUMS).is_file())
     found = next((place for place in there if fingerprint(place) == base.fingerprint), None)
-    if found is None and path in there:
+    if found is None and (path / SUMS).is_file():
         raise ValueError(f"the base {path} is not the one that was trained on: its {SUMS} has changed")
     if found is None:
         raise ValueError(f"the base {path} is gone; put it back, or name it where it is now, before the run")

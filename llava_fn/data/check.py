@@ -22,7 +22,7 @@ CHUNK = 64  # records that a worker process checks at a time
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFacts:
     """One image file. digest: of its content. notes: "rotated" by EXIF, "transparent", "one colour" without alpha."""
 
     path: str
@@ -43,7 +43,7 @@ class Figures:
     tokens: int = 0
     targets: int = 0
     turns: int = 0
-    images: tuple[Look, ...] = ()
+    images: tuple[ImageFacts, ...] = ()
     digest: int = 0
     marks: tuple[str, ...] = ()
     error: str = ""
@@ -79,7 +79,7 @@ def marks_of(record: Mapping[str, Any]) -> set[str]:
     return {found[0] for turn in record["conversations"] for found in schema.FOREIGN.finditer(turn["value"])}
 
 
-def look(path: Path) -> Look:
+def look(path: Path) -> ImageFacts:
     """What a picture that can be used looks like, beside its pixels."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content), formats=image.FORMATS) as img:
@@ -91,7 +91,7 @@ def look(path: Path) -> Look:
         rgb = np.asarray(image.to_rgb(img, str(path)))
         if (rgb.min((0, 1)) == rgb.max((0, 1))).all():
             notes.append("one colour")
-    return Look(str(path), _digest(content), width, height, tuple(notes))
+    return ImageFacts(str(path), _digest(content), width, height, tuple(notes))
 
 
 def check(records: Sequence[Record], preparation: Preparation, workers: int) -> Iterator[list[Figures]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
-from llava_fn.data.check import Figures, Look
+from llava_fn.data.check import Figures, ImageFacts
 from llava_fn.data.options import Data
 from llava_fn.data.records import Record
 
@@ -33,33 +33,28 @@ class Survey:
     targets: array[int] = field(default_factory=lambda: array("l"))
     turns: array[int] = field(default_factory=lambda: array("l"))
     images: array[int] = field(default_factory=lambda: array("l"))
+    count: int = 0  # records, bad ones too
     bad: list[str] = field(default_factory=list)  # reasons
     long: int = 0  # bad records that have too many tokens, and nothing else
     marks: Counter[str] = field(default_factory=Counter)  # of other tools -> records
     twins: list[tuple[int, int]] = field(default_factory=list)  # numbers of records that are the same
     same_images: list[tuple[str, str]] = field(default_factory=list)  # paths of files with the same content
     kinds: Counter[str] = field(default_factory=Counter)  # of odd images
-    odd: dict[str, list[tuple[float, int, Look]]] = field(default_factory=dict)  # kind -> the oddest
+    odd: dict[str, list[tuple[float, int, ImageFacts]]] = field(default_factory=dict)  # kind -> the oddest
     _records: dict[int, int] = field(default_factory=dict)
     _contents: dict[int, str] = field(default_factory=dict)
     _paths: set[str] = field(default_factory=set)
-    _count: int = 0
 
     @property
     def files(self) -> int:
         """Image files that the records name."""
         return len(self._paths)
 
-    @property
-    def count(self) -> int:
-        """Records, bad ones too."""
-        return self._count
-
     def add(self, chunk: Iterable[Figures]) -> None:
         """Add the figures of the next records."""
         for x in chunk:
-            self._one(x, self._count)
-            self._count += 1
+            self._one(x, self.count)
+            self.count += 1
 
     def _one(self, x: Figures, number: int) -> None:
         if x.error:
@@ -77,7 +72,7 @@ class Survey:
                 self._paths.add(look.path)
                 self._image(look)
 
-    def _image(self, look: Look) -> None:
+    def _image(self, look: ImageFacts) -> None:
         if (first := self._contents.setdefault(look.digest, look.path)) != look.path:
             self.same_images.append((first, look.path))
         short, long = sorted((look.width, look.height))

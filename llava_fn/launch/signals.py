@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STATUS = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: 0}  # with which a run ends that was stopped by each
+# the status with which a run ends that was stopped by each
+STATUS: dict[int, int] = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: 0}
 
 
 @dataclass

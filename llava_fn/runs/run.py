@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,8 +136,9 @@ class Run:
         they are computed again. If a signal stopped the loop before `steps`, SystemExit has the status of
         launch/signals.py.
         """
-        skipped = self.rewind(step) if self.world.first else 0
+        skipped = 0
         if self.world.first:
+            skipped = self.rewind(step)
             self.leave_out(0, bad)
         self.watch.begin(f"data {step + 1}")
         with noted() as signals:
@@ -147,7 +147,7 @@ class Run:
                 yield loop
             if loop.stopped:
                 print(f"stopped; the same command goes on from {self.at(loop.step)}", file=sys.stderr)
-                sys.exit(STATUS[signal.Signals(loop.stopped)])
+                sys.exit(STATUS[loop.stopped])
 
     def rewind(self, step: int) -> int:
         """Drop what the folder holds of updates after `step`. -> the number of records skipped until then."""

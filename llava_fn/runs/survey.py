@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_fn.data.check import Look
+from llava_fn.data.check import ImageFacts
 from llava_fn.data.options import Data
 from llava_fn.data.survey import KINDS, Survey
 from llava_fn.runs import page
@@ -27,7 +27,7 @@ def survey_page(s: Survey, found: Mapping, name: str, data: Data) -> str:
     )  # fmt: skip
 
 
-def _pictures(s: Survey, kind: str) -> list[tuple[Look, str]]:
+def _pictures(s: Survey, kind: str) -> list[tuple[ImageFacts, str]]:
     """The oddest images of a kind, the oddest first."""
     looks = [look for _, _, look in sorted(s.odd[kind], key=lambda row: row[:2], reverse=True)]
     return [(look, page.small(Path(look.path).read_bytes(), SIDE)) for look in looks]

@@ -14,7 +14,7 @@ from llava_fn.serve.engine import Delta
 
 
 @dataclass(frozen=True)
-class Form:
+class ApiForm:
     """How an API writes answers.
 
     prefix: of a request's name. whole, chunk: what its objects are called. choice: an answer from its index, its
@@ -43,7 +43,7 @@ def usage(asked: Asked, tokens: int) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 
-def whole(form: Form, tokenizer: Tokenizer, asked: Asked, deltas: Sequence[Sequence[Delta]]) -> dict:
+def whole(form: ApiForm, tokenizer: Tokenizer, asked: Asked, deltas: Sequence[Sequence[Delta]]) -> dict:
     """One object with all answers."""
     choices = []
     for j, answer in enumerate(deltas):
@@ -53,7 +53,7 @@ def whole(form: Form, tokenizer: Tokenizer, asked: Asked, deltas: Sequence[Seque
     return head(asked, form.whole) | {"choices": choices, "usage": usage(asked, tokens)}
 
 
-def pieces(form: Form, tokenizer: Tokenizer, asked: Asked, delta: Delta, offset: int) -> list[dict]:
+def pieces(form: ApiForm, tokenizer: Tokenizer, asked: Asked, delta: Delta, offset: int) -> list[dict]:
     """The choices that a delta adds to a stream. offset: characters of its answer's tokens so far."""
     wanted = asked.answers[delta.name[1]].decoding.logprobs and delta.ids
     return form.pieces(delta, form.logprobs(tokenizer, [delta], offset) if wanted else None)
@@ -130,11 +130,11 @@ def _text_pieces(delta: Delta, logprobs: dict | None) -> list[dict]:
     return [_text_choice(delta.name[1], [delta], logprobs)] if delta.new or logprobs or delta.finish else []
 
 
-CHAT = Form(
+CHAT = ApiForm(
     "chat/completions", "chatcmpl-", "chat.completion", "chat.completion.chunk",
     _chat_choice, _chat_opening, _chat_pieces, _chat_logprobs,
 )  # fmt: skip
-COMPLETION = Form(
+COMPLETION = ApiForm(
     "completions", "cmpl-", "text_completion", "text_completion",
     _text_choice, lambda index: [], _text_pieces, _text_logprobs,
 )  # fmt: skip

@@ -31,12 +31,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_fn.data.templates import template_of
 from llava_fn.generate import assistant
 from llava_fn.serve import answer, ask, reply
-from llava_fn.serve.answer import Form
+from llava_fn.serve.answer import ApiForm
 from llava_fn.serve.ask import Asked, Offer
-from llava_fn.serve.metrics import Metrics, Timed
+from llava_fn.serve.metrics import ServerMetrics, Timed
 from llava_fn.serve.options import Limits, Web
 from llava_fn.serve.refused import Refused
-from llava_fn.serve.reply import UNKNOWN, Deltas, Reply
+from llava_fn.serve.reply import UNKNOWN, Deltas, HttpReply
 from llava_fn.serve.worker import Ticket, Worker
 
 SENDING = 10.0  # seconds after the deadline in which a client may read the rest of an answer
@@ -54,7 +54,7 @@ class Service:
     offer: Offer
     worker: Worker
     key: str | None = None
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
     started: int = field(default_factory=lambda: int(time.time()))
     reading: dict[str, int] = field(default_factory=dict)  # name of a request that is being read -> bytes of it
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "ask"))  # limits images in memory
@@ -137,7 +137,7 @@ async def one_model(s: Service, request: Request) -> Response:
 
 
 async def complete(
-    s: Service, read: Read, form: Form, request: Request
+    s: Service, read: Read, form: ApiForm, request: Request
 ) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """Answer a conversation, or complete texts."""
     name, deltas, loop = f"{form.prefix}{uuid.uuid4().hex}", Deltas(), asyncio.get_running_loop()
@@ -150,10 +150,10 @@ async def complete(
         s.metrics.ended(form.path, error.status)
         raise
     s.metrics.accepted(asked)
-    return partial(_answer, s, Reply(asked, form, deltas, s.offer.family.base.tokenizer))
+    return partial(_answer, s, HttpReply(asked, form, deltas, s.offer.family.base.tokenizer))
 
 
-async def _answer(s: Service, r: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer(s: Service, r: HttpReply, scope: Scope, receive: Receive, send: Send) -> None:
     status = 500
     try:
         status = await reply.send_all(r, s.limits.seconds + SENDING, scope, receive, send)

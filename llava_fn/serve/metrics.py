@@ -16,7 +16,7 @@ FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # 
 EACH = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
-class Metrics:
+class ServerMetrics:
     """Counters, gauges and histograms of one server, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Metrics:
 class Timed:
     """Hands on the deltas of a request, and measures them in the thread that writes them. arrived: the request."""
 
-    metrics: Metrics
+    metrics: ServerMetrics
     emit: Callable[[Delta | Refused], object]
     arrived: float = field(default_factory=time.perf_counter)
     last: dict[AnswerName, float] = field(default_factory=dict)

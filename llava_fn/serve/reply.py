@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.serve import answer
-from llava_fn.serve.answer import Form
+from llava_fn.serve.answer import ApiForm
 from llava_fn.serve.ask import Asked
 from llava_fn.serve.engine import Delta
 from llava_fn.serve.refused import Refused
@@ -27,11 +27,11 @@ Deltas = asyncio.Queue[Delta | Refused]
 
 
 @dataclass(frozen=True)
-class Reply:
+class HttpReply:
     """A request that is being answered."""
 
     asked: Asked
-    form: Form
+    form: ApiForm
     deltas: Deltas
     tokenizer: Tokenizer
 
@@ -49,7 +49,7 @@ def refused(error: Refused) -> Response:
     return Response(body, error.status, more, "application/json")
 
 
-async def send_all(r: Reply, seconds: float, scope: Scope, receive: Receive, send: Send) -> int:
+async def send_all(r: HttpReply, seconds: float, scope: Scope, receive: Receive, send: Send) -> int:
     """Send the answers, for `seconds` at most. Returns the status in which the request has ended."""
     work = _stream(r, send) if r.asked.stream else _whole(r, scope, receive, send)
     return await _while_connected(receive, work, seconds)
@@ -71,7 +71,7 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _each(r: Reply) -> AsyncIterator[Delta]:
+async def _each(r: HttpReply) -> AsyncIterator[Delta]:
     """The deltas of all answers of a request. Raises Refused if the worker gives up."""
     unfinished = len(r.asked.answers)
     while unfinished:
@@ -82,7 +82,7 @@ async def _each(r: Reply) -> AsyncIterator[Delta]:
         yield delta
 
 
-async def _whole(r: Reply, scope: Scope, receive: Receive, send: Send) -> int:
+async def _whole(r: HttpReply, scope: Scope, receive: Receive, send: Send) -> int:
     """One JSON object with all answers."""
     answers: list[list[Delta]] = [[] for _ in r.asked.answers]
     try:
@@ -97,7 +97,7 @@ async def _whole(r: Reply, scope: Scope, receive: Receive, send: Send) -> int:
     return response.status_code
 
 
-async def _stream(r: Reply, send: Send) -> int:
+async def _stream(r: HttpReply, send: Send) -> int:
     """Server-sent events, one or two for each delta. An error after the first event is an event too."""
     head = answer.head(r.asked, r.form.chunk) | ({"usage": None} if r.asked.usage else {})
     headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"} | r.headers
@@ -115,7 +115,7 @@ async def _stream(r: Reply, send: Send) -> int:
     return status
 
 
-async def _choices(r: Reply) -> AsyncIterator[dict]:
+async def _choices(r: HttpReply) -> AsyncIterator[dict]:
     """What the events of a stream hold beside their head."""
     tokens, offsets = 0, [0] * len(r.asked.answers)
     for j in range(len(offsets)):

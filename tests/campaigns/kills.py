@@ -29,7 +29,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import pretraining  # noqa: E402
 import tsvs  # noqa: E402
 import warm as warmth  # noqa: E402
-from warm import ROOT, Warm, ended, until  # noqa: E402
+from warm import ROOT, Warm, children, ended, until  # noqa: E402
 
 from llava_fn import config  # noqa: E402
 from llava_fn.checkpoint import folder as checkpoint  # noqa: E402
@@ -102,10 +102,6 @@ def other_results(folder: Path, whole: Path, over: bool) -> str:
     one, two = ({p.name: p.read_bytes() for p in (f / "out").glob("*.*")} for f in (folder, whole))
     other = [name for name in two if over and name.endswith(FINAL) and one.get(name) != two[name]]
     return f"{', '.join(other)}: other results" if other else ""
-
-
-def children(process: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def strike(kind: Kind, place: str, pids: list[int], folder: Path, rng: random.Random) -> bool:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining import ROOT, SCRIPT, figures, rows, run_of, same, write
-from warm import until
+from warm import children, until
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -208,8 +208,7 @@ def test_a_run_that_a_signal_stops_has_a_checkpoint_and_goes_on_to_the_bit(
 
 def family(process: int) -> list[int]:
     """All processes that this one and those started."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [p for child in children for p in (int(child), *family(int(child)))]
+    return [p for child in children(process) for p in (child, *family(child))]
 
 
 def test_a_killed_run_leaves_no_worker_behind(launcher, small, tmp_path):
