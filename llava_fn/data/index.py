@@ -21,13 +21,18 @@ MARKS = bytes(byte in b'"\\{}[]' for byte in range(256))  # 1 for each byte that
 
 
 def has_lines(path: Path) -> bool:
-    """Whether a file is of JSON lines and not one value: .jsonl, or another name and a first line that is a record."""
+    """Whether a file is of JSON lines and not one value.
+
+    .jsonl is, unless it begins and ends as a list does; with another name a file is whose first line is a record.
+    """
     with path.open("rb") as f:
         first = next((line for line in iter(partial(f.readline, CHUNK), b"") if line.strip()), b"")
-        if first.lstrip().startswith(b"["):
-            return False
+        opens = first.lstrip().startswith(b"[")
         if path.suffix.lower() == ".jsonl":
-            return True
+            f.seek(max(0, path.stat().st_size - CHUNK))
+            return not (opens and f.read().rstrip().endswith(b"]"))
+        if opens:
+            return False
         try:
             value = json.loads(first if first.endswith(b"\n") else first + f.readline())
         except ValueError:

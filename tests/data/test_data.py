@@ -84,6 +84,7 @@ def test_json_and_json_lines_give_the_same_records(source):
         ("a.json", "", "a.json, line 1, column 1: Expecting value"),
         ("a.json", '[{},\n{"id" 3}]', "a.json, line 2, column 7: Expecting ':'"),
         ("a.jsonl", '{}\n\n{"id": 3', "a.jsonl, line 3, column 9: Expecting ',' delimiter"),
+        ("a.jsonl", "[{}\n{}", "a.jsonl, line 1, column 4: Expecting ',' delimiter"),
     ],
 )
 def test_a_file_that_is_no_data_set_is_refused_with_its_name_and_line(source, name, content, said):
