@@ -88,7 +88,9 @@ def search(
 
     stops = stopped if d.stop else None
     for t in range(d.tokens):
-        scores = penalise(logits(state).log_softmax(-1), state.seen, d.repetition_penalty)
+        scores = logits(state).log_softmax(-1)
+        if d.repetition_penalty != 1:
+            scores = penalise(scores, state.seen, d.repetition_penalty)
         s, parent, token = extend(s, scores.unflatten(0, (b, k)), t, ends, d.length_penalty, stops)
         if t + 1 == d.tokens or not s.open.any():
             break

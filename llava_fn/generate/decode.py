@@ -23,7 +23,7 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.generate import beams
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.sampling import sample, uniforms
+from llava_fn.generate.sampling import RowOptions, sample, uniforms
 from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, Vocabulary
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import agree, join
@@ -111,20 +111,27 @@ def step(m: Model, state: DecodeState, ids: Tensor) -> DecodeState:
 
 
 @torch.no_grad()
-def steps(m: Model, state: DecodeState, d: Decoding, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Yields the next token of each row up to `d.tokens` times: int64[b, 1], or f64[b, 2] with its log-probability.
+def choose(m: Model, state: DecodeState, uniform: Tensor, options: RowOptions, logprobs: bool) -> tuple[Tensor, Tensor]:
+    """The next token of each row. uniform: f32[b] -> ids: int64[b], and their log-probabilities: f32[b, 1].
 
-    seeds: of each row.
+    Without `logprobs` the second is f32[b, 0]. A log-probability is the model's, before the options.
+    """
+    scores = logits(m, state)
+    ids = agree(sample(scores, state.seen, uniform, options), m.tp.axis)
+    return ids, scores.log_softmax(-1).gather(1, ids[:, None]) if logprobs else scores[:, :0]
+
+
+@torch.no_grad()
+def steps(m: Model, state: DecodeState, d: Decoding, seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Yields the next token of each row up to `d.tokens` times: f32[b, 1], or f32[b, 2] with its log-probability.
+
+    seeds: of each row. fp32 holds the ids of any vocabulary up to 16 million tokens.
     """
     uniform = uniforms(seeds, d.tokens).to(state.hidden.device)
+    options = RowOptions.of([d] * len(seeds)).to(state.hidden.device)
     for t in range(d.tokens):
-        scores = logits(m, state)
-        ids = agree(sample(scores, state.seen, uniform[:, t], d), m.tp.axis)
-        if d.logprobs:
-            logprob = scores.log_softmax(-1).gather(1, ids[:, None])
-            yield torch.cat([ids[:, None].double(), logprob.double()], 1)
-        else:
-            yield ids[:, None]
+        ids, logprobs = choose(m, state, uniform[:, t], options, d.logprobs)
+        yield torch.cat([ids[:, None].float(), logprobs], 1)
         if t + 1 < d.tokens:
             state = step(m, state, ids)
 

@@ -23,7 +23,7 @@ from llava_fn.generate.conversation import Key, Picture, common_prefix, text_of,
 from llava_fn.generate.decode import ROOM
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.sampling import sample, uniforms
+from llava_fn.generate.sampling import RowOptions, sample, uniforms
 from llava_fn.generate.types import DecodeState, Model, PartialAnswer, Prompt, Vocabulary
 
 AnswerName = tuple[str, int]  # of the HTTP request, and the number of the answer
@@ -169,16 +169,10 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
 
 
 def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> list[Choice]:
-    """A token for each slot. Slots of equal options are sampled together."""
-    groups: dict[Decoding, dict[int, Tensor]] = {}
-    for j, seat in enumerate(seats):
-        if seat:
-            options = replace(seat.request.decoding, tokens=1, seed=0, stop=(), logprobs=False)
-            groups.setdefault(options, {})[j] = seat.uniform[seat.steps]
-    ids = torch.zeros(len(seats), dtype=torch.long, device=logits.device)
-    for d, numbers in groups.items():
-        rows, uniform = list(numbers), torch.stack(list(numbers.values())).to(logits.device)
-        ids[rows] = sample(logits[rows], seen[rows], uniform, d)
+    """A token for each slot."""
+    options = RowOptions.of([seat.request.decoding if seat else Decoding() for seat in seats]).to(logits.device)
+    uniform = torch.stack([seat.uniform[seat.steps] if seat else torch.zeros(()) for seat in seats])
+    ids = sample(logits, seen, uniform.to(logits.device), options)
     return [replace(c, token=token) for c, token in zip(_told(logits, ids, seats), ids.tolist(), strict=True)]
 
 

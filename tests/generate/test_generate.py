@@ -21,6 +21,7 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.generate import beams, decode, sampling
 from llava_fn.generate.options import Decoding
+from llava_fn.generate.sampling import RowOptions
 from llava_fn.generate.types import Answer, Model, Prompt, Vocabulary
 from llava_fn.weights.model import from_state_dict
 
@@ -331,18 +332,20 @@ def scores(rows=5, v=40):
 
 @pytest.mark.parametrize("value", [0.3, 1.0, 2.5])
 def test_temperature_equals_transformers(value):
-    got = sampling.warp(scores(), Decoding(temperature=value))
+    got = sampling.warp(scores(), RowOptions.of([Decoding(temperature=value)] * 5))
     assert torch.equal(got, TemperatureLogitsWarper(value)(None, scores()))
 
 
 @pytest.mark.parametrize("value", [1, 2, 7, 40, 99])
 def test_top_k_equals_transformers(value):
-    assert torch.equal(sampling.keep_top_k(scores(), value), TopKLogitsWarper(value)(None, scores()))
+    assert torch.equal(
+        sampling.keep_top_k(scores(), torch.full((5, 1), value), 128), TopKLogitsWarper(value)(None, scores())
+    )
 
 
 @pytest.mark.parametrize("value", [1e-6, 0.2, 0.5, 0.9, 0.999])
 def test_top_p_equals_transformers(value):
-    assert torch.equal(sampling.keep_top_p(scores(), value), TopPLogitsWarper(value)(None, scores()))
+    assert torch.equal(sampling.keep_top_p(scores(), 1 - value), TopPLogitsWarper(value)(None, scores()))
 
 
 @pytest.mark.parametrize("value", [0.01, 0.3, 1.0])
@@ -362,8 +365,21 @@ def test_options_are_applied_in_the_order_of_transformers():
     want = scores()
     for warp in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)):
         want = warp(None, want)
-    got = sampling.warp(scores(), Decoding(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1))
+    got = sampling.warp(scores(), RowOptions.of([Decoding(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1)] * 5))
     assert torch.equal(got, want) and got.isinf().any()
+
+
+def test_each_row_of_one_call_has_its_own_options():
+    rows = [
+        Decoding(), Decoding(temperature=0.7), Decoding(temperature=1.5, top_k=3), Decoding(temperature=2, top_p=0.4),
+        Decoding(temperature=3, min_p=0.2, repetition_penalty=1.7),
+    ]  # fmt: skip
+    seen, uniform = scores() > 1, torch.linspace(0.1, 0.9, 5)
+    got = sampling.sample(scores(), seen, uniform, RowOptions.of(rows))
+    alone = [
+        sampling.sample(scores()[[j]], seen[[j]], uniform[[j]], RowOptions.of([d])).item() for j, d in enumerate(rows)
+    ]
+    assert got.tolist() == alone
 
 
 def test_draw_inverts_the_distribution_and_never_takes_what_has_no_probability():
