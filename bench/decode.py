@@ -92,7 +92,7 @@ def ours(m: Model, samples: list[Sample], n: int, clock: Clock) -> Answer:
     def answer() -> tuple[list[list[int]], list[float]]:
         marks = [clock()]
         prompts = decode.prompts(m, samples)
-        state = decode.prefill(m, prompts, m.cache(len(prompts), decode.room(prompts, d)), vocabulary)
+        state = decode.prefill(m, prompts, m.cache(len(prompts), decode.room(m, prompts, d)), vocabulary)
         steps = decode.steps(m, state, d, [0] * len(prompts))
         tokens = [next(steps).tolist()]
         marks.append(clock())

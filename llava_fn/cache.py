@@ -29,15 +29,18 @@ class Cache:
         return Cache(k, v, torch.zeros(rows, dtype=torch.long, device=lengths_device(like.device)))
 
     @property
+    def rows(self) -> int:
+        """b."""
+        return self.k.shape[1]
+
+    @property
     def size(self) -> int:
         """Tokens that a row has room for."""
         return self.k.shape[2]
 
-    def repeat(self, n: int) -> Cache:
-        """n copies of each row, one after another."""
-        if n == 1:
-            return self
-        k, v = (_like(x, x.shape[1] * n, self.size) for x in (self.k, self.v))
+    def repeat(self, n: int, into: Cache | None = None) -> Cache:
+        """n copies of each row, one after another, in the tensors of `into` or in new ones."""
+        k, v = (into.k, into.v) if into else (_like(x, self.rows * n, self.size) for x in (self.k, self.v))
         for new, x in ((k, self.k), (v, self.v)):
             new.unflatten(1, (-1, n)).copy_(x[:, :, None])
         return Cache(k, v, self.lengths.repeat_interleave(n))

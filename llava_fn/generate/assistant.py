@@ -13,8 +13,10 @@ from llava_fn.config import Llava
 from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer, open_tokenizer
 from llava_fn.generate.decode import compiled_step
+from llava_fn.generate.graph import Graphs
 from llava_fn.generate.options import PRESETS, ChatOptions, Decoding, Form, ModelOptions
-from llava_fn.generate.types import Model, Vocabulary
+from llava_fn.generate.types import Eager, Model, Vocabulary
+from llava_fn.kernels.dispatch import FORCED
 from llava_fn.launch.device import pick_device
 from llava_fn.linear import Kind
 from llava_fn.parallel.collectives import TP
@@ -102,7 +104,8 @@ def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> A
     params = lora.attached(params, model.adapters(weights, to.mesh, to.device, to.dtype))
     assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)
-    m = Model(params, c, TP(axis, sequence=False), step)
+    launcher = Graphs() if to.device.type == "cuda" and axis.size == 1 and not FORCED else Eager()
+    m = Model(params, c, TP(axis, sequence=False), step, launcher)
     return Assistant(m, tokenizer, form, weights.template or form.template, context)
 
 

@@ -179,7 +179,7 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Reply]:
     d, known = with_stop(a, d), vocabulary(a)
     chat = replace(chat, feats=features(a, chat.pictures, chat.feats))
     question, keys = prompt(a, chat, d)
-    size = decode.room([question], d)
+    size = decode.room(a.model, [question], d)
     cache = chat.cache.grown(size) if chat.cache else a.model.cache(1, size)
     state = decode.prefill(a.model, [question], cache, known, [common_prefix(keys[:-1], chat.cached)])
     before, row = "", PartialAnswer()

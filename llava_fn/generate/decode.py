@@ -24,12 +24,11 @@ from llava_fn.cache import Cache
 from llava_fn.generate import beams
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, sample, uniforms
-from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, Vocabulary
+from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, StepInputs, Vocabulary
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import agree, join
 
 BEHIND = 4  # steps
-ROOM = 64  # a cache's size is a multiple of this many tokens, so that few sizes are ever compiled
 
 
 def compiled_step(backend: str | Callable) -> Callable:
@@ -104,36 +103,48 @@ def logits(m: Model, state: DecodeState) -> Tensor:
 
 
 @torch.no_grad()
-def step(m: Model, state: DecodeState, ids: Tensor) -> DecodeState:
-    """Appends a token to each row; the cache's tensors are written. ids: int64[b]."""
+def step(m: Model, state: DecodeState, ids: Tensor, mark: bool = True) -> DecodeState:
+    """Appends a token to each row; the cache's tensors are written. ids: int64[b]. mark: put them into `seen`."""
     hidden, cache = m.step(m.params["llama"], ids, state.cache, m.config.llama, m.tp)
-    return DecodeState(hidden, cache, state.seen.scatter(1, ids[:, None], True))
+    return DecodeState(hidden, cache, state.seen.scatter(1, ids[:, None], True) if mark else state.seen)
 
 
 @torch.no_grad()
 def choose(m: Model, state: DecodeState, uniform: Tensor, options: RowOptions, logprobs: bool) -> tuple[Tensor, Tensor]:
-    """The next token of each row. uniform: f32[b] -> ids: int64[b], and their log-probabilities: f32[b, 1].
+    """The next token of each row. uniform: f32[b] -> its id: int64[b], and what the host reads: f32[b, 1].
 
-    Without `logprobs` the second is f32[b, 0]. A log-probability is the model's, before the options.
+    With `logprobs` that is f32[b, 2], the id and its log-probability under the model, before the options. fp32 holds
+    the ids of any vocabulary up to 16 million tokens.
     """
     scores = logits(m, state)
     ids = agree(sample(scores, state.seen, uniform, options), m.tp.axis)
-    return ids, scores.log_softmax(-1).gather(1, ids[:, None]) if logprobs else scores[:, :0]
+    columns = [ids[:, None].float()]
+    if logprobs:
+        columns.append(scores.log_softmax(-1).gather(1, ids[:, None]))
+    return ids, torch.cat(columns, 1)
+
+
+def advance(m: Model, x: StepInputs) -> tuple[Tensor, StepInputs]:
+    """One step: what the host reads of the next tokens, as `choose` gives it, and the inputs of the step after it."""
+    state = step(m, x.state, x.ids, mark="penalty" in x.options.used)
+    ids, told = choose(m, state, x.uniform, x.options, x.logprobs)
+    return told, replace(x, state=state, ids=ids)
 
 
 @torch.no_grad()
 def steps(m: Model, state: DecodeState, d: Decoding, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Yields the next token of each row up to `d.tokens` times: f32[b, 1], or f32[b, 2] with its log-probability.
+    """Yields the next token of each row up to `d.tokens` times, as `choose` gives it to the host.
 
-    seeds: of each row. fp32 holds the ids of any vocabulary up to 16 million tokens.
+    A tensor is valid until the next one is asked for. seeds: of each row.
     """
     uniform = uniforms(seeds, d.tokens).to(state.hidden.device)
     options = RowOptions.of([d] * len(seeds)).to(state.hidden.device)
-    for t in range(d.tokens):
-        ids, logprobs = choose(m, state, uniform[:, t], options, d.logprobs)
-        yield torch.cat([ids[:, None].float(), logprobs], 1)
-        if t + 1 < d.tokens:
-            state = step(m, state, ids)
+    ids, told = choose(m, state, uniform[:, 0], options, d.logprobs)
+    yield told
+    x = StepInputs(state, ids, uniform[:, 0], options, d.logprobs)
+    for t in range(1, d.tokens):
+        told, x = m.launcher.run(advance, m, replace(x, uniform=uniform[:, t]))
+        yield told
 
 
 def on_host(items: Iterable[Tensor]) -> Iterator[list]:
@@ -163,9 +174,10 @@ def _fetch(x: Tensor) -> Callable[[], list]:
     return read
 
 
-def room(prompts: Sequence[Prompt], d: Decoding) -> int:
+def room(m: Model, prompts: Sequence[Prompt], d: Decoding) -> int:
     """The size of a cache for these prompts and their answers, in tokens."""
-    return -(-(max(len(s.ids) for s in prompts) + d.tokens) // ROOM) * ROOM
+    room = m.launcher.room
+    return -(-(max(len(s.ids) for s in prompts) + d.tokens) // room) * room
 
 
 def generate(
@@ -175,16 +187,22 @@ def generate(
 
     seeds: of each prompt's first sample; d.seed unless given.
     """
-    state = prefill(m, prompts, m.cache(len(prompts), room(prompts, d)), vocabulary)
+    many = d.beams > 1 or d.samples > 1
+    size = room(m, prompts, d)
+    cache = m.cache(len(prompts), size) if many else m.launcher.lend(m, len(prompts), size)
+    state = prefill(m, prompts, cache, vocabulary)
     if d.beams > 1:
         best = beams.search(partial(logits, m), partial(step, m), state, d, vocabulary)
         return [[Answer(ids, ended, score=score) for ids, ended, score in rows[: d.samples]] for rows in best]
     seeds = [seed + j for seed in (seeds or [d.seed] * len(prompts)) for j in range(d.samples)]
     rows = [PartialAnswer()] * len(seeds)
-    for new in on_host(steps(m, state.repeat(d.samples), d, seeds)):
+    if many:
+        state = state.repeat(d.samples, m.launcher.lend(m, len(rows), size))
+    for new in on_host(steps(m, state, d, seeds)):
         rows = [r.grow(int(token), logprobs, d, vocabulary) for r, (token, *logprobs) in zip(rows, new, strict=True)]
         if all(r.ended for r in rows):
             break
+    m.launcher.done(state.cache)
     answers = [Answer(r.ids, r.ended, r.logprobs) for r in rows]
     return [answers[j : j + d.samples] for j in range(0, len(answers), d.samples)]
 

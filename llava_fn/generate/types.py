@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -13,20 +14,58 @@ from llava_fn.cache import Cache
 from llava_fn.config import Llava
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate.options import Decoding
+from llava_fn.generate.sampling import RowOptions
 from llava_fn.parallel.collectives import TP
+
+
+class Launcher(Protocol):
+    """How steps of decoding are launched. room: a cache's size is a multiple of it, so that few sizes come up."""
+
+    @property
+    def room(self) -> int: ...
+
+    def run(self, step: Advance, m: Model, x: StepInputs) -> tuple[Tensor, StepInputs]:
+        """`step(m, x)`. The next call may overwrite the results."""
+        ...
+
+    def lend(self, m: Model, rows: int, size: int) -> Cache:
+        """A cache whose rows are empty, until the caller is `done` with it."""
+        ...
+
+    def done(self, cache: Cache) -> None:
+        """Takes back a cache, which the caller does not use any more."""
+        ...
+
+
+class Eager:
+    """Launches each operation of a step by itself."""
+
+    room = 64
+
+    def run(self, step: Advance, m: Model, x: StepInputs) -> tuple[Tensor, StepInputs]:
+        """`step(m, x)`."""
+        return step(m, x)
+
+    def lend(self, m: Model, rows: int, size: int) -> Cache:
+        """A new one."""
+        return m.cache(rows, size)
+
+    def done(self, cache: Cache) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)
 class Model:
     """Parameters, their config, and how the decoder runs.
 
-    tp: ranks that share the decoder. step: `llama.decode_step`, or a form that computes the same.
+    tp: ranks that share the decoder. step: `llama.decode_step`, or a form that computes the same. launcher: of steps.
     """
 
     params: TensorDict
     config: Llava
     tp: TP = TP()
     step: Callable = llama.decode_step
+    launcher: Launcher = Eager()
 
     @property
     def embed(self) -> Tensor:
@@ -77,11 +116,38 @@ class DecodeState:
 
     hidden: Tensor  # f[b, d], from which each row's next token is predicted
     cache: Cache
-    seen: Tensor  # bool[b, v]: the tokens that occur in a row
+    seen: Tensor  # bool[b, v]: the tokens that occur in a row, kept while a penalty reads them
 
-    def repeat(self, n: int) -> DecodeState:
-        """n copies of each row, one after another."""
-        return DecodeState(self.hidden.repeat_interleave(n, 0), self.cache.repeat(n), self.seen.repeat_interleave(n, 0))
+    def repeat(self, n: int, into: Cache | None = None) -> DecodeState:
+        """n copies of each row, one after another. into: a cache that they fit, which is written; a new one if None."""
+        hidden, seen = (x.repeat_interleave(n, 0) for x in (self.hidden, self.seen))
+        return DecodeState(hidden, self.cache.repeat(n, into), seen)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """All that a step reads on the device: b rows, the token that it appends to each, and how it chooses the next."""
+
+    state: DecodeState
+    ids: Tensor  # int64[b]
+    uniform: Tensor  # f32[b], a random number for each row
+    options: RowOptions
+    logprobs: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the cache's keys and values."""
+        s = self.state
+        return s.hidden, s.cache.lengths, s.seen, self.ids, self.uniform, self.options.values
+
+    def copy(self) -> StepInputs:
+        """The same with tensors of its own, but for the cache's keys and values."""
+        hidden, lengths, seen, ids, uniform, values = (x.clone() for x in self.tensors)
+        state = DecodeState(hidden, replace(self.state.cache, lengths=lengths), seen)
+        return StepInputs(state, ids, uniform, replace(self.options, values=values), self.logprobs)
+
+
+Advance = Callable[[Model, StepInputs], tuple[Tensor, StepInputs]]  # what the host reads of a step, and the next inputs
 
 
 @dataclass(frozen=True)

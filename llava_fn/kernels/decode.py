@@ -5,16 +5,20 @@ reads KV head j // (n/m)). Scores are scaled by h**-0.5. Row j sees keys 0 .. le
 The rest of the cache does not change the result, as long as it is finite.
 lengths: int64[b], each from 1 to s, on q's device or on the host. No shape depends on a length and no step synchronises
 with the device, so that one graph serves all steps. On an NPU lengths must be on the host, because the fused op reads
-host integers (see `lengths_device`); its limits are raised as ValueError.
+host integers (see `lengths_device`); its limits are raised as ValueError. On CUDA the flash attention that torch ships
+reads the keys that a row holds and no others. Where it cannot (torch before 2.12, fp32), a mask hides the rest.
 The memory order of a cache depends on the device, too: `empty_cache` allocates it.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 
@@ -30,7 +34,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, lengths {tuple(lengths.shape)} do not fit: "
             "need b n h, b s m h twice, and b, with n a multiple of m"
         )
-    return choose(q, reference, npu=npu, cpu=cpu)(q, k, v, lengths)
+    return choose(q, reference, npu=npu, cpu=cpu, cuda=cuda)(q, k, v, lengths)
 
 
 def lengths_device(device: torch.device) -> torch.device:
@@ -41,9 +45,9 @@ def lengths_device(device: torch.device) -> torch.device:
 def empty_cache(like: Tensor, blocks: int, rows: int, size: int, heads: int, head: int) -> Tensor:
     """Zeros in the dtype and on the device of `like`, l b s m h.
 
-    In memory l b m s h, so that the keys of a head are contiguous; on an NPU l b s m h, which the fused op needs.
+    In memory l b m s h, so that the keys of a head are contiguous; l b s m h where the fused op needs that.
     """
-    if like.device.type == "npu":
+    if like.device.type == "npu" or (like.device.type == "cuda" and flash(like.dtype)):
         return like.new_zeros(blocks, rows, size, heads, head)
     return like.new_zeros(blocks, rows, heads, size, head).transpose(2, 3)
 
@@ -70,6 +74,27 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     if min(seen) < s:
         scores = scores.masked_fill(torch.arange(s) >= lengths[:, None, None, None], -torch.inf)
     return (scores.softmax(-1) @ v).flatten(1, 2)
+
+
+def flash(dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention serves a cache of this dtype on CUDA."""
+    return dtype.itemsize == 2 and "seqused_k" in signature(varlen_attn).parameters
+
+
+def cuda(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """varlen_attn on the whole cache as a stream, of which each row's segment is used up to its length."""
+    if not flash(q.dtype):
+        return reference(q, k, v, lengths)
+    (b, n, h), (s, m) = q.shape, k.shape[1:3]
+    require(h % 8 == 0 and h <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {h}")
+    require(k.is_contiguous() and v.is_contiguous(), "varlen_attn", "a contiguous cache: pass the whole buffer")
+    starts = torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    x = varlen_attn(
+        q, k.view(b * s, m, h), v.view(b * s, m, h), starts, starts * s, 1, s, seqused_k=lengths.int(),
+        enable_gqa=n != m,
+    )  # fmt: skip
+    assert isinstance(x, Tensor)  # a pair only with return_aux
+    return x
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
 from llava_fn.generate.assistant import Assistant, vocabulary
 from llava_fn.generate.conversation import Key, Picture, common_prefix, text_of, visible
-from llava_fn.generate.decode import ROOM
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, sample, uniforms
@@ -225,12 +224,12 @@ def _feed(f: Family, desk: Desk, tokens: Sequence[int]) -> Desk:
 def _reach(cache: Cache, tokens: int) -> int:
     """How many positions of each row a step is given: one of few sizes, so that its cost follows the rows' lengths.
 
-    On an NPU all: the fused operator there stops at each row's length by itself, and needs the whole buffer.
+    All where fused attention stops at each row's length by itself and needs the whole buffer, as its order tells.
     """
-    size = ROOM
+    size = 64
     while size < tokens:
         size *= 2
-    return cache.size if cache.k.device.type == "npu" else min(size, cache.size)
+    return cache.size if cache.k.is_contiguous() else min(size, cache.size)
 
 
 def _rows(state: DecodeState, start: int, end: int) -> DecodeState:

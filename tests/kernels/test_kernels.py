@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from llava_fn import kernels
@@ -104,6 +105,36 @@ def test_decode_attention_in_any_order_in_memory_equals_the_reference(lengths, d
     assert k.transpose(1, 2).is_contiguous()
     want = decode.reference(q, k.contiguous(), v.contiguous(), lengths)
     torch.testing.assert_close(kernels.decode_attention(q, k, v, lengths), want)
+
+
+def flash(q, k, v, q_starts, k_starts, max_q, max_k, *, seqused_k, enable_gqa):
+    """varlen_attn for one query a segment, as torch documents it, in fp64."""
+    assert q_starts.tolist() == list(range(len(q) + 1)) and (max_q, enable_gqa) == (1, q.shape[1] != k.shape[1])
+    assert q_starts.dtype == k_starts.dtype == seqused_k.dtype == torch.int32 and k_starts.diff().max() <= max_k
+    rows = [torch.arange(start, start + n) for start, n in zip(k_starts.tolist(), seqused_k.tolist(), strict=False)]
+    k, v = (torch.cat([x.double()[of] for of in rows]) for x in (k, v))
+    return naive_attention(q.double(), k, v, Segments((1,) * len(q), tuple(map(len, rows))), True).to(q.dtype)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_the_cuda_form_of_decode_attention_means_what_the_reference_does(heads, monkeypatch):
+    monkeypatch.setattr(decode, "varlen_attn", flash)
+    q, lengths = rand(3, heads[0], 8).bfloat16(), torch.tensor([5, 1, 7])
+    k, v = (rand(3, 7, heads[1], 8, seed=s).bfloat16() for s in (1, 2))
+    want = decode.reference(q.double(), k.double(), v.double(), lengths)
+    torch.testing.assert_close(decode.cuda(q, k, v, lengths).double(), want, atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="varlen_attn needs a contiguous cache"):
+        decode.cuda(q, k[:, :6], v[:, :6], lengths)
+    with pytest.raises(ValueError, match="varlen_attn needs heads of 8, 16 .. 256, not 4"):
+        decode.cuda(q[..., :4], k, v, lengths)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_cache_stands_in_memory_as_its_attention_reads_it(kind):
+    for dtype, flash in ((torch.bfloat16, True), (torch.float32, False)):
+        with FakeTensorMode():
+            x = kernels.empty_cache(torch.empty(0, device=torch.device(kind), dtype=dtype), 2, 3, 5, 2, 8)
+            assert x.is_contiguous() == (kind == "cuda" and flash)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
