@@ -7,7 +7,7 @@ of a call are copied. Graphs of a cache that is no more are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,9 +37,12 @@ def record(warm: Callable[[], object], step: Callable[[], None]) -> Callable[[],
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A step on tensors of its own. out: f32[b, 1 or 2]. cache: of the storage whose addresses the graph holds."""
+    """A step on tensors of its own, StepInputs.tensors. out: f32[b, 1 or 2].
 
-    inputs: StepInputs
+    cache: of the storage whose addresses the graph holds. It does not keep the cache.
+    """
+
+    tensors: tuple[Tensor, ...]
     out: Tensor
     replay: Callable[[], None]
     cache: StorageWeakRef
@@ -77,25 +80,27 @@ class Graphs:
         if captured is None or captured.cache.expired():
             captured = self._capture(step, m, x)
         self._steps[key] = captured  # now the newest
-        for held, new in zip(captured.inputs.tensors, x.tensors, strict=True):
-            if held is not new:
-                held.copy_(new)
+        _copy(captured.tensors, x.tensors)
         captured.replay()
-        return captured.out, captured.inputs
+        return captured.out, x.on(captured.tensors)
 
     def _capture(self, step: Advance, m: Model, x: StepInputs) -> CapturedStep:
         self._steps = {key: kept for key, kept in self._steps.items() if not kept.cache.expired()}
         while len(self._steps) >= KEPT:
             del self._steps[next(iter(self._steps))]
-        inputs = x.copy()
+        inputs = x.on([tensor.clone() for tensor in x.tensors])
         out = x.uniform.new_empty(len(x.uniform), 1 + x.logprobs)
 
         def whole() -> None:
             told, after = step(m, inputs)
-            for held, new in zip((out, *inputs.tensors), (told, *after.tensors), strict=True):
-                if held is not new:
-                    held.copy_(new)
+            _copy((out, *inputs.tensors), (told, *after.tensors))
 
         # to run the step alone is harmless: it writes the same keys and values where the next run of it will
         replay = self._record(lambda: step(m, inputs), whole)
-        return CapturedStep(inputs, out, replay, StorageWeakRef(x.state.cache.k.untyped_storage()), m)
+        return CapturedStep(inputs.tensors, out, replay, StorageWeakRef(x.state.cache.k.untyped_storage()), m)
+
+
+def _copy(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for x, y in zip(held, new, strict=True):
+        if x is not y:
+            x.copy_(y)

@@ -140,9 +140,9 @@ class StepInputs:
         s = self.state
         return s.hidden, s.cache.lengths, s.seen, self.ids, self.uniform, self.options.values
 
-    def copy(self) -> StepInputs:
-        """The same with tensors of its own, but for the cache's keys and values."""
-        hidden, lengths, seen, ids, uniform, values = (x.clone() for x in self.tensors)
+    def on(self, tensors: Sequence[Tensor]) -> StepInputs:
+        """The same cache's keys and values with other `tensors`."""
+        hidden, lengths, seen, ids, uniform, values = tensors
         state = DecodeState(hidden, replace(self.state.cache, lengths=lengths), seen)
         return StepInputs(state, ids, uniform, replace(self.options, values=values), self.logprobs)
 

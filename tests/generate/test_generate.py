@@ -369,12 +369,13 @@ def test_options_are_applied_in_the_order_of_transformers():
     assert torch.equal(got, want) and got.isinf().any()
 
 
-def test_each_row_of_one_call_has_its_own_options():
+@pytest.mark.parametrize("number", [0.05, 0.5, 0.95])
+def test_each_row_of_one_call_has_its_own_options(number):
     rows = [
         Decoding(), Decoding(temperature=0.7), Decoding(temperature=1.5, top_k=3), Decoding(temperature=2, top_p=0.4),
         Decoding(temperature=3, min_p=0.2, repetition_penalty=1.7),
     ]  # fmt: skip
-    seen, uniform = scores() > 1, torch.linspace(0.1, 0.9, 5)
+    seen, uniform = scores() > 1, torch.full((5,), number)
     got = sampling.sample(scores(), seen, uniform, RowOptions.of(rows))
     alone = [
         sampling.sample(scores()[[j]], seen[[j]], uniform[[j]], RowOptions.of([d])).item() for j, d in enumerate(rows)

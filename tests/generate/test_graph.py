@@ -2,14 +2,21 @@
 
 import dataclasses
 import gc
+import importlib
 
 import pytest
+import torch
 from test_generate import C, params, prompts, words  # noqa: F401  # params is a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from llava_fn import llava, spec
+from llava_fn.cache import Cache
 from llava_fn.generate import decode
 from llava_fn.generate.graph import KEPT, Graphs
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Model
+from llava_fn.generate.sampling import RowOptions
+from llava_fn.generate.types import DecodeState, Model, StepInputs
 
 WAYS = {
     "greedy": Decoding(tokens=7),
@@ -57,7 +64,8 @@ def test_graphs_differ_by_rows_parameters_and_the_options_in_use(params):  # noq
 
 
 def test_graphs_of_a_cache_that_is_no_more_are_dropped_and_the_oldest_of_many(params):  # noqa: F811
-    m, captures = captured(params)
+    captures = []
+    m = Model(params, C, launcher=Graphs(lambda warm, step: captures.append(1) or (lambda: None)))
     (one,) = prompts(params, "5")
 
     def run(size, d=WAYS["greedy"]):
@@ -68,7 +76,9 @@ def test_graphs_of_a_cache_that_is_no_more_are_dropped_and_the_oldest_of_many(pa
     state = run(16)
     del state
     gc.collect()
-    kept = [run(16 + j) for j in range(KEPT)]
+    kept = [run(16)]
+    assert len(m.launcher._steps) == 1
+    kept += [run(16 + j) for j in range(1, KEPT)]
     assert len(m.launcher._steps) == KEPT == len(captures) - 1
     list(decode.steps(m, kept[0], WAYS["sampled"], [0]))
     assert len(m.launcher._steps) == KEPT == len(captures) - 2
@@ -82,3 +92,39 @@ def test_a_cache_comes_back_for_the_same_sizes_alone(params):  # noqa: F811
     assert again.k is first.k and m.launcher.lend(m, 2, 512).k is not first.k
     m.launcher.done(again)
     assert m.launcher.lend(m, 3, 512).rows == 3 and m.launcher.lend(m, 2, 512).k is not first.k
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations, and names those between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.between = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if len({x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}) > 1:
+            self.between.append(func._schema.name)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("way", ["greedy", "sampled", "log-probabilities", "penalty"])
+def test_a_step_on_a_card_never_makes_the_host_wait(way, dtype, monkeypatch):
+    """Tensors without values stand for the card's: to read one, or a shape that depends on one, is an error."""
+    for name in ("decode", "rms_norm", "add_rms_norm", "rotary", "swiglu"):
+        module = importlib.import_module(f"llava_fn.kernels.{name}")
+        monkeypatch.setattr(module, "choose", lambda x, reference, **fused: fused.get("cuda", reference))
+    wide, d = dataclasses.replace(C, llama=dataclasses.replace(C.llama, width=32)), WAYS[way]
+    with torch.device("meta"), torch.no_grad():
+        p = spec.build(llava.spec(wide), lambda _, leaf: torch.empty(leaf.shape, dtype=dtype))
+        k, v = (torch.empty(3, 3, 16, 2, 8, dtype=dtype) for _ in "kv")  # in the order of flash attention
+        cache = Cache(k, v, torch.empty(3).long())
+        state = DecodeState(torch.empty(3, 32, dtype=dtype), cache, torch.empty(3, 24).bool())
+        options = dataclasses.replace(RowOptions.of([d] * 3), values=torch.empty(6, 3))
+        x = StepInputs(state, torch.empty(3).long(), torch.empty(3), options, d.logprobs)
+    with Copies() as copies:
+        told, after = decode.advance(Model(p, wide), x)
+    assert not copies.between and copies.calls > 100
+    assert told.shape == (3, 1 + d.logprobs) and after.state.hidden.shape == (3, 32)
