@@ -5,9 +5,9 @@
     {nf4, scale}         uint8[out, in / 2] and fp32[out, in / 64]: two 4-bit codes a byte, one scale for 64 inputs
     {w, lora}            w of any kind above, and lora = {a: f[r, in], b: f[out, r], scale}: x w^T + scale (x a^T) b^T
 
-Activations are never rounded. A compressed weight is made whole just before its product, in the forward pass and again
-in the backward pass, so that one weight at a time exists in full. It has no gradient. bench/quantise.py measures what
-is lost.
+A compressed weight is made whole just before its product, in the forward pass and again in the backward pass, so that
+one weight at a time exists in full. It has no gradient. Activations are not rounded, except where no gradient is taken
+and int8 has a product of its own: kernels/int8_linear.py says where and how. bench/quantise.py measures what is lost.
 
 Another kind of weight is another row of `whole`, or, where its product is not that of one matrix, of `linear`.
 Sources: int8: Dettmers et al. 2022, arXiv 2208.07339, section 2; nf4: Dettmers et al. 2023, arXiv 2305.14314, section
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llava_fn import kernels, tree
 from llava_fn.dropout import dropped
+from llava_fn.kernels.int8_linear import whole as int8_whole
 from llava_fn.parallel.collectives import join
 from llava_fn.parallel.mesh import Axis
 
@@ -47,7 +48,12 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, w, bias)
     if "lora" in w:
         return _adapted(x, linear(x, w["w"], bias), w["lora"])
-    y = _Frozen.apply(x, *_pair(w)) if x.requires_grad else F.linear(x, whole(w, x.dtype))
+    if x.requires_grad:
+        y = _Frozen.apply(x, *_pair(w))
+    elif "int8" in w:
+        y = kernels.int8_linear(x, *_pair(w))
+    else:
+        y = F.linear(x, whole(w, x.dtype))
     return y if bias is None else y + bias
 
 
@@ -69,7 +75,7 @@ def _pair(w: TensorDict) -> tuple[Tensor, Tensor]:
 
 def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.dtype == torch.int8:
-        return (codes * scale).to(dtype)
+        return int8_whole(codes, scale, dtype)
     table = torch.tensor(NF4, device=codes.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # both values of each possible byte
     values = pairs[codes.int()].view(*scale.shape, BLOCK)

@@ -125,6 +125,9 @@ def other_cases(s: Sizes) -> list[Case]:
     def plain(form: Callable, *x: Tensor) -> Tensor:
         return form(*x)
 
+    def int8(form: Callable, x: Tensor, w: Tensor) -> Tensor:
+        return form(x, (32 * w).round().clamp(-127, 127).to(torch.int8), w[:, :1].float().abs() / 32)
+
     pointwise = (2 * t * f, 0)
     return [
         Case("RMSNorm", "rms_norm", "rms_norm", ((t, d), (d,)), with_eps, (2 * t * d, 0)),
@@ -132,6 +135,7 @@ def other_cases(s: Sizes) -> list[Case]:
         Case("LayerNorm", "layer_norm", "layer_norm", ((t, d), (d,), (d,)), with_eps, (2 * t * d, 0)),
         Case("rotary", "rotary", "rotary", ((t, s.heads, s.head),), rotate, (2 * t * s.heads * s.head, 0)),
         Case("SwiGLU", "swiglu", "swiglu", ((t, d), (f, d), (f, d)), plain, (0, 4 * t * d * f)),
+        Case("int8 linear", "int8_linear", "int8_linear", ((t, d), (f, d)), int8, (0, 2 * t * d * f), gradients=False),
         Case("quick GELU", "quick_gelu", "quick_gelu", ((t, f),), plain, pointwise),
         Case("GELU", "gelu", "gelu", ((t, f),), plain, pointwise),
         Case("cross-entropy", "cross_entropy", "cross_entropy", ((s.labels, s.vocab),), loss, (s.labels * s.vocab, 0)),

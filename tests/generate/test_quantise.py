@@ -1,6 +1,7 @@
 """Decoder linears in int8: what is rounded, by how much, what is left alone, and that a model runs on them."""
 
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -90,7 +91,9 @@ def test_the_model_runs_as_with_the_weights_that_int8_stands_for(params, small, 
     d, words = Decoding(tokens=8, logprobs=True), Vocabulary(tiny.llama.vocab, (-7,), str)
     questions = decode.prompts(Model(params, tiny), samples[:4])
     said = decode.generate(Model(small, tiny), questions, d, words)
-    assert said == decode.generate(Model(opened(small), tiny), questions, d, words)
+    for (one,), (other,) in zip(said, decode.generate(Model(opened(small), tiny), questions, d, words), strict=True):
+        assert (one.ids, one.ended) == (other.ids, other.ended)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=0.02)  # few rows have activations in bf16 on a CPU
 
 
 @pytest.mark.slow
@@ -105,16 +108,17 @@ def test_compiled_decoding_makes_the_weights_whole_in_its_graph(params, small, s
 
 
 def test_one_weight_at_a_time_is_whole(small, tiny, monkeypatch):
-    alive, whole = [], linear.whole
+    op = import_module("llava_fn.kernels.int8_linear")
+    alive, whole = [], op.whole
 
-    def seen(w, dtype):
+    def seen(*args):
         assert sum(ref() is not None for ref in alive) <= (len(alive) % 7 == 5)  # but for the gate beside the up
-        alive.append(weakref.ref(x := whole(w, dtype)))
+        alive.append(weakref.ref(x := whole(*args)))
         return x
 
-    monkeypatch.setattr(linear, "whole", seen)
-    ids = torch.tensor([3, 4, 5])
-    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([3]), tiny.llama)
+    monkeypatch.setattr(op, "whole", seen)
+    ids = torch.arange(op.ROWS + 1)
+    llama.decode(small["llama"], small["llama", "embed"][ids], Stream.of([len(ids)]), tiny.llama)
     assert len(alive) == 2 * 7
 
 

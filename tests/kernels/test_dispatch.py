@@ -87,7 +87,7 @@ def test_check_prints_a_table_and_ends_with_status_one_if_a_form_is_wrong(capsys
     monkeypatch.setattr(check, "CARD", check.SMALL)
     assert check.main(rounds=1) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 + 2 * 13 and lines[2].split(" | ")[1] == "dtype" and not any("NO" in x for x in lines)
+    assert len(lines) == 4 + 2 * 14 and lines[2].split(" | ")[1] == "dtype" and not any("NO" in x for x in lines)
     monkeypatch.setitem(check.LIMITS, "bfloat16", 1e-9)
     assert check.main(rounds=1, as_json=True) == 1
 
@@ -149,6 +149,7 @@ def decode(q, k, v, lengths=(2,)):
 
 B, F64, I64 = torch.bfloat16, torch.float64, torch.int64
 CACHE = R(1, 4, 2, 8, dtype=B)
+INT8 = (torch.ones(3, 8, dtype=torch.int8), torch.ones(3, 1))
 
 
 def norm(name):
@@ -209,6 +210,12 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (module("swiglu").npu, (R(0, 8), R(4, 8), R(4, 8)), "at least one row"),
     (module("swiglu").npu, (R(2, 8), R(4, 8), R(5, 8)), "two equal halves"),
     (module("swiglu").npu, (R(2, 8, dtype=F64), R(4, 8), R(4, 8)), "npu_swiglu needs float16"),
+    (module("int8_linear").npu, (R(2, 8, dtype=F64), *INT8), "float16 or bfloat16, not torch.float64"),
+    (module("int8_linear").npu, (R(2, 4, dtype=B), *INT8), r"rows of 8 values, not x of \(2, 4\)"),
+    (module("int8_linear").npu, (R(0, 8, dtype=B), *INT8), r"rows of 8 values, not x of \(0, 8\)"),
+    (module("int8_linear").npu, (R(2, 8, dtype=B), INT8[0].new_empty(65_536, 8), INT8[1]), "65535, not 65536 by 8"),
+    (module("int8_linear").npu, (R(2, 3, dtype=B), INT8[0].t(), INT8[1]), "contiguous codes, not transposed"),
+    (module("int8_linear").npu, (R(2, 8, dtype=B).requires_grad_(), *INT8), "it gives no gradient, silently"),
     (module("quick_gelu").npu, (R(2, dtype=F64),), "npu_fast_gelu needs float16"),
     (module("gelu").npu, (R(2, dtype=F64),), "npu_gelu needs float16"),
     (module("cross_entropy").npu, (R(0, 4), torch.empty(0, dtype=I64)), "1 to 200000 rows, not 0"),

@@ -235,6 +235,25 @@ def test_activations_follow_their_formulas():
     torch.testing.assert_close(gated(x, up), x / (1 + torch.exp(-x)) * up)
 
 
+def codes_of(n, k, seed=5):
+    codes = torch.randint(-127, 128, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return codes, torch.exp(rand(n, 1, seed=seed)).detach().float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (2, 8, 64), (17, 64), (64,), (0, 64), (3, 24)])
+def test_int8_linear_is_the_product_with_the_weight_that_it_stands_for(shape, dtype):
+    """Few rows in fp32 have bf16 activations and sums; k of 24, which torch's kernel would read beyond, has not."""
+    x, (codes, scale) = rand(*shape).detach().to(dtype), codes_of(5, shape[-1])
+    y, want = kernels.int8_linear(x, codes, scale), x.double() @ (codes.double() * scale.double()).t()
+    few = 0 < x.numel() // 64 <= 16 and shape[-1] == 64 and dtype == torch.float32
+    near = torch.finfo(torch.bfloat16 if few else max(dtype, torch.float32, key=lambda d: torch.finfo(d).eps)).eps
+    assert (y.shape, y.dtype) == (want.shape, dtype)
+    largest = (x.double().abs() @ (codes.double().abs() * scale.double()).t()).clamp(min=1e-30)
+    assert ((y.double() - want).abs() <= 2 * near * largest).all()
+    assert not few or not torch.equal(y, x @ (codes * scale).t())  # else the case tests nothing of its own
+
+
 def test_cross_entropy_is_the_negative_log_probability_of_the_target():
     logits, targets = rand(5, 9).float(), torch.tensor([0, 8, 3, 3, 1])
     want = -(logits.exp() / logits.exp().sum(1, keepdim=True)).log()[torch.arange(5), targets]

@@ -106,6 +106,15 @@ def npu_swiglu(input, dim=-1):
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def npu_weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, **options):
+    """x: m k, weight: int8[k, n], contiguous but for a transposition; a scale for each column, of x's dtype."""
+    assert antiquant_offset is quant_scale is None and not options and weight.dtype == torch.int8
+    assert x.dtype == antiquant_scale.dtype in (torch.float16, torch.bfloat16) and x.ndim == weight.ndim == 2
+    assert weight.is_contiguous() or weight.t().is_contiguous()
+    assert antiquant_scale.shape in ((weight.shape[1],), (1, weight.shape[1]))
+    return (x.float() @ weight.float() * antiquant_scale.float()).to(x.dtype)
+
+
 def npu_fast_gelu(input):
     """x / (1 + exp(-1.702 x))."""
     return input / (1 + torch.exp(-1.702 * input))

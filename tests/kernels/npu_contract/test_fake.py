@@ -156,6 +156,14 @@ def test_decoding_takes_the_inference_kernel_in_bf16_and_the_training_kernel_in_
         assert (x.shape, x.dtype, x.device.type) == ((2, 32, 128), dtype, "npu") and list(log.fused) == [op]
 
 
+def test_int8_linears_take_the_fused_product_in_half_precision(fake):
+    codes, scale = E(172, 64, dtype=torch.int8), E(172, 1, dtype=torch.float32)
+    for dtype, ops in ((BF16, ["npu_weight_quant_batchmatmul"]), (torch.float32, [])):
+        with Log() as log:
+            y = kernels.int8_linear(E(2, 3, 64, dtype=dtype), codes, scale)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 172), dtype, "npu") and list(log.fused) == ops
+
+
 def test_decoding_refuses_to_drop_a_gradient(fake):
     with pytest.raises(ValueError, match="it gives no gradient, silently"):
         kernels.decode_attention(G(2, 32, 128), *(E(2, 4096, 8, 128) for _ in "kv"), torch.tensor([5, 9]))
@@ -182,6 +190,10 @@ RAW = {  # the op as torch_npu has it -> how its gradient fares: this is why som
         lambda x: torch_npu.npu_fused_infer_attention_score(
             x, *[E(2, 9, 4, 64)] * 2, num_heads=4, input_layout="BSND"
         )[0], "dropped",
+    ),
+    "npu_weight_quant_batchmatmul": (
+        lambda: G(8, 64),
+        lambda x: torch_npu.npu_weight_quant_batchmatmul(x, E(64, 32, dtype=torch.int8), E(1, 32)), "dropped",
     ),
     "npu_all_gather_base_mm": (
         lambda: G(8, 512), lambda x: torch_npu.npu_all_gather_base_mm(x, E(512, 64), "group", 2)[0], "dropped",

@@ -5,7 +5,7 @@ import types
 import emulation
 import pytest
 import torch
-from test_numerics import LENGTHS, R, compare, module
+from test_numerics import LENGTHS, R, compare, int8_product, module
 
 MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case of test_numerics.py)
     "the mask inverted": ("attention", ".triu(1)", ".tril()", "causal attention"),
@@ -93,6 +93,16 @@ def test_planted_mistake_goes_red(mistake):
     compare(with_mistake(name, right, right).npu, module(name).reference, case)  # the same edit without the mistake
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         compare(with_mistake(name, right, wrong).npu, module(name).reference, case)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [("codes.t()", "codes"), (", scale.t().to(x.dtype)", ", scale.t()"), ("scale.t().to", "scale.t().square().to")],
+)
+def test_planted_mistake_in_the_int8_product_goes_red(right, wrong):
+    with pytest.raises((AssertionError, RuntimeError)):
+        mine = int8_product(with_mistake("int8_linear", right, wrong).npu)
+        torch.testing.assert_close(mine, int8_product(module("int8_linear").reference), rtol=2**-6, atol=2.0)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,16 @@ def test_npu_form_of_attention_equals_the_reference_for_all_segments_and_groups(
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def int8_product(form):
+    codes = torch.randint(-127, 128, (6, 8), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    return form(R(2, 3, 8, grad=False, dtype=torch.bfloat16), codes, R(6, 1, seed=2, grad=False).exp())
+
+
+def test_int8_linear_equals_the_reference():
+    op = module("int8_linear")
+    torch.testing.assert_close(int8_product(op.npu), int8_product(op.reference), rtol=2**-6, atol=2.0)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_bf16_decoding_equals_the_reference(groups):
     op = module("decode")
