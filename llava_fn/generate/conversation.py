@@ -33,6 +33,7 @@ from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Answer, PartialAnswer, Prompt
 
 KEPT = 256  # images that are not asked about now whose features are kept
+WINDOW = 8  # tokens at the end of an answer whose text may still change, at most
 
 Key = int | str  # of a position: the token, or the key of the picture
 
@@ -146,6 +147,45 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], goes_on: bool) -> str:
     return tokenizer.decode([*tokenizer.encode("."), *ids]).removeprefix(".")
 
 
+@dataclass(frozen=True)
+class GrowingText:
+    """`text_of` an answer that grows, of which only the end is decoded anew: the bytes of a character come one by one.
+
+    fixed: the text that no further token changes, with its space in front. window: the tokens behind it.
+    """
+
+    tokenizer: Tokenizer
+    goes_on: bool = False
+    fixed: str = ""
+    window: tuple[int, ...] = ()
+    tail: str = ""  # the text of the window
+
+    @property
+    def text(self) -> str:
+        """Equal to text_of(tokenizer, ids, goes_on) of all tokens so far."""
+        whole = self.fixed + self.tail
+        return whole if self.goes_on else whole.removeprefix(" ")
+
+    def grow(self, ids: Sequence[int]) -> GrowingText:
+        """The text with more tokens."""
+        grown = self
+        for token in ids:
+            grown = grown._with(token)
+        return grown
+
+    def _with(self, token: int) -> GrowingText:
+        window = (*self.window, token)
+        tail = text_of(self.tokenizer, window, True)
+        if not tail.endswith("\ufffd"):  # which may be the first bytes of a character
+            return replace(self, fixed=self.fixed + tail, window=(), tail="")
+        if len(window) <= WINDOW:
+            return replace(self, window=window, tail=tail)
+        # bytes that are no characters: of the first four places, one is not inside a character
+        starts = ((n, text_of(self.tokenizer, window[:n], True)) for n in range(1, 5))
+        n, start = next((n, s) for n, s in starts if s + text_of(self.tokenizer, window[n:], True) == tail)
+        return replace(self, fixed=self.fixed + start, window=window[n:], tail=tail[len(start) :])
+
+
 def visible(answer: str, stop: Sequence[str], ended: bool) -> str:
     """The prefix of a growing answer that is safe to show: no partial UTF-8, no possible start of a stop text.
 
@@ -182,13 +222,13 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Reply]:
     size = decode.room(a.model, [question], d)
     cache = chat.cache.grown(size) if chat.cache else a.model.cache(1, size)
     state = decode.prefill(a.model, [question], cache, known, [common_prefix(keys[:-1], chat.cached)])
-    before, row = "", PartialAnswer()
+    before, row, grown = "", PartialAnswer(), GrowingText(a.tokenizer)
     steps = decode.steps(a.model, state, d, [d.seed])
     for t, ((token, *logprobs),) in enumerate(decode.on_host(steps)):
         cached = (*keys, *row.ids[:t])
         row = row.grow(int(token), logprobs, d, known)
-        ended = row.ended or t + 1 == d.tokens
-        answer = visible(a.tokenizer.decode(row.ids), d.stop, ended)
+        grown, ended = grown.grow(row.ids[t:]), row.ended or t + 1 == d.tokens
+        answer = visible(grown.text, d.stop, ended)
         turns = (*chat.turns, ("gpt", answer.strip()))
         yield Reply(answer[len(before) :], replace(chat, turns=turns, cache=state.cache, cached=cached), ended)
         before = answer

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
-from llava_fn.generate.assistant import Assistant, vocabulary
-from llava_fn.generate.conversation import Key, Picture, common_prefix, text_of, visible
+from llava_fn.generate.assistant import vocabulary
+from llava_fn.generate.conversation import GrowingText, Key, Picture, common_prefix, visible
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, sample, uniforms
@@ -74,13 +74,17 @@ class Delta:
 
 @dataclass(frozen=True)
 class Seat:
-    """A request in its slot. uniform: f32[tokens], a random number for each token. text: of all its deltas so far."""
+    """A request in its slot. uniform: f32[tokens], a random number for each token. text: of the answer so far.
+
+    shown: how many characters of it its deltas have.
+    """
 
     request: AnswerRequest
     uniform: Tensor
+    text: GrowingText
     row: PartialAnswer = PartialAnswer()
     steps: int = 0
-    text: str = ""
+    shown: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
     new = decode.prefill(a.model, [prompt], part.cache, vocabulary(a), [common[best]])
     part.hidden.copy_(new.hidden)
     part.seen.copy_(new.seen)
-    seat = Seat(request, uniforms([request.decoding.seed], request.decoding.tokens)[0])
+    text = GrowingText(a.tokenizer, request.goes_on)
+    seat = Seat(request, uniforms([request.decoding.seed], request.decoding.tokens)[0], text)
     seats, cached = _put(desk.seats, slot, seat), _put(desk.cached, slot, request.keys)
     return replace(desk, seats=seats, cached=cached, feats=feats)
 
@@ -161,7 +166,7 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
     seats, deltas = list(desk.seats), []
     for j, seat in enumerate(desk.seats):
         if seat:
-            seats[j], delta = _grow(f.member(seat.request.adapter), seat, choices[j])
+            seats[j], delta = _grow(seat, choices[j])
             deltas.append(delta)
     desk = replace(desk, seats=tuple(seats))
     return (_feed(f, desk, [c.token for c in choices]) if desk.free < len(seats) else desk), deltas
@@ -189,16 +194,17 @@ def _told(logits: Tensor, ids: Tensor, seats: Sequence[Seat | None]) -> list[Cho
     return choices
 
 
-def _grow(a: Assistant, seat: Seat, c: Choice) -> tuple[Seat | None, Delta]:
+def _grow(seat: Seat, c: Choice) -> tuple[Seat | None, Delta]:
     """The seat after one more token, None if its answer has ended, and what the token adds to the answer."""
     request, d = seat.request, seat.request.decoding
     row = seat.row.grow(c.token, c.logprobs, d, request.vocabulary)
     ended = row.ended or seat.steps + 1 == d.tokens
-    text = visible(text_of(a.tokenizer, row.ids, request.goes_on), d.stop, ended)
-    finish = ("stop" if row.ended else "length") if ended else None
     new = row.ids[len(seat.row.ids) :]
-    delta = Delta(request.name, text[len(seat.text) :], new, c.logprobs[: len(new)], c.top[: len(new)], finish)
-    return None if ended else replace(seat, row=row, steps=seat.steps + 1, text=text), delta
+    text = seat.text.grow(new)
+    shown = visible(text.text, d.stop, ended)
+    finish = ("stop" if row.ended else "length") if ended else None
+    delta = Delta(request.name, shown[seat.shown :], new, c.logprobs[: len(new)], c.top[: len(new)], finish)
+    return None if ended else replace(seat, text=text, row=row, steps=seat.steps + 1, shown=len(shown)), delta
 
 
 def _feed(f: Family, desk: Desk, tokens: Sequence[int]) -> Desk:
