@@ -16,6 +16,7 @@ Sources: int8: Dettmers et al. 2022, arXiv 2208.07339, section 2; nf4: Dettmers 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ Kind = Literal["int8", "nf4"]
 COLUMN = ("wq", "wk", "wv", "w_gate", "w_up")  # a tensor-parallel rank has some of the rows
 ROW = ("wo", "w_down")  # a tensor-parallel rank has some of the columns
 TOP = 127  # -128 is left out: the range is symmetric
+JOINED = {"wqkv": ("wq", "wk", "wv"), "w_gate_up": ("w_gate", "w_up")}  # weights of one input, as one; in memory alone
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -57,8 +59,11 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def swiglu(x: Tensor, w_gate: Weight, w_up: Weight) -> Tensor:
-    """silu(x w_gate^T) * (x w_up^T), f[..., f]; see kernels/swiglu.py."""
+def swiglu(x: Tensor, p: TensorDict) -> Tensor:
+    """silu(x w_gate^T) * (x w_up^T) of a block's weights, joined or not, f[..., f]; see kernels/swiglu.py."""
+    if "w_gate_up" in p:
+        return kernels.swiglu_joined(linear(x, p["w_gate_up"]))
+    w_gate, w_up = p["w_gate"], p["w_up"]
     if isinstance(w_gate, Tensor) and isinstance(w_up, Tensor):
         return kernels.swiglu(x, w_gate, w_up)
     return kernels.swiglu_products(linear(x, w_gate), linear(x, w_up))
@@ -120,16 +125,48 @@ def quantise(
 ) -> TensorDict:  # fmt: skip
     """A model's parameters, on `device` and in `dtype` if given, with each linear of the decoder compressed.
 
-    Every leaf is moved by itself, so that the whole never stands on the device. axis: on which the parameters are
-    sharded; the values are those of the whole model's shards. ValueError if there is no decoder, or as `compress`.
+    axis: on which the parameters are sharded; the values are those of the whole model's shards. ValueError if there is
+    no decoder, or as `compress`.
     """
-    out = TensorDict({})
+    return tree.build(placed(params, device, dtype, kind, axis))
+
+
+def placed(
+    params: TensorDict, device: torch.device | None, dtype: torch.dtype | None, kind: Kind | None, axis: Axis
+) -> Iterator[tuple[tree.Path, Weight]]:
+    """The leaves of `quantise`, without a kind uncompressed, one by one: the model never stands on the device twice."""
+    if kind and "llama" not in params:
+        raise ValueError(f"{kind} is for the decoder's linears, and these parameters have no decoder")
     for path, leaf in zip(tree.paths(params), tree.values(params), strict=True):
         leaf = leaf.to(device, dtype)
-        out[path] = compress(path, leaf, kind, axis) if compressible(path) else leaf
-    if "llama" not in out:
-        raise ValueError(f"{kind} is for the decoder's linears, and these parameters have no decoder")
-    return out.lock_()
+        yield path, compress(path, leaf, kind, axis) if kind and compressible(path) else leaf
+
+
+def joined(leaves: Iterable[tuple[tree.Path, Weight]]) -> Iterator[tuple[tree.Path, Weight]]:
+    """The same leaves with the weights of each decoder block as JOINED says: one product instead of three, or of two.
+
+    The parts of a group are held until all have come. A weight that has an adapter cannot be joined.
+    """
+    groups: dict[tree.Path, dict[str, Weight]] = {}
+    for path, w in leaves:
+        name = next((name for name, parts in JOINED.items() if compressible(path) and path[-1] in parts), None)
+        if name is None:
+            yield path, w
+            continue
+        place = (*path[:-1], name)
+        groups.setdefault(place, {})[path[-1]] = w
+        if len(groups[place]) == len(JOINED[name]):
+            group = groups.pop(place)
+            yield place, _cat([group[part] for part in JOINED[name]])
+
+
+def _cat(parts: Sequence[Weight]) -> Weight:
+    """Weights of one kind, one above another."""
+    plain = [w for w in parts if isinstance(w, Tensor)]
+    if plain:
+        return torch.cat(plain)
+    columns = zip(*(tree.values(w) for w in parts if isinstance(w, TensorDict)), strict=True)
+    return tree.build(zip(tree.paths(parts[0]), map(torch.cat, columns), strict=True))
 
 
 def empty(w: Tensor, kind: Kind) -> TensorDict:

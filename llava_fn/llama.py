@@ -82,14 +82,24 @@ def block_with(
 ) -> Tensor:  # fmt: skip
     """`block` whose attention is `attend`. x: t d -> t d or r d, V on tp."""
     h = tp.enter(rms_norm(x, p["norm1"], c.eps))
-    k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))  # t m h
+    h = attend(*_rotated(p, h, rot, rows, c)).flatten(1)
+    x = x if rows is None else tp.select(x, rows)
+    x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
+    return x + tp.leave(linear(swiglu(tp.enter(h), p), p["w_down"]))
+
+
+def _rotated(p: TensorDict, h: Tensor, rot: Rotation, rows: Tensor | None, c: Llama) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of `rows`, or of all, t n h or r n h; keys and values of all, t m h. h: t d."""
+    if "wqkv" in p:
+        x = linear(h, p["wqkv"]).unflatten(1, (-1, c.head))  # t n+m+m h
+        m = x.shape[1] * c.kv_heads // (c.heads + 2 * c.kv_heads)
+        q, k = rotary(x[:, :-m], *rot).tensor_split([-m], 1)
+        return q if rows is None else q[rows], k, x[:, -m:]
+    k, v = (linear(h, p[w]).unflatten(1, (-1, c.head)) for w in ("wk", "wv"))
     k = rotary(k, *rot)
     if rows is not None:
-        x, h, rot = tp.select(x, rows), h[rows], (rot[0][rows], rot[1][rows])
-    q = rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *rot)  # t n h
-    h = attend(q, k, v).flatten(1)
-    x, h = add_rms_norm(x, tp.leave(linear(h, p["wo"])), p["norm2"], c.eps)
-    return x + tp.leave(linear(swiglu(tp.enter(h), p["w_gate"], p["w_up"]), p["w_down"]))
+        h, rot = h[rows], (rot[0][rows], rot[1][rows])
+    return rotary(linear(h, p["wq"]).unflatten(1, (-1, c.head)), *rot), k, v
 
 
 def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), blocks: Callable = scan(block)) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tensordict import TensorDict
@@ -26,8 +26,13 @@ def values(tree: TensorDict) -> list[Tensor]:
 
 def rebuild(like: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
     """A locked tree with the paths of `like` and these leaves, in the order of `values(like)`."""
+    return build(zip(paths(like), leaves, strict=True))
+
+
+def build(leaves: Iterable[tuple[Path, Tensor | TensorDict]]) -> TensorDict:
+    """A locked tree of these leaves, some of which may be trees."""
     tree = TensorDict({})
-    for path, leaf in zip(paths(like), leaves, strict=True):
+    for path, leaf in leaves:
         tree[path] = leaf
     return tree.lock_()
 

@@ -49,14 +49,18 @@ class Placement:
     dtype: torch.dtype
     mesh: Mesh = Mesh()
     quantise: Kind | None = None  # the decoder's linears; see linear.py
+    join: bool = False  # weights of one input, where none has an adapter; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
     @staticmethod
     def of(m: ModelOptions, mesh: Mesh = Mesh()) -> Placement:
-        """What the options ask for. ValueError if the device is not there."""
+        """What the options ask for. ValueError if the device is not there.
+
+        Weights are joined on an accelerator: a CPU gains nothing from it, and loses with several rows.
+        """
         device = pick_device(m.device)
         name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-        return Placement(device, getattr(torch, name), mesh, m.quantise, m.compile)
+        return Placement(device, getattr(torch, name), mesh, m.quantise, device.type != "cpu", m.compile)
 
     @property
     def precision(self) -> str:
@@ -96,12 +100,9 @@ def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> A
     c, axis = model.config(weights), to.mesh.tp
     llama.check_tp(c.llama, axis.size)
     step = compiled_step(to.compile)
-    params = model.load(weights, to.mesh)
-    if to.quantise:
-        params = linear.quantise(params, to.quantise, to.device, to.dtype, axis)
-    else:
-        params = tree.rebuild(params, [leaf.to(to.device, to.dtype) for leaf in tree.values(params)])
-    params = lora.attached(params, model.adapters(weights, to.mesh, to.device, to.dtype))
+    leaves = linear.placed(model.load(weights, to.mesh), to.device, to.dtype, to.quantise, axis)
+    adapters = model.adapters(weights, to.mesh, to.device, to.dtype)
+    params = lora.attached(tree.build(linear.joined(leaves) if to.join and not adapters else leaves), adapters)
     assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)
     launcher = Graphs() if to.device.type == "cuda" and axis.size == 1 and not FORCED else Eager()

@@ -13,10 +13,10 @@ from llava_fn.kernels.patch_embedding import patch_embedding
 from llava_fn.kernels.quick_gelu import quick_gelu
 from llava_fn.kernels.rms_norm import rms_norm
 from llava_fn.kernels.rotary import rotary, rotary_tables
-from llava_fn.kernels.swiglu import swiglu, swiglu_products
+from llava_fn.kernels.swiglu import swiglu, swiglu_joined, swiglu_products
 
 __all__ = [
     "Coefficients", "Segments", "adamw", "add_rms_norm", "attention", "column_linear", "cross_entropy",
     "decode_attention", "empty_cache", "gelu", "int8_linear", "layer_norm", "lengths_device", "patch_embedding",
-    "quick_gelu", "rms_norm", "rotary", "rotary_tables", "row_linear", "swiglu", "swiglu_products",
+    "quick_gelu", "rms_norm", "rotary", "rotary_tables", "row_linear", "swiglu", "swiglu_joined", "swiglu_products",
 ]  # fmt: skip

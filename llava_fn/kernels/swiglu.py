@@ -37,6 +37,24 @@ def swiglu_products(gate: Tensor, up: Tensor) -> Tensor:
     return choose(gate, gated, npu=npu_products)(gate, up)
 
 
+def swiglu_joined(products: Tensor) -> Tensor:
+    """`swiglu` from both products in one tensor, gate first: ... 2f -> ... f. For weights that are joined."""
+    return choose(products, gated_halves, npu=npu_joined, cpu=cpu_joined)(products)
+
+
+def gated_halves(products: Tensor) -> Tensor:
+    """silu of the first half, times the second."""
+    return gated(*products.chunk(2, -1))
+
+
+def cpu_joined(products: Tensor) -> Tensor:
+    """The reference; without gradients in place."""
+    if torch.is_grad_enabled():
+        return gated_halves(products)
+    gate, up = products.chunk(2, -1)
+    return F.silu(gate, inplace=True).mul_(up)
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
@@ -53,10 +71,16 @@ def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
         w_gate.shape == w_up.shape, "npu_swiglu", f"two equal halves, not {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
     )
     if x.numel() > x.shape[-1] ** 2:
-        return npu_op("npu_swiglu")(linear(x, torch.cat([w_gate, w_up])), -1)
+        return npu_joined(linear(x, torch.cat([w_gate, w_up])))
     return npu_products(linear(x, w_gate), linear(x, w_up))
 
 
 def npu_products(gate: Tensor, up: Tensor) -> Tensor:
     """npu_swiglu of the two products, concatenated."""
-    return npu_op("npu_swiglu")(torch.cat([gate, up], -1), -1)
+    return npu_joined(torch.cat([gate, up], -1))
+
+
+def npu_joined(products: Tensor) -> Tensor:
+    """npu_swiglu."""
+    require_float("npu_swiglu", products)
+    return npu_op("npu_swiglu")(products, -1)
