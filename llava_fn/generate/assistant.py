@@ -54,13 +54,10 @@ class Placement:
 
     @staticmethod
     def of(m: ModelOptions, mesh: Mesh = Mesh()) -> Placement:
-        """What the options ask for. ValueError if the device is not there.
-
-        Weights are joined on an accelerator: a CPU gains nothing from it, and loses with several rows.
-        """
+        """What the options ask for, with weights of one input joined. ValueError if the device is not there."""
         device = pick_device(m.device)
         name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-        return Placement(device, getattr(torch, name), mesh, m.quantise, device.type != "cpu", m.compile)
+        return Placement(device, getattr(torch, name), mesh, m.quantise, True, m.compile)
 
     @property
     def precision(self) -> str:

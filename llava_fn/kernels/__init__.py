@@ -8,6 +8,7 @@ from llava_fn.kernels.decode import decode_attention, empty_cache, lengths_devic
 from llava_fn.kernels.gelu import gelu
 from llava_fn.kernels.int8_linear import int8_linear
 from llava_fn.kernels.layer_norm import layer_norm
+from llava_fn.kernels.linear import linear
 from llava_fn.kernels.parallel_linear import column_linear, row_linear
 from llava_fn.kernels.patch_embedding import patch_embedding
 from llava_fn.kernels.quick_gelu import quick_gelu
@@ -17,6 +18,7 @@ from llava_fn.kernels.swiglu import swiglu, swiglu_joined, swiglu_products
 
 __all__ = [
     "Coefficients", "Segments", "adamw", "add_rms_norm", "attention", "column_linear", "cross_entropy",
-    "decode_attention", "empty_cache", "gelu", "int8_linear", "layer_norm", "lengths_device", "patch_embedding",
-    "quick_gelu", "rms_norm", "rotary", "rotary_tables", "row_linear", "swiglu", "swiglu_joined", "swiglu_products",
+    "decode_attention", "empty_cache", "gelu", "int8_linear", "layer_norm", "lengths_device", "linear",
+    "patch_embedding", "quick_gelu", "rms_norm", "rotary", "rotary_tables", "row_linear", "swiglu", "swiglu_joined",
+    "swiglu_products",
 ]  # fmt: skip

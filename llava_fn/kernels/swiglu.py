@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import linear
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+from llava_fn.kernels.linear import linear
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:

@@ -235,6 +235,23 @@ def test_activations_follow_their_formulas():
     torch.testing.assert_close(gated(x, up), x / (1 + torch.exp(-x)) * up)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (8, 24), (9, 24), (2, 3, 24), (24,), (0, 24)])
+def test_linear_of_few_rows_without_a_gradient_equals_the_product(shape, biased):
+    x, w, bias = (rand(*s, seed=j).detach() for j, s in enumerate([shape, (5, 24), (5,)]))
+    want = x @ w.t() + (bias if biased else 0)
+    for dtype in (torch.float32, torch.float64):
+        args = [z.to(dtype) for z in ((x, w, bias) if biased else (x, w))]
+        before = [z.clone() for z in args]
+        with torch.no_grad():
+            y = kernels.linear(*args)
+        assert (y.shape, y.dtype) == (want.shape, dtype) and y.is_contiguous()
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+        assert all(map(torch.equal, before, args))
+    args = [z.requires_grad_() for z in ((x, w, bias) if biased else (x, w))]
+    assert x.numel() == 0 or gradcheck(kernels.linear, args)
+
+
 def codes_of(n, k, seed=5):
     codes = torch.randint(-127, 128, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     return codes, torch.exp(rand(n, 1, seed=seed)).detach().float()
