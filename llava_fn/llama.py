@@ -114,16 +114,20 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
 
-def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
+def prefill(
+    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP(), to: Sequence[int] | None = None
+) -> tuple[Tensor, Cache]:
     """`decode` that also writes the keys and values of its tokens into the cache. x: t d -> r d and the cache.
 
-    Segment j of the stream belongs to row j of the cache. Where the cache holds a prefix of the row already, the stream
-    was made with `held`, and the segment's keys count the prefix too. tp must not shard the sequence.
+    Segment j of the stream belongs to row to[j] of the cache, or to row j. Where the cache holds a prefix of the row
+    already, the stream was made with `held`, and the segment's keys count the prefix too. tp must not shard the
+    sequence. The lengths of the cache are those of the segments.
     """
     queries, lengths = stream.segments.queries, stream.segments.keys
-    rows, held = _rows(queries).to(x.device), None
+    to = range(len(lengths)) if to is None else to
+    rows, held = _rows(queries, to).to(x.device), None
     if queries != lengths:
-        held = _rows(lengths).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+        held = _rows(lengths, to).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
     rot = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
@@ -139,8 +143,8 @@ def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp
     return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
 
 
-def _rows(counts: Sequence[int]) -> Tensor:
-    return torch.cat([torch.full((n,), j) for j, n in enumerate(counts)])
+def _rows(counts: Sequence[int], to: Sequence[int]) -> Tensor:
+    return torch.cat([torch.full((n,), j) for j, n in zip(to, counts, strict=True)])
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:

@@ -238,7 +238,11 @@ def reply(a: Assistant, chat: Chat, d: Decoding) -> Iterator[Reply]:
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
     """Length of the longest prefix that two sequences share."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices are compared faster than items
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from itertools import accumulate
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.generate.conversation import text_of
 from llava_fn.serve.ask import Asked
-from llava_fn.serve.engine import Delta
+from llava_fn.serve.seat import Delta
 
 
 @dataclass(frozen=True)

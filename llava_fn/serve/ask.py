@@ -16,10 +16,10 @@ from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Vocabulary
 from llava_fn.serve import fields, messages
-from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.fields import Fields
 from llava_fn.serve.options import Limits
 from llava_fn.serve.refused import Refused
+from llava_fn.serve.seat import AnswerRequest
 
 COMPLETION_TOKENS = 16  # of a text completion without max_tokens, as in OpenAI's API
 

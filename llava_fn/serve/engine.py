@@ -1,6 +1,10 @@
-"""Continuous batching: requests come and go in the slots of one cache, and a step decodes a token for each.
+"""Continuous batching: requests come and go in the slots of one cache.
 
     Desk -> admit -> Desk -> step -> Desk, deltas -> release -> Desk
+
+A step decodes a token for each answer, and prefills up to `chunk` tokens of the prompts that wait for that, so that the
+time between two tokens of an answer is bounded. On an accelerator the host reads what a step has chosen while the next
+one runs; a slot whose answer has ended then computes one token that nobody reads.
 
 A Desk is a value but for the tensors of its state, which are written: only the newest Desk may be continued. A slot
 keeps its keys and values when its answer is done, so that a later prompt with the same prefix computes only the rest:
@@ -10,138 +14,134 @@ on the other slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
-from llava_fn.generate.assistant import vocabulary
-from llava_fn.generate.conversation import GrowingText, Key, Picture, common_prefix, visible
+from llava_fn.generate.assistant import Assistant, vocabulary
+from llava_fn.generate.conversation import GrowingText, Key, common_prefix
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.sampling import RowOptions, sample, uniforms
-from llava_fn.generate.types import DecodeState, Model, PartialAnswer, Prompt, Vocabulary
+from llava_fn.generate.sampling import RowOptions, uniforms
+from llava_fn.generate.types import DecodeState, Eager, Model, Prompt, StepInputs
+from llava_fn.serve.seat import AnswerRequest, Delta, Seat, grow
 
-AnswerName = tuple[str, int]  # of the HTTP request, and the number of the answer
-Ranking = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, most likely first
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A slot's next token. logprobs and top: one of each if they are requested."""
-
-    token: int
-    logprobs: tuple[float, ...] = ()
-    top: tuple[Ranking, ...] = ()
+CHUNK = 1024  # tokens
+# a captured step serves every row whose options are in one of these sets, so that few steps are captured
+USED = tuple(map(frozenset, (
+    {"greedy"}, {"greedy", "sampled"}, {"greedy", "sampled", "top_p"},
+    {"greedy", "sampled", "top_p", "top_k", "min_p", "penalty"},
+)))  # fmt: skip
+MOST = 64  # top_k of such a step
 
 
 @dataclass(frozen=True)
-class AnswerRequest:
-    """One answer to write. ids and keys: the token id, and the conversation's key, of each position of the prompt.
+class Flight:
+    """Tokens that the device chooses. read: waits for them, and gives rows of figures.
 
-    vocabulary: with what ends the answer. top: how many most likely tokens are told beside each chosen one. goes_on:
-    whether the answer continues a text of the prompt.
+    requests: with the slot of each, and its row among those.
     """
 
-    name: AnswerName
-    ids: tuple[int, ...]
-    keys: tuple[Key, ...]
-    pictures: tuple[Picture, ...]
-    decoding: Decoding  # the template's stop text included; one sample, no beams
-    vocabulary: Vocabulary
-    top: int = 0
-    goes_on: bool = False
-    adapter: str = ""  # its name; "" for the base
+    requests: tuple[tuple[int, int, AnswerRequest], ...]
+    read: Callable[[], list]
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a step added to an answer. finish: "stop" or "length" at the end of the answer.
+class Rows:
+    """What rows of a batch need as long as the same requests are in them."""
 
-    logprobs and top: where requested, of each id and of the most likely tokens in its place, in nats under the model.
-    """
+    requests: tuple[AnswerRequest | None, ...]
+    model: Model
+    options: RowOptions  # on the device
 
-    name: AnswerName
-    new: str
-    ids: tuple[int, ...] = ()  # the new token, unless it is one that ends answers
-    logprobs: tuple[float, ...] = ()
-    top: tuple[Ranking, ...] = ()
-    finish: str | None = None
+    @property
+    def logprobs(self) -> bool:
+        """Whether any wants the log-probability of its tokens."""
+        return any(r.decoding.logprobs for r in self.requests if r)
 
-
-@dataclass(frozen=True)
-class Seat:
-    """A request in its slot. uniform: f32[tokens], a random number for each token. text: of the answer so far.
-
-    shown: how many characters of it its deltas have.
-    """
-
-    request: AnswerRequest
-    uniform: Tensor
-    text: GrowingText
-    row: PartialAnswer = PartialAnswer()
-    steps: int = 0
-    shown: int = 0
+    @property
+    def top(self) -> int:
+        """How many of the most likely tokens any wants to be told."""
+        return max((r.top for r in self.requests if r and r.decoding.logprobs), default=0)
 
 
 @dataclass(frozen=True)
 class Desk:
-    """b slots. state: of all slots. cached: the keys of the positions that each row of the cache holds."""
+    """b slots. state: of all slots. ids: int64[b], the newest token of each. kept: the keys that free slots hold."""
 
     state: DecodeState
+    ids: Tensor
     seats: tuple[Seat | None, ...]
-    cached: tuple[tuple[Key, ...], ...]
+    kept: tuple[tuple[Key, ...], ...]
     feats: Mapping[str, Tensor]  # of the newest pictures, key -> f[p, d]
-    rows: tuple[tuple[str, ...], Model] | None = None  # the adapter of each row of the last step, and their model
+    chunk: int  # tokens of prompts that a step prefills
+    late: bool  # the host reads what a step chooses after it has launched the next one
+    flights: tuple[Flight, ...] = ()
+    rows: Rows | None = None  # of the last step
 
     @property
     def free(self) -> int:
         """The number of slots without a request."""
         return self.seats.count(None)
 
+    @property
+    def cached(self) -> tuple[tuple[Key, ...], ...]:
+        """The keys of the positions that each slot holds."""
+        return tuple(seat.keys if seat else keys for seat, keys in zip(self.seats, self.kept, strict=True))
 
-def empty(f: Family, slots: int) -> Desk:
-    """A desk whose every slot has room for the assistant's whole context. ValueError without a slot."""
+
+def empty(f: Family, slots: int, chunk: int = CHUNK, late: bool | None = None) -> Desk:
+    """A desk whose every slot has room for the assistant's whole context. ValueError without a slot.
+
+    late: on an accelerator, unless given.
+    """
     if slots < 1:
         raise ValueError(f"slots={slots}: must be at least 1")
     a = f.base
     like = a.model.embed
     seen = torch.zeros(slots, vocabulary(a).size, dtype=torch.bool, device=like.device)
     state = DecodeState(like.new_zeros(slots, a.config.llama.width), a.model.cache(slots, a.context), seen)
-    return Desk(state, (None,) * slots, ((),) * slots, {})
+    ids = torch.zeros(slots, dtype=torch.long, device=like.device)
+    late = like.device.type != "cpu" if late is None else late
+    return Desk(state, ids, (None,) * slots, ((),) * slots, {}, chunk, late)
+
+
+def takes(desk: Desk, request: AnswerRequest) -> bool:
+    """Whether to admit a request now: there is a slot, and the next step has tokens left for its prompt.
+
+    A prompt waits for another one that is being prefilled, if it will find there most of what it would compute.
+    """
+    waiting = [seat for seat in desk.seats if seat and seat.left]
+    if not desk.free or sum(seat.left for seat in waiting) >= desk.chunk:
+        return False
+    keys = request.keys[:-1]
+    held = max(common_prefix(keys, cached) for cached in desk.cached)
+    soon = max((common_prefix(keys, seat.request.keys) for seat in waiting), default=0)
+    return soon - held <= (len(keys) - held) // 2
 
 
 def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
-    """Takes a request into a free slot and prefills its prompt.
+    """Takes a request into a free slot; steps prefill its prompt.
 
     The caller makes sure that a slot is free and that the context has room for the answer.
     """
-    a = f.member(request.adapter)
-    feats = conversation.features(a, request.pictures, desk.feats)
-    common = [common_prefix(request.keys[:-1], cached) for cached in desk.cached]
+    cached = desk.cached
+    common = [common_prefix(request.keys[:-1], keys) for keys in cached]
     best = max(range(len(common)), key=lambda j: (common[j], desk.seats[j] is None))
-    slot = _slot(desk, best, common)
+    slot = best
+    if desk.seats[best] or common[best] < len(cached[best]) // 2:  # else most of what a free slot holds would be lost
+        slot = min((j for j, seat in enumerate(desk.seats) if seat is None), key=lambda j: (len(cached[j]), j))
     if slot != best and common[best]:
         _copy(desk.state.cache, best, slot, common[best])
-    prompt = Prompt(request.ids, torch.cat([a.model.embed[:0], *(feats[p.key] for p in request.pictures)]))
-    part = _rows(desk.state, slot, slot + 1)
-    new = decode.prefill(a.model, [prompt], part.cache, vocabulary(a), [common[best]])
-    part.hidden.copy_(new.hidden)
-    part.seen.copy_(new.seen)
-    text = GrowingText(a.tokenizer, request.goes_on)
-    seat = Seat(request, uniforms([request.decoding.seed], request.decoding.tokens)[0], text)
-    seats, cached = _put(desk.seats, slot, seat), _put(desk.cached, slot, request.keys)
-    return replace(desk, seats=seats, cached=cached, feats=feats)
-
-
-def _slot(desk: Desk, best: int, common: Sequence[int]) -> int:
-    """The slot `best` if it is free and keeps half of its positions; else the free slot with the fewest positions."""
-    if desk.seats[best] is None and common[best] >= len(desk.cached[best]) // 2:
-        return best
-    return min((j for j, seat in enumerate(desk.seats) if seat is None), key=lambda j: (len(desk.cached[j]), j))
+    d, turn = request.decoding, max((seat.turn for seat in desk.seats if seat), default=0) + 1
+    text = GrowingText(f.member(request.adapter).tokenizer, request.goes_on)
+    seat = Seat(request, turn, common[best], tuple(uniforms([d.seed], d.tokens)[0].tolist()), text)
+    return replace(desk, seats=_put(desk.seats, slot, seat))
 
 
 def _copy(cache: Cache, source: int, target: int, n: int) -> None:
@@ -151,80 +151,159 @@ def _copy(cache: Cache, source: int, target: int, n: int) -> None:
 
 def release(desk: Desk, request: str) -> Desk:
     """Frees the slots of an HTTP request. request: its name."""
-    return replace(desk, seats=tuple(s if s and s.request.name[0] != request else None for s in desk.seats))
+    for j, seat in enumerate(desk.seats):
+        if seat and seat.request.name[0] == request:
+            desk = _vacate(desk, j)
+    return desk
+
+
+def _vacate(desk: Desk, j: int) -> Desk:
+    seat = desk.seats[j]
+    return replace(desk, kept=_put(desk.kept, j, seat.keys), seats=_put(desk.seats, j, None)) if seat else desk
 
 
 @torch.no_grad()
 def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
-    """Decodes the next token of every answer. An answer that has ended leaves its slot."""
-    busy = [j for j, seat in enumerate(desk.seats) if seat]
-    if not busy:
-        return desk, []
-    n = busy[-1] + 1
-    state = _rows(desk.state, 0, n)
-    choices = _choose(decode.logits(f.base.model, state), state.seen, desk.seats[:n])
-    seats, deltas = list(desk.seats), []
-    for j, seat in enumerate(desk.seats):
-        if seat:
-            seats[j], delta = _grow(seat, choices[j])
-            deltas.append(delta)
-    desk = replace(desk, seats=tuple(seats))
-    return (_feed(f, desk, [c.token for c in choices]) if desk.free < len(seats) else desk), deltas
+    """The next token of every answer, and a chunk of the prompts. An answer that has ended leaves its slot."""
+    before = desk.flights
+    desk = _prefill(f, _decode(f, replace(desk, flights=())))
+    now, later = (before, desk.flights) if desk.late and desk.flights else ((*before, *desk.flights), ())
+    deltas = []
+    for flight in now:
+        told = flight.read()
+        for j, row, request in flight.requests:
+            seat = desk.seats[j]
+            if seat and seat.request is request:
+                grown, delta = grow(seat, told[row])
+                desk = replace(desk, seats=_put(desk.seats, j, grown)) if grown else _vacate(desk, j)
+                deltas.append(delta)
+    return replace(desk, flights=later), deltas
 
 
-def _choose(logits: Tensor, seen: Tensor, seats: Sequence[Seat | None]) -> list[Choice]:
-    """A token for each slot."""
-    options = RowOptions.of([seat.request.decoding if seat else Decoding() for seat in seats]).to(logits.device)
-    uniform = torch.stack([seat.uniform[seat.steps] if seat else torch.zeros(()) for seat in seats])
-    ids = sample(logits, seen, uniform.to(logits.device), options)
-    return [replace(c, token=token) for c, token in zip(_told(logits, ids, seats), ids.tolist(), strict=True)]
+def _decode(f: Family, desk: Desk) -> Desk:
+    """Launches a step of decoding, for all rows up to the last that decodes.
 
-
-def _told(logits: Tensor, ids: Tensor, seats: Sequence[Seat | None]) -> list[Choice]:
-    """What each slot's request wants to be told about the chosen tokens."""
-    tops = {j: seat.request.top for j, seat in enumerate(seats) if seat and seat.request.decoding.logprobs}
-    choices, rows = [Choice(0)] * len(seats), list(tops)
-    if not rows:
-        return choices
-    scores = logits[rows].log_softmax(-1)
-    own = scores.gather(1, ids[rows][:, None])[:, 0].tolist()
-    best, tokens = (x.tolist() for x in scores.topk(min(max(tops.values()), scores.shape[1])))
-    for i, (j, k) in enumerate(tops.items()):
-        choices[j] = Choice(0, (own[i],), (tuple(zip(tokens[i][:k], best[i][:k], strict=True)),))
-    return choices
-
-
-def _grow(seat: Seat, c: Choice) -> tuple[Seat | None, Delta]:
-    """The seat after one more token, None if its answer has ended, and what the token adds to the answer."""
-    request, d = seat.request, seat.request.decoding
-    row = seat.row.grow(c.token, c.logprobs, d, request.vocabulary)
-    ended = row.ended or seat.steps + 1 == d.tokens
-    new = row.ids[len(seat.row.ids) :]
-    text = seat.text.grow(new)
-    shown = visible(text.text, d.stop, ended)
-    finish = ("stop" if row.ended else "length") if ended else None
-    delta = Delta(request.name, shown[seat.shown :], new, c.logprobs[: len(new)], c.top[: len(new)], finish)
-    return None if ended else replace(seat, text=text, row=row, steps=seat.steps + 1, shown=len(shown)), delta
-
-
-def _feed(f: Family, desk: Desk, tokens: Sequence[int]) -> Desk:
-    """A decoding step with the chosen tokens, for all rows up to the last busy slot.
-
-    Free rows among them compute too. They write behind the positions that they keep, and nobody reads what they write.
+    Others among them compute too. They write behind the positions that they hold, and nobody reads what they write.
     """
-    n = max(j for j, seat in enumerate(desk.seats) if seat) + 1
-    size = _reach(desk.state.cache, max(map(len, desk.cached[:n])) + 1)
-    part = _rows(desk.state, 0, n)
-    lengths = torch.tensor([min(len(keys), size - 1) for keys in desk.cached[:n]])
-    c = part.cache
-    part = replace(part, cache=Cache(c.k[:, :, :size], c.v[:, :, :size], lengths.to(c.lengths.device)))
-    who = tuple(seat.request.adapter if seat else "" for seat in desk.seats[:n])
-    rows = desk.rows if desk.rows and desk.rows[0] == who else (who, f.model(who))
-    new = decode.step(rows[1], part, torch.tensor(tokens[:n], device=part.hidden.device))
-    part.hidden.copy_(new.hidden)
-    part.seen.copy_(new.seen)
-    cached = [(*keys, tokens[j]) if desk.seats[j] else keys[: c.size - 1] for j, keys in enumerate(desk.cached)]
-    return replace(desk, cached=tuple(cached), rows=rows)
+    busy = [j for j, seat in enumerate(desk.seats) if seat and seat.decodes]
+    if not busy:
+        return desk
+    n = _launched(f.base.model, busy[-1] + 1, len(desk.seats))
+    rows = _rows(f, desk, n)
+    held = [seat.held if seat else len(keys) for seat, keys in zip(desk.seats[:n], desk.kept, strict=False)]
+    size = _reach(desk.state.cache, max(held) + 1)
+    c = desk.state.cache
+    lengths = _send([min(h, size - 1) for h in held], torch.long, c.lengths.device)
+    state = DecodeState(
+        desk.state.hidden[:n], Cache(c.k[:, :n, :size], c.v[:, :n, :size], lengths), desk.state.seen[:n]
+    )
+    numbers = [seat.uniform[seat.chosen] if seat and seat.decodes else 0.0 for seat in desk.seats[:n]]
+    uniform = _send(numbers, torch.float32, desk.ids.device)
+    told, after = _launch(rows, StepInputs(state, desk.ids[:n], uniform, rows.options, rows.logprobs))
+    desk.ids[:n].copy_(after.ids)
+    if "penalty" in rows.options.used:
+        desk.state.seen[:n].copy_(after.state.seen)
+    return _fly(replace(desk, rows=rows), dict(zip(busy, busy, strict=True)), told)
+
+
+def _launch(rows: Rows, x: StepInputs) -> tuple[Tensor, StepInputs]:
+    """A step: what the host reads of it, and the next inputs. What is asked for seldom is not captured."""
+    if not rows.top:
+        return rows.model.launcher.run(decode.advance, rows.model, x)
+    told, after = decode.advance(rows.model, x)
+    return _with_top(rows.model, after.state, told, rows.top), after
+
+
+def _with_top(m: Model, state: DecodeState, told: Tensor, top: int) -> Tensor:
+    """The tokens and the log-probabilities of the `top` most likely ones beside what the host reads."""
+    scores = decode.logits(m, state).log_softmax(-1)
+    best, tokens = scores.topk(min(top, scores.shape[1]))
+    return torch.cat([told, tokens.float(), best], 1)
+
+
+def _fly(desk: Desk, rows: Mapping[int, int], told: Tensor) -> Desk:
+    """The desk after a token was chosen for some slots. rows: the row of `told` that each slot has."""
+    seats, requests = list(desk.seats), []
+    for j, row in rows.items():
+        seat = seats[j]
+        assert seat
+        requests.append((j, row, seat.request))
+        seats[j] = replace(seat, chosen=seat.chosen + 1)
+    flight = Flight(tuple(requests), decode.fetch(told))
+    return replace(desk, seats=tuple(seats), flights=(*desk.flights, flight))
+
+
+def _rows(f: Family, desk: Desk, n: int) -> Rows:
+    """Of the first n slots: those of the last step, if the same requests are in them."""
+    requests = tuple(seat.request if seat and seat.decodes else None for seat in desk.seats[:n])
+    if desk.rows and list(map(id, desk.rows.requests)) == list(map(id, requests)):
+        return desk.rows
+    who = [r.adapter if r else "" for r in requests]
+    m = f.model(who)
+    if len(set(who)) > 1:
+        m = replace(m, launcher=Eager())  # its parameters are of these requests alone
+    options = RowOptions.of([r.decoding if r else Decoding() for r in requests])
+    if not isinstance(m.launcher, Eager):
+        options = replace(options, used=next(s for s in USED if options.used <= s), most=max(MOST, options.most))
+    return Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
+
+
+def _prefill(f: Family, desk: Desk) -> Desk:
+    """Launches a chunk of the prompts that came first, and chooses the first token of each that is complete with it."""
+    waiting = {j: seat for j, seat in enumerate(desk.seats) if seat and seat.left}
+    parts, left = {}, desk.chunk
+    for j, seat in sorted(waiting.items(), key=lambda item: item[1].turn):
+        if n := min(seat.left, left):
+            parts.setdefault(seat.request.adapter, {})[j] = seat.filled + n
+            left -= n
+    for name, ends in parts.items():
+        desk = _prefill_member(f.member(name), desk, ends)
+    return desk
+
+
+def _prefill_member(a: Assistant, desk: Desk, ends: Mapping[int, int]) -> Desk:
+    """Prefills slots of one adapter. ends: up to which position of the prompt of each slot."""
+    seats = {j: seat for j in ends if (seat := desk.seats[j])}
+    pictures = [p for seat in seats.values() for p in seat.request.pictures]
+    feats = conversation.features(a, pictures, desk.feats)
+    prompts = [_part(a, seat.request, ends[j], feats) for j, seat in seats.items()]
+    held = [seat.filled for seat in seats.values()]
+    new = decode.prefill(a.model, prompts, desk.state.cache, vocabulary(a), held, list(ends))
+    filled = {j: replace(seat, filled=ends[j]) for j, seat in seats.items()}
+    desk = replace(desk, seats=tuple(filled.get(j, s) for j, s in enumerate(desk.seats)), feats=feats)
+    done = [i for i, seat in enumerate(filled.values()) if not seat.left]
+    return _first(a.model, desk, [list(ends)[i] for i in done], _picked(new, done)) if done else desk
+
+
+def _part(a: Assistant, request: AnswerRequest, end: int, feats: Mapping[str, Tensor]) -> Prompt:
+    """The prompt up to a position."""
+    rows = torch.cat([a.model.embed[:0], *(feats[p.key] for p in request.pictures)])
+    ids = request.ids[:end]
+    return Prompt(ids, rows[: ids.count(IMAGE)])
+
+
+def _picked(state: DecodeState, rows: Sequence[int]) -> DecodeState:
+    at = _send(rows, torch.long, state.hidden.device)
+    return DecodeState(state.hidden[at], state.cache, state.seen[at])
+
+
+def _first(m: Model, desk: Desk, slots: Sequence[int], state: DecodeState) -> Desk:
+    """Chooses the first tokens of prompts that are prefilled. state: of these slots."""
+    requests = tuple(seat.request for j in slots if (seat := desk.seats[j]))
+    uniform = _send([seat.uniform[0] for j in slots if (seat := desk.seats[j])], torch.float32, desk.ids.device)
+    options = RowOptions.of([r.decoding for r in requests])
+    rows = Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
+    ids, told = decode.choose(m, state, uniform, rows.options, rows.logprobs)
+    at = _send(slots, torch.long, desk.ids.device)
+    desk.ids.index_copy_(0, at, ids)
+    desk.state.seen.index_copy_(0, at, state.seen)
+    told = _with_top(m, state, told, rows.top) if rows.top else told
+    return _fly(desk, {j: i for i, j in enumerate(slots)}, told)
+
+
+def _launched(m: Model, rows: int, slots: int) -> int:
+    """How many rows a step is launched with: one of few numbers where steps are captured."""
+    return rows if isinstance(m.launcher, Eager) else min(1 << (rows - 1).bit_length(), slots)
 
 
 def _reach(cache: Cache, tokens: int) -> int:
@@ -238,14 +317,13 @@ def _reach(cache: Cache, tokens: int) -> int:
     return cache.size if cache.k.is_contiguous() else min(size, cache.size)
 
 
-def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
-    """A view of some slots: writes to it are writes to the desk."""
-    c = state.cache
-    return DecodeState(
-        state.hidden[start:end],
-        Cache(c.k[:, start:end], c.v[:, start:end], c.lengths[start:end]),
-        state.seen[start:end],
-    )
+def _send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _move(torch.tensor(values, dtype=dtype), device)
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for it."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def _put(items: tuple, j: int, item: object) -> tuple:

@@ -40,6 +40,7 @@ class Limits:
     prompt: int = 3072  # tokens, image positions included
     tokens: int = 1024  # of an answer
     samples: int = 8  # answers to a request
+    chunk: int = 1024  # tokens of prompts that are computed between two tokens of the answers under way
     queue: int = 128  # requests that wait for a slot, and as many that are being read
     body: int = 20 * 2**20  # bytes of a request
     bodies: int = 256 * 2**20  # bytes of all requests that are being read

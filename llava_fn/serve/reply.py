@@ -18,8 +18,8 @@ from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.serve import answer
 from llava_fn.serve.answer import ApiForm
 from llava_fn.serve.ask import Asked
-from llava_fn.serve.engine import Delta
 from llava_fn.serve.refused import Refused
+from llava_fn.serve.seat import Delta
 
 UNKNOWN = "X-Ignored-Fields"  # the header that names the fields of a request that nobody here knows
 GONE = 499  # the status of a request whose client does not read its answer

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from llava_fn.generate.family import Family
 from llava_fn.serve import engine
-from llava_fn.serve.engine import AnswerRequest, Delta
 from llava_fn.serve.options import Limits
 from llava_fn.serve.refused import Refused
+from llava_fn.serve.seat import AnswerRequest, Delta
 
 Emit = Callable[[Delta | Refused], object]
 
@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, f: Family, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None) -> None:
         """on_crash: called if the thread ends by an error, which is then in `error`."""
         self._family, self._limits, self._on_crash = f, limits, on_crash
-        self._desk = engine.empty(f, slots)
+        self._desk = engine.empty(f, slots, limits.chunk)
         self._inbox: queue.SimpleQueue[Ticket | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[str] = set()  # names of requests that have no slot yet
@@ -139,8 +139,8 @@ class Worker:
             ticket.emit(Refused(504, f"not done within this server's limit of {limit:g} seconds", code="time"))
 
     def _work(self) -> None:
-        """Prefill one prompt at most, if a slot is free, and one step: answers under way never wait for two prompts."""
-        if self._pending and self._desk.free:
+        """Admit what the next step can begin to prefill, and one step."""
+        while self._pending and engine.takes(self._desk, self._pending[0]):
             request = self._pending.popleft()
             self._leave_queue(request.name[0])
             self._desk = engine.admit(self._family, self._desk, request)

@@ -273,7 +273,7 @@ def test_the_host_reads_behind_on_an_accelerator_and_misses_nothing(kind, behind
             made.append(n)
             yield SimpleNamespace(device=SimpleNamespace(type=kind), n=n)
 
-    monkeypatch.setattr(decode, "_fetch", lambda x: lambda: x.n)
+    monkeypatch.setattr(decode, "fetch", lambda x: lambda: x.n)
     for n in decode.on_host(items()):
         read.append(n)
         assert len(made) == min(n + 1 + behind, 20)

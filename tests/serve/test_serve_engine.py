@@ -10,11 +10,12 @@ from llava_fn import llama
 from llava_fn.generate import assistant, conversation
 from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.family import Family
+from llava_fn.generate.graph import Graphs
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
-from llava_fn.serve.engine import AnswerRequest
 from llava_fn.serve.options import Limits
 from llava_fn.serve.refused import Refused
+from llava_fn.serve.seat import AnswerRequest
 from llava_fn.serve.worker import Ticket, Worker
 
 OPTIONS = (
@@ -86,10 +87,19 @@ def serve(a, jobs, slots, desk=None, every=1):
     return desk, got
 
 
-@pytest.mark.parametrize("slots, every", [(1, 1), (3, 2), (16, 1)])
-def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every):
+def captured(a):
+    """The assistant with steps that stand in for captured ones: they run again on the same tensors."""
+    launcher = Graphs(lambda warm, step: (warm(), step)[1])
+    return dataclasses.replace(a, model=dataclasses.replace(a.model, launcher=launcher))
+
+
+@pytest.mark.parametrize("slots, every, chunk, late", [(1, 1, 1024, False), (3, 2, 11, True), (16, 1, 64, True)])
+def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every, chunk, late):
+    """Prompts in one piece or in chunks, tokens read at once or while the next ones are chosen."""
+    served = captured(a) if slots == 3 else a
+    desk = engine.empty(Family(served), slots, chunk, late)
     asked = {(f"{i}-{j}", 0): (chat, d) for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)}
-    _, got = serve(a, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, every=every)
+    _, got = serve(served, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, desk, every)
     assert got.ids.keys() == asked.keys() and len(set(got.ids.values())) > 15
     for name, (chat, d) in asked.items():
         ids, text, logprobs, ended = alone(a, chat, d)
@@ -131,6 +141,43 @@ def test_samples_of_a_question_compute_its_prompt_once(a, chats, monkeypatch):
     for s in range(3):
         assert got.ids["x", s] == alone(a, chats[2], dataclasses.replace(d, seed=s))[0]
     assert len(set(got.ids.values())) == 3
+
+
+def test_prompts_that_came_together_are_prefilled_together_and_equal_ones_after_each_other(a, chats, monkeypatch):
+    d, rows, desk = Decoding(tokens=8, temperature=1.5), rows_computed(monkeypatch), engine.empty(Family(a), 4)
+    jobs = [job(a, chats[0], d), job(a, chats[4], d, "y"), job(a, chats[0], dataclasses.replace(d, seed=1), "z")]
+    for each in jobs[:2]:
+        assert engine.takes(desk, each)
+        desk = engine.admit(Family(a), desk, each)
+    assert not engine.takes(desk, jobs[2])
+    desk, pieces = engine.step(Family(a), desk)
+    assert engine.takes(desk, jobs[2]) and {p.name[0] for p in pieces} == {"x", "y"}
+    serve(a, jobs[2:], 4, desk)
+    assert rows == [len(jobs[0].ids) + len(jobs[1].ids), 1]
+
+
+def test_a_long_prompt_does_not_hold_up_the_answers_under_way(a, chats, monkeypatch):
+    desk, pieces, rows = engine.empty(Family(a), 3, chunk=4), [], rows_computed(monkeypatch)
+    desk = engine.admit(Family(a), desk, job(a, chats[1], Decoding(tokens=40, temperature=2.0), "x"))
+    while not pieces:
+        desk, pieces = engine.step(Family(a), desk)
+    long = job(a, chats[2], Decoding(tokens=2), "y")
+    desk = engine.admit(Family(a), desk, long)
+    assert not engine.takes(desk, job(a, chats[4], Decoding(tokens=2), "z"))
+    names, rows[:] = [], []
+    while ("y", 0) not in names:
+        desk, pieces = engine.step(Family(a), desk)
+        names += [p.name for p in pieces]
+    assert max(rows) == 4 and len(rows) == names.count(("x", 0)) > 3
+    assert sum(rows) == len(long.ids) - conversation.common_prefix(long.keys, job(a, chats[1], Decoding(tokens=1)).keys)
+
+
+def test_a_released_answer_is_not_read_into_the_next_one_of_its_slot(a, chats):
+    desk = engine.admit(Family(a), engine.empty(Family(a), 1, late=True), job(a, chats[0], Decoding(tokens=9), "x"))
+    desk, pieces = engine.step(Family(a), desk)
+    assert not pieces and desk.flights
+    _, got = serve(a, [job(a, chats[1], Decoding(tokens=9), "y")], 1, engine.release(desk, "x"))
+    assert list(got.ids) == [("y", 0)] and got.ids["y", 0] == alone(a, chats[1], Decoding(tokens=9))[0]
 
 
 def test_the_next_turn_computes_only_what_is_new(a, chats, monkeypatch):
