@@ -90,6 +90,7 @@ def main(c: Serve) -> None:
     server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again when it is done
+    print(worker.warm(), file=sys.stderr)
     sock.listen()
     worker.start()
     host, port = sock.getsockname()[:2]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
 from llava_fn.generate.assistant import Assistant, vocabulary
-from llava_fn.generate.conversation import GrowingText, Key, common_prefix
+from llava_fn.generate.conversation import GrowingText, Key, Picture, common_prefix
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, uniforms
@@ -90,6 +91,11 @@ class Desk:
         return self.seats.count(None)
 
     @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return self.state.cache.k.nbytes + self.state.cache.v.nbytes
+
+    @property
     def cached(self) -> tuple[tuple[Key, ...], ...]:
         """The keys of the positions that each slot holds."""
         return tuple(seat.keys if seat else keys for seat, keys in zip(self.seats, self.kept, strict=True))
@@ -109,6 +115,29 @@ def empty(f: Family, slots: int, chunk: int = CHUNK, late: bool | None = None) -
     ids = torch.zeros(slots, dtype=torch.long, device=like.device)
     late = like.device.type != "cpu" if late is None else late
     return Desk(state, ids, (None,) * slots, ((),) * slots, {}, chunk, late)
+
+
+def warm(f: Family, desk: Desk) -> Desk:
+    """An empty desk after steps of every size and kind that requests lead to, so that none of them captures another.
+
+    Steps that are not captured run once.
+    """
+    a, slots = f.base, len(desk.seats)
+    sizes = sorted({_launched(a.model, n, slots) for n in range(1, slots + 1)}) if _captures(a.model) else [1]
+    ways = [Decoding(tokens=2), Decoding(tokens=2, temperature=1.0), Decoding(tokens=2, temperature=1.0, top_p=0.9)]
+    ways.append(Decoding(tokens=2, temperature=1.0, top_k=2))
+    black = torch.zeros(3, *[a.config.vision.image] * 2, dtype=torch.uint8)
+    image = [IMAGE] * a.config.vision.patches
+    ids = (*image, a.tokenizer.bos) if len(image) + 3 <= a.context else (a.tokenizer.bos,)
+    keys = tuple("warm" if i == IMAGE else i for i in ids)
+    shots = (Picture(black, "warm"),) if IMAGE in ids else ()
+    for n, d in product(sizes, ways if _captures(a.model) else ways[:1]):
+        for j in range(n if a.context >= 3 else 0):
+            desk = admit(f, desk, AnswerRequest(("warm", j), ids, keys, shots, d, vocabulary(a)))
+        while desk.free < slots:
+            desk, _ = step(f, desk)
+        desk = replace(desk, kept=((),) * slots, rows=None)
+    return replace(desk, feats={})
 
 
 def takes(desk: Desk, request: AnswerRequest) -> bool:
@@ -243,7 +272,7 @@ def _rows(f: Family, desk: Desk, n: int) -> Rows:
     if len(set(who)) > 1:
         m = replace(m, launcher=Eager())  # its parameters are of these requests alone
     options = RowOptions.of([r.decoding if r else Decoding() for r in requests])
-    if not isinstance(m.launcher, Eager):
+    if _captures(m):
         options = replace(options, used=next(s for s in USED if options.used <= s), most=max(MOST, options.most))
     return Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
 
@@ -301,9 +330,14 @@ def _first(m: Model, desk: Desk, slots: Sequence[int], state: DecodeState) -> De
     return _fly(desk, {j: i for i, j in enumerate(slots)}, told)
 
 
+def _captures(m: Model) -> bool:
+    """Whether each shape of a step is captured once, and therefore few are to be used."""
+    return not isinstance(m.launcher, Eager)
+
+
 def _launched(m: Model, rows: int, slots: int) -> int:
-    """How many rows a step is launched with: one of few numbers where steps are captured."""
-    return rows if isinstance(m.launcher, Eager) else min(1 << (rows - 1).bit_length(), slots)
+    """How many rows a step is launched with."""
+    return min(1 << (rows - 1).bit_length(), slots) if _captures(m) else rows
 
 
 def _reach(cache: Cache, tokens: int) -> int:

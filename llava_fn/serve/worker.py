@@ -53,6 +53,14 @@ class Worker:
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine")
 
+    def warm(self) -> str:
+        """Run each kind of step once, before `start`. Returns what that took, and the memory of the slots."""
+        start = time.perf_counter()
+        self._desk = engine.warm(self._family, self._desk)
+        seconds, slots = time.perf_counter() - start, len(self._desk.seats)
+        room = f"{slots} slots of {self._family.base.context} tokens: {self._desk.bytes / 2**30:.2f} GiB"
+        return f"{room}; warmed up in {seconds:.1f} s"
+
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()

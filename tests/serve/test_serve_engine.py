@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llava_fn import llama
+from llava_fn import llama, tree
 from llava_fn.generate import assistant, conversation
 from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.family import Family
@@ -94,12 +94,14 @@ def captured(a):
 
 
 @pytest.mark.parametrize("slots, every, chunk, late", [(1, 1, 1024, False), (3, 2, 11, True), (16, 1, 64, True)])
-def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every, chunk, late):
+def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every, chunk, late, monkeypatch):
     """Prompts in one piece or in chunks, tokens read at once or while the next ones are chosen."""
+    rows = rows_computed(monkeypatch)
     served = captured(a) if slots == 3 else a
     desk = engine.empty(Family(served), slots, chunk, late)
     asked = {(f"{i}-{j}", 0): (chat, d) for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)}
     _, got = serve(served, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, desk, every)
+    assert 0 < max(rows) <= chunk
     assert got.ids.keys() == asked.keys() and len(set(got.ids.values())) > 15
     for name, (chat, d) in asked.items():
         ids, text, logprobs, ended = alone(a, chat, d)
@@ -154,6 +156,36 @@ def test_prompts_that_came_together_are_prefilled_together_and_equal_ones_after_
     assert engine.takes(desk, jobs[2]) and {p.name[0] for p in pieces} == {"x", "y"}
     serve(a, jobs[2:], 4, desk)
     assert rows == [len(jobs[0].ids) + len(jobs[1].ids), 1]
+
+
+def test_warming_up_captures_every_step_that_requests_lead_to(a, chats):
+    captures, slots = [], 3
+    launcher = Graphs(lambda warm, step: captures.append(1) or step)
+    f = Family(dataclasses.replace(a, model=dataclasses.replace(a.model, launcher=launcher)))
+    desk = engine.warm(f, engine.empty(f, slots))
+    assert len(captures) == 3 * len(engine.USED)  # 1, 2 and 3 rows
+    assert desk.free == slots and not any(desk.cached) and not desk.feats
+    jobs = [job(f.base, chat, d, f"{i}-{j}") for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)]
+    serve(f.base, [j for j in jobs if not j.decoding.logprobs], slots, desk)
+    assert len(captures) == 3 * len(engine.USED)
+
+
+def test_a_step_on_a_card_does_not_make_the_host_wait(a, chats, monkeypatch):
+    """Tensors without values stand for the card's: to read one is an error. A step sends lengths and random numbers."""
+    params = tree.rebuild(a.model.params, [x.to("meta") for x in tree.values(a.model.params)])
+    f = Family(dataclasses.replace(a, model=dataclasses.replace(a.model, params=params)))
+    monkeypatch.setattr(engine.decode, "fetch", lambda x: lambda: [[5.0]] * len(x))
+    sent = []
+    monkeypatch.setattr(engine, "_move", lambda x, device: sent.append(x.shape) or x.to(device))
+    desk = engine.empty(f, 2)
+    for j in (0, 1):
+        desk = engine.admit(f, desk, job(a, chats[j], Decoding(tokens=9, temperature=1.0), f"{j}"))
+    counts = []
+    for _ in range(4):
+        sent.clear()
+        desk, pieces = engine.step(f, desk)
+        counts.append((len(pieces), len(sent)))
+    assert counts == [(0, 4), (2, 3), (2, 2), (2, 2)]  # the options once more, when the requests change
 
 
 def test_a_long_prompt_does_not_hold_up_the_answers_under_way(a, chats, monkeypatch):
