@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_fn.kernels import Segments
+from llava_fn.kernels.transfer import to_device
 
 IMAGE = -200  # stands for an image: once in a text, at each of its positions in a stream (LLaVA constants.py)
 
@@ -54,7 +55,10 @@ class Stream:
 
     def to(self, device: torch.device) -> Stream:
         """The same stream with its tensors on `device`."""
-        return replace(self, positions=self.positions.to(device), read=self.read.to(device))
+        return Stream(
+            self.segments.to(device), to_device(self.positions, device),
+            self.read_segments.to(device), to_device(self.read, device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
-        return replace(self, **moved)
+        tensors = {f.name: to_device(x, device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, stream=self.stream.to(device), **tensors)
 
 
 def collate(samples: Sequence[Sample], multiple: int = 1, image: int = 0) -> Batch:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_fn.batch import Batch
+from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel.mesh import Axis
 
 
@@ -58,8 +59,8 @@ class Keys:
         queries = batch.stream.segments.queries
         names = torch.tensor([_int32(name) for name in batch.records], dtype=torch.int32)
         names = torch.cat([names, names.new_zeros(len(queries) - len(names))])  # a padding segment has no record
-        names = names.repeat_interleave(torch.tensor(queries), output_size=sum(queries)).to(batch.ids.device)
-        rows = _mixed(_mixed(names) ^ batch.stream.positions.int())
+        names = names.repeat_interleave(torch.tensor(queries), output_size=sum(queries))
+        rows = _mixed(_mixed(to_device(names, batch.ids.device)) ^ batch.stream.positions.int())
         return Keys(step, p, rows, rows[batch.stream.read], blocks, tp)
 
     def of(self, path: tuple[str, ...], columns: int) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from llava_fn import kernels, tree
 from llava_fn.dropout import dropped
 from llava_fn.kernels.int8_linear import whole as int8_whole
+from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel.collectives import join
 from llava_fn.parallel.mesh import Axis
 
@@ -81,7 +82,7 @@ def _pair(w: TensorDict) -> tuple[Tensor, Tensor]:
 def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.dtype == torch.int8:
         return int8_whole(codes, scale, dtype)
-    table = torch.tensor(NF4, device=codes.device)
+    table = to_device(torch.tensor(NF4), codes.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # both values of each possible byte
     values = pairs[codes.int()].view(*scale.shape, BLOCK)
     return (values * scale[..., None]).to(dtype).view(len(codes), -1)

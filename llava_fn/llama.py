@@ -23,6 +23,7 @@ from llava_fn.kernels import (
     rotary,
     rotary_tables,
 )
+from llava_fn.kernels.transfer import to_device
 from llava_fn.linear import linear, swiglu
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
@@ -125,9 +126,10 @@ def prefill(
     """
     queries, lengths = stream.segments.queries, stream.segments.keys
     to = range(len(lengths)) if to is None else to
-    rows, held = _rows(queries, to).to(x.device), None
+    rows, held = to_device(_rows(queries, to), x.device), None
     if queries != lengths:
-        held = _rows(lengths, to).to(x.device), torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+        places = _rows(lengths, to), torch.cat([torch.arange(n) for n in lengths])
+        held = to_device(places[0], x.device), to_device(places[1], x.device)
     rot = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
@@ -140,7 +142,8 @@ def prefill(
             return attention(q, k, v, segments, causal=True)
 
         x = block_with(p["blocks"][str(i)], x, rot, read, attend, c, tp)
-    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=cache.lengths.new_tensor(lengths))
+    filled = replace(cache, lengths=to_device(torch.tensor(lengths), cache.lengths.device))
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), filled
 
 
 def _rows(counts: Sequence[int], to: Sequence[int]) -> Tensor:

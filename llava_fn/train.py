@@ -116,11 +116,12 @@ def train_step(state: TrainState, batches: Sequence[Batch], task: Task) -> tuple
     grads = zero.reduce(tree.rebuild(weights, sums))
     local = sum(losses[1:], losses[0])  # this rank's part of the loss
     norm, total = zero.norm(grads), collectives.total(local, zero.mesh.dp)
-    if not (torch.isfinite(total) and torch.isfinite(norm)):
+    seen = torch.stack([total, norm]).tolist()  # the one time that the host waits for the device
+    if not all(map(math.isfinite, seen)):
         raise NonFinite(_blame(step, batches, local, grads, zero))
     optim.clip(grads, norm, task.optim.clip)
     optim.adamw(state.params, grads, state.moments, step, lr, task.optim)
-    return replace(state, step=step), Metrics(float(total), float(norm), lr, tokens, labelled, samples)
+    return replace(state, step=step), Metrics(seen[0], seen[1], lr, tokens, labelled, samples)
 
 
 def _add(sums: list[Tensor], new: list[Tensor]) -> list[Tensor]:

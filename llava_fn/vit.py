@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange, repeat
@@ -62,8 +62,13 @@ def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}: must be uint8[images, 3, height, width]")
-    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (Vision.mean, Vision.std))
+    mean, std = (_channels(x, pixels.device) for x in (Vision.mean, Vision.std))
     return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """f32[3, 1, 1], filled on the device: a copy of a list would make the host wait."""
+    return torch.stack([torch.full((1, 1), x, device=device) for x in values])
 
 
 def encode(p: TensorDict, pixels: Tensor, c: Vision, blocks: Callable = scan(block)) -> Tensor:
@@ -76,6 +81,6 @@ def encode(p: TensorDict, pixels: Tensor, c: Vision, blocks: Callable = scan(blo
     x = torch.cat([repeat(p["cls"], "d -> i 1 d", i=len(pixels)), patches], 1)
     x = rearrange(x + p["positions"], "i p d -> (i p) d")
     x = layer_norm(x, p["norm_g"], p["norm_b"], c.eps)
-    segments = Segments.of([c.patches + 1] * len(pixels))
+    segments = Segments.of([c.patches + 1] * len(pixels)).to(x.device)
     x = blocks([p["blocks"][str(i)] for i in range(c.used)], x, [(segments, c)] * c.used)
     return rearrange(x, "(i p) d -> i p d", i=len(pixels))[:, 1:]

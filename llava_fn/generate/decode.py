@@ -25,6 +25,7 @@ from llava_fn.generate import beams
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, sample, uniforms
 from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, StepInputs, Vocabulary
+from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import agree, join
 
@@ -80,7 +81,7 @@ def prefill(
     seen = torch.zeros(len(prompts), vocabulary.size, dtype=torch.bool)
     for row, s in zip(seen, prompts, strict=True):
         row[[i for i in s.ids if 0 <= i < vocabulary.size]] = True
-    return DecodeState(hidden, cache, seen.to(x.device))
+    return DecodeState(hidden, cache, to_device(seen, x.device))
 
 
 def _without_prefix(s: Prompt, n: int) -> Prompt:
@@ -94,8 +95,8 @@ def embed(m: Model, prompts: Sequence[Prompt]) -> Tensor:
     rows = (ids == IMAGE).nonzero()[:, 0]
     if len(rows) != len(feats):
         raise ValueError(f"{len(rows)} image tokens do not match {len(feats)} features of images")
-    x = vocab.embed(m.embed, ids.clamp(min=0).to(feats.device), m.tp.axis)
-    return llava.splice(x, feats, rows.to(feats.device))
+    x = vocab.embed(m.embed, to_device(ids.clamp(min=0), feats.device), m.tp.axis)
+    return llava.splice(x, feats, to_device(rows, feats.device))
 
 
 def logits(m: Model, state: DecodeState) -> Tensor:
@@ -139,7 +140,7 @@ def steps(m: Model, state: DecodeState, d: Decoding, seeds: Sequence[int]) -> It
 
     A tensor is valid until the next one is asked for. seeds: of each row.
     """
-    uniform = uniforms(seeds, d.tokens).to(state.hidden.device)
+    uniform = to_device(uniforms(seeds, d.tokens), state.hidden.device)
     options = RowOptions.of([d] * len(seeds)).to(state.hidden.device)
     ids, told = choose(m, state, uniform[:, 0], options, d.logprobs)
     yield told

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llava_fn.generate.options import Decoding
+from llava_fn.kernels.transfer import to_device
 
 Number = float | Tensor  # of all rows, or f32[b, 1]
 
@@ -49,7 +50,7 @@ class RowOptions:
 
     def to(self, device: torch.device) -> RowOptions:
         """The same options on `device`."""
-        return replace(self, values=self.values.to(device))
+        return replace(self, values=to_device(self.values, device))
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: Number) -> Tensor:

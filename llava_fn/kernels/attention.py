@@ -13,8 +13,8 @@ Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 23
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import accumulate, groupby
 
 import torch
@@ -24,14 +24,19 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+from llava_fn.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths, on the host: sample j has queries[j] query rows and keys[j] key rows of the stream."""
+    """Lengths, on the host: sample j has queries[j] query rows and keys[j] key rows of the stream.
+
+    starts: of the queries and of the keys, each int32[b + 1] with the end of the last, on the device that `to` named.
+    """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
+    starts: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.queries) != len(self.keys):
@@ -46,10 +51,26 @@ class Segments:
         """Segments of these lengths, in which every row is a query and a key."""
         return Segments(tuple(lengths), tuple(lengths))
 
+    def to(self, device: torch.device) -> Segments:
+        """The same segments, for many calls on `device`: on CUDA attention reads their starts there."""
+        lengths_alone = device.type in ("cpu", "npu")  # attention reads them on the host
+        return self if lengths_alone else replace(self, starts=self.starts_on(device))
+
+    def starts_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys; see `starts`."""
+        return _starts(self.queries, device), _starts(self.keys, device)
+
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """(b, queries, keys) for each run of b neighbouring segments of one size: each run is a dense batch."""
         for (q, k), run in groupby(zip(self.queries, self.keys, strict=True)):
             yield sum(1 for _ in run), q, k
+
+
+def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
+    n, total = lengths[0], sum(lengths)
+    if n * len(lengths) == total and min(lengths) == n:  # images: nothing is copied from the host
+        return torch.arange(0, total + 1, n, dtype=torch.int32, device=device)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 @torch.compiler.disable()  # lengths differ in every batch, and each would recompile the graph
@@ -95,13 +116,10 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> T
         return reference(q, k, v, segments, causal)
     require(q.dtype in (torch.float16, torch.bfloat16), "varlen_attn", f"float16 or bfloat16, not {q.dtype}")
     require(q.shape[2] % 8 == 0 and q.shape[2] <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {q.shape[2]}")
-    q_starts, k_starts = (
-        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in (segments.queries, segments.keys)
-    )
-    x = varlen_attn(
-        q, k, v, q_starts, k_starts, max(segments.queries), max(segments.keys),
-        window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    starts = segments.starts or segments.starts_on(q.device)
+    window = (-1, 0) if causal else (-1, -1)
+    attend = varlen_attn if q.shape[1] == k.shape[1] else partial(varlen_attn, enable_gqa=True)  # torch 2.11 has none
+    x = attend(q, k, v, *starts, max(segments.queries), max(segments.keys), window_size=window)
     assert isinstance(x, Tensor)  # a pair only with return_aux
     return x
 

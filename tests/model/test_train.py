@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 from rounding import same_but_rounded
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
@@ -223,3 +226,38 @@ def test_the_rate_follows_the_schedule_of_the_whole_run(params, tiny, samples):
     still, (m,) = run(params, tiny, grouped(samples, 4), 1, optim=c)
     assert m.lr == 0
     same(still.params, params)
+
+
+class HostReads(TorchDispatchMode):
+    """A card of tensors without values. Counts what the host reads of them, as zeros, and refuses copies to them."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name, kwargs or {}
+        if name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu"):
+            self.reads += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        out = func(*args, **kwargs)
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.ndim}
+        assert len(devices) < 2, f"{name} copies between {devices}"
+        return out
+
+
+@pytest.mark.parametrize(
+    "stage, dtype", [("projector", torch.bfloat16), ("all", torch.bfloat16), ("all", torch.float32)]
+)
+def test_a_step_on_a_card_makes_the_host_wait_once(tiny, samples, stage, dtype, monkeypatch):
+    for name in ("attention", "rms_norm", "add_rms_norm", "rotary", "swiglu", "quick_gelu", "gelu", "layer_norm",
+                 "adamw", "cross_entropy", "patch_embedding"):  # fmt: skip
+        module = import_module(f"llava_fn.kernels.{name}")
+        if hasattr(module, "choose"):
+            monkeypatch.setattr(module, "choose", lambda x, reference, **fused: fused.get("cuda", reference))
+    wide = replace(tiny, vision=replace(tiny.vision, width=32, heads=2), llama=replace(tiny.llama, width=32, heads=4))
+    p = spec.build(llava.spec(wide), lambda _, leaf: torch.empty(leaf.shape, device="meta"))
+    state, task = begin(p, wide, stage, zero=Zero(dtype=dtype))
+    task = replace(task, frozen=tree.cast(task.frozen, dtype))
+    batches = [batch.to(torch.device("meta")) for batch in grouped(samples, 3, 2)]
+    with HostReads() as host:
+        state, metrics = train.train_step(state, batches, task)
+    assert host.reads == 1 and state.step == 1 and metrics.loss == metrics.grad_norm == 0
