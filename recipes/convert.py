@@ -9,7 +9,6 @@ The layout of a source follows from its tensors and configs. Several sources mak
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from llava_fn.files import digest
 from llava_fn.launch import cli
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def check_published(path: Path) -> None:
     """Say so if a file bears the name of one that was published and is not that one."""
     want = OPENAI.get(path.name)
     if want is not None and path.is_file():
-        with path.open("rb") as f:
-            have = hashlib.file_digest(f, "sha256").hexdigest()
+        have = digest(path)
         if have != want:
             print(f"{path} is NOT the file that OpenAI published: its sha256 is {have}, not {want}", file=sys.stderr)
 

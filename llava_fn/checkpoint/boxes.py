@@ -25,7 +25,7 @@ from zlib_ng import zlib_ng
 
 from llava_fn import fields, tree
 from llava_fn.checkpoint.archive import Archive, open_archive
-from llava_fn.checkpoint.sums import digest
+from llava_fn.files import digest
 from llava_fn.spec import Box
 
 INDEX = "boxes.json"

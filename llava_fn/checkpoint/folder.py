@@ -35,8 +35,8 @@ from tensordict import TensorDict
 from llava_fn import fields, llava, lora, tree
 from llava_fn import spec as specs
 from llava_fn.checkpoint import boxes
-from llava_fn.checkpoint.sums import digest
 from llava_fn.config import Llava, Lora, plain, structure
+from llava_fn.files import digest
 
 SUMS = "SHA256SUMS"
 SHOWN = 20  # tensors that an error lists

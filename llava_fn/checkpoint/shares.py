@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -180,10 +181,10 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait for the job. An error of the `with` block is raised in any case, with a note of the job's error."""
+        """Wait for the job. An error of the `with` block is raised in any case, and the job's is written to stderr."""
         try:
             self.join()
         except (OSError, RuntimeError) as failure:
             if error is None:
                 raise
-            error.add_note(str(failure))
+            print(f"error: {failure}", file=sys.stderr)

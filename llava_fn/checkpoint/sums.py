@@ -7,21 +7,16 @@ snapshots/REV/FILE -> blobs/SUM  in Hugging Face's cache: only `of_cache`, since
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from llava_fn.files import digest
 
 LISTS = ("SHA256SUMS", "sha256sums.txt")
 _LINE = re.compile(
     r"\\?(?P<sum>[0-9a-fA-F]{64})(?: [ *](?P<name>.+))?|SHA256 \((?P<bsd>.+)\) = (?P<of>[0-9a-fA-F]{64})"
 )
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _listed(path: Path) -> Iterator[tuple[str | None, str]]:

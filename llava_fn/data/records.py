@@ -32,6 +32,7 @@ from llava_fn.data.templates import template_of
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.data.workers import mapped
 from llava_fn.errors import BadRecord, TooLong
+from llava_fn.files import digest
 
 Bad = tuple[str, str]  # name and reason of a record that cannot be used
 LENGTHS = 1024  # records that a worker process measures at a time
@@ -210,12 +211,7 @@ def _name(path: Path, i: int, value: object) -> str:
 
 def fingerprint(sources: Sequence[Source]) -> list[dict]:
     """Each file's SHA-256 and weight, which must be the same when a run is resumed."""
-    return [{"records": s.records.name, "sha256": _digest(s.records), "weight": s.weight} for s in sources]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return [{"records": s.records.name, "sha256": digest(s.records), "weight": s.weight} for s in sources]
 
 
 def encode(record: Record, preparation: Preparation) -> text.Encoded:
@@ -384,10 +380,10 @@ def _measured(
     """
     count, p = sum(map(len, records)), preparation
     work = _Lengths(records, preparation, data.on_bad_record)
-    what = [[_digest(s.records) for s in data.sources], [len(r) for r in records], data.on_bad_record, data.seed]
+    what = [[digest(s.records) for s in data.sources], [len(r) for r in records], data.on_bad_record, data.seed]
     what += [p.template, p.compat, p.patches, p.max_tokens]
-    digest = hashlib.sha256(json.dumps(what).encode() + p.tokenizer.model).hexdigest()
-    path = cache and cache / f"lengths-{digest[:16]}.npy"
+    key = hashlib.sha256(json.dumps(what).encode() + p.tokenizer.model).hexdigest()
+    path = cache and cache / f"lengths-{key[:16]}.npy"
     if path and (old := lengths.kept(path, count, p.max_tokens)) is not None:
         return old
     chunks = [range(i, min(i + LENGTHS, count)) for i in range(0, count, LENGTHS)]

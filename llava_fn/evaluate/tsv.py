@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llava_fn.evaluate.records import Dataset, Kind, Question
+from llava_fn.files import digest
 
 KNOWN: Mapping[str, Kind] = MappingProxyType({
     "AI2D_TEST": "choice", "ChartQA_TEST": "chartqa", "DocVQA_VAL": "docvqa", "MMMU_DEV_VAL": "mmmu",
@@ -111,7 +112,7 @@ def open_table(path: Path, kind: Kind | None = None) -> Table:
     with path.open("rb") as f, ThreadPoolExecutor(2) as pool:
         name = next((n for n in KNOWN if n.lower() == path.stem.lower()), path.stem)
         algorithms = ("sha256", "md5") if name in MD5 else ("sha256",)
-        digests = [pool.submit(_file_digest, path, algorithm) for algorithm in algorithms]
+        digests = [pool.submit(digest, path, algorithm) for algorithm in algorithms]
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             columns, rows = _parse(path, data)
         sha256, *md5 = [d.result() for d in digests]
@@ -120,11 +121,6 @@ def open_table(path: Path, kind: Kind | None = None) -> Table:
     notes = [f"{path.name} is not the file that VLMEvalKit publishes: its md5 is {m}" for m in md5 if m != MD5[name]]
     dataset = Dataset(name, kind, path, tuple(c for c in columns if c != "image"))
     return Table(dataset, questions, sha256, tuple(notes), {row.cells["index"]: row.places for row in rows})
-
-
-def _file_digest(path: Path, algorithm: str) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, algorithm).hexdigest()
 
 
 def _kind(columns: Sequence[str], questions: Sequence[Question]) -> Kind:

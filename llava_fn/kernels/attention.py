@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from inspect import signature
 from itertools import accumulate, groupby
 
 import torch
@@ -118,7 +119,8 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> T
     require(q.shape[2] % 8 == 0 and q.shape[2] <= 256, "varlen_attn", f"heads of 8, 16 .. 256, not {q.shape[2]}")
     starts = segments.starts or segments.starts_on(q.device)
     window = (-1, 0) if causal else (-1, -1)
-    attend = varlen_attn if q.shape[1] == k.shape[1] else partial(varlen_attn, enable_gqa=True)  # torch 2.11 has none
+    grouped = q.shape[1] != k.shape[1] and "enable_gqa" in signature(varlen_attn).parameters  # 2.11 need not be told
+    attend = partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
     x = attend(q, k, v, *starts, max(segments.queries), max(segments.keys), window_size=window)
     assert isinstance(x, Tensor)  # a pair only with return_aux
     return x

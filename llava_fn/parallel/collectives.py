@@ -40,11 +40,15 @@ def _all_reduce(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, axis.process_group))
+    name = axis.process_group.group_name
+    out = funcol.wait_tensor(_OPS.all_gather_into_tensor(x.contiguous(), axis.size, name))
+    return torch.cat(out.chunk(axis.size), dim) if dim else out
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, axis.process_group))
+    x = torch.cat(x.chunk(axis.size, dim)) if dim else x
+    name = axis.process_group.group_name
+    return funcol.wait_tensor(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, name))
 
 
 def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:

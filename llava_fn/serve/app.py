@@ -199,15 +199,19 @@ async def _body(request: Request, limits: Limits, take: Callable[[int], None]) -
     if int(request.headers.get("content-length", 0)) > limits.body:
         raise excess
     parts, size = [], 0
+
+    async def read() -> None:
+        nonlocal size
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limits.body:
+                raise excess
+            take(size)
+
     try:
-        async with asyncio.timeout(limits.seconds):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > limits.body:
-                    raise excess
-                take(size)
-    except TimeoutError as error:
+        await asyncio.wait_for(read(), limits.seconds)
+    except asyncio.TimeoutError as error:  # until Python 3.11 another class than TimeoutError
         raise Refused(408, f"the body did not come within {limits.seconds:g} seconds") from error
     except ClientDisconnect as error:
         raise Refused(reply.GONE, "the client has gone") from error

@@ -5,11 +5,13 @@ import runpy
 import sys
 import types
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn import kernels
 from llava_fn.kernels import Segments, check, dispatch
@@ -41,7 +43,8 @@ def flash_on_the_host():
 
     def varlen(q, k, v, starts_q, starts_k, max_q, max_k, causal=False, scale=None, window=None, gqa=False):
         assert list(window) == ([-1, 0] if causal else [-1, -1]) and scale is None
-        assert starts_q.dtype == starts_k.dtype == torch.int32 and (gqa or q.shape[1] == k.shape[1])
+        assert starts_q.dtype == starts_k.dtype == torch.int32
+        assert gqa == (q.shape[1] != k.shape[1] and "enable_gqa" in signature(varlen_attn).parameters)  # torch 2.11
         sizes = [starts.diff().tolist() for starts in (starts_q, starts_k)]
         assert [max_q, max_k] == [max(n) for n in sizes] and starts_q[0] == starts_k[0] == 0
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -1,12 +1,14 @@
 """The NPU code against the real torch_npu, on a machine without an NPU: npu_contract/, in a process of its own.
 
-The wheel of this torch's line and the newest are fetched once into a cache (~/.cache/llava_fn/torch_npu; remove it to
-fetch them again) and unpacked there, never installed. Without the network, or
-without gcc and binutils, this is a skip that says so; where CI is set in the environment, as .ci/run does, a failure.
+The wheels of this torch's line, of the oldest line that pyproject.toml admits, and the newest are fetched once into a
+cache (~/.cache/llava_fn/torch_npu; remove it to fetch them again) and unpacked there, never installed. Without the
+network, or without gcc and binutils, this is a skip that says so; where CI is set in the environment, as .ci/run does,
+a failure.
 """
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +24,13 @@ def test_npu_code_keeps_the_contract_of_the_real_torch_npu():
     tools = [tool for tool in ("gcc", "nm", "readelf") if shutil.which(tool) is None]
     if tools or sys.platform != "linux":
         give_up(f"needs Linux with gcc and binutils; missing: {', '.join(tools) or sys.platform}")
-    wheel, newest = fetch(f"torch_npu/{LINE}", f"torch_npu=={LINE}.*"), fetch("torch_npu/newest", "torch_npu")
+    wheel = fetch(f"torch_npu/{LINE}", f"torch_npu=={LINE}.*")
+    (oldest,) = re.findall(r'"torch_npu>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
+    wanted = {"newest": "torch_npu", oldest: f"torch_npu=={oldest}.*"}
+    others = [str(fetch(f"torch_npu/{name}", requirement)) for name, requirement in wanted.items()]
     env = os.environ | {
         "LLAVA_FN_TORCH_NPU": str(wheel),
-        "LLAVA_FN_TORCH_NPU_NEWEST": str(newest),
+        "LLAVA_FN_TORCH_NPU_OTHERS": os.pathsep.join(others),
         "PYTHONPATH": f"{ROOT}:{wheel}",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }

@@ -15,6 +15,7 @@ from warm import recipe as module
 
 from llava_fn.checkpoint import sums
 from llava_fn.checkpoint.archive import open_archive
+from llava_fn.files import digest
 from llava_fn.weights import export, model
 from llava_fn.weights.source import open_source
 
@@ -181,7 +182,7 @@ def test_a_file_is_held_to_the_sum_beside_it(where, kind, kinds, tmp_path):
 
 def test_a_flipped_bit_in_safetensors_is_seen_by_the_sum_beside_it(kinds, tmp_path):
     source, file = copied(kinds["llava-hf"], tmp_path)
-    (source / "SHA256SUMS").write_text(f"{sums.digest(file)}  {file.name}\n")
+    (source / "SHA256SUMS").write_text(f"{digest(file)}  {file.name}\n")
     flip(file, file.stat().st_size // 2)
     with pytest.raises(ValueError, match="model.safetensors is damaged: its SHA-256 is"):
         open_source(source)
@@ -193,7 +194,7 @@ def test_a_file_of_the_hub_s_cache_is_held_to_its_name_on_request(kinds, tokeniz
     snapshot.mkdir(parents=True)
     (tmp_path / "models--x--y/blobs").mkdir()
     for path in hf.iterdir():
-        blob = tmp_path / "models--x--y/blobs" / sums.digest(path)
+        blob = tmp_path / "models--x--y/blobs" / digest(path)
         shutil.copy(path, blob)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
     convert.read(convert.Convert((snapshot, tmp_path / "out"), check_cache=True))
@@ -221,6 +222,6 @@ def test_a_git_lfs_pointer_is_named_as_what_it_is(name, kinds, tmp_path):
 
 def test_a_folder_of_another_program_with_a_list_of_sums_is_not_taken_for_ours(kinds, tmp_path):
     source, file = copied(kinds["llava-hf"], tmp_path)
-    (source / "SHA256SUMS").write_text(f"{sums.digest(file)}  {file.name}\n")
+    (source / "SHA256SUMS").write_text(f"{digest(file)}  {file.name}\n")
     assert open_source(source).layout == "Hugging Face or liuhaotian"
     assert json.loads((source / "config.json").read_text())["model_type"] == "llava"
