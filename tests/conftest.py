@@ -27,7 +27,13 @@ torch.set_num_threads(int(os.environ.get("LLAVA_FN_TEST_THREADS", "1")))
 # what ranks and workers of the data set import, once for all of them: see warm.ranks
 multiprocessing.set_forkserver_preload(["torch", "tensordict", "torchdata.nodes", "llava_fn.train"])
 CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
-LONGEST = ("test_docs.py", "test_npu_contract.py", "test_mesh.py", "test_many.py")  # begin first
+LONGEST = (
+    "test_default_runs.py",
+    "test_docs.py",
+    "test_npu_contract.py",
+    "test_mesh.py",
+    "test_many.py",
+)  # begin first
 
 
 def pytest_collection_modifyitems(items):

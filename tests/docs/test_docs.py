@@ -2,22 +2,20 @@
 
 import dataclasses
 import json
-import os
 import re
 import runpy
 import shlex
 import signal
 import subprocess
-import sys
-import tomllib
 import urllib.request
-from pathlib import Path
 
 import layouts
+import pages
 import pytest
 import tsvs
 from layouts import HFLlava
 from mindspeed_files import mindspeed_json
+from pages import ROOT, SETUP, blocks, lines
 from PIL import Image
 from serving import start
 
@@ -25,20 +23,10 @@ from llava_fn import config, llava, lora, spec
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.data import emoji, emoji_chat
 
-ROOT = Path(__file__).parents[2]
 # in the order in which a reader may need them: README's and weights.md's commands make what the others start from
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (
     "weights", "answers", "evaluate", "training", "cluster", "serve", "npu", "reliability", "architecture", "extend",
 ))]  # fmt: skip
-
-
-def blocks(page: str, kind: str) -> list[str]:
-    text = (ROOT / page).read_text()
-    return [block for found, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S) if found == kind]
-
-
-def lines(page: str) -> list[str]:
-    return [line for block in blocks(page, "bash") for line in block.splitlines()]
 
 
 def commands(page: str) -> list[str]:
@@ -47,16 +35,20 @@ def commands(page: str) -> list[str]:
     return [x for x in lines(page) if x not in earlier and "-m venv" not in x and "serve.py" not in x]
 
 
+EMOJI = r".*pretrain\.py .*--data\.epochs 0\.1( .*)?"
 SHORTER = {  # commands that take minutes, and options that make them short
-    r"python recipes/(pretrain|finetune)\.py --config (published|task) .*": "--data.workers 0",
-    r"python recipes/finetune\.py": "--data.epochs 0.03 --heldout.most 16 --heldout.answers 8",
+    r"python recipes/(pretrain|finetune)\.py --config published .*": "--data.workers 0",
+    r"python recipes/finetune\.py --config task .*": "--data.workers 0 --heldout.answers 2",
+    r"python recipes/finetune\.py": "--data.epochs 0.01 --heldout.most 16 --heldout.answers 8",
+    EMOJI: "--heldout.records few.json --heldout.images runs/emoji-data",
+    r".*recipes/infer\.py --tp 2 .*": "--tokens 16",
+    r"python recipes/evaluate\.py .*heldout\.tsv .*": "--limit 16",
     r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
     r"python tests/campaigns/kills\.py .*": "--train 0 --evaluate 2",
     r"python tests/campaigns/(inputs|hostile_requests)\.py .*": "--n 20",
 }
 
 
-SETUP = [line for line in lines("README.md") if "-m venv" in line]
 SNIPPETS = [(page, block) for page in PAGES for block in blocks(page, "python") if "openai" not in block]
 
 
@@ -89,7 +81,8 @@ def clone(tmp_path_factory):
     trained = checkpoint.Manifest(config.LLAVA_EMOJI, ("vision", "projector", "llama"), "square", "plain", None)
     params = spec.init(llava.spec(config.LLAVA_EMOJI), 0)
     checkpoint.save(folder / "runs/emoji/checkpoints/000682", trained, params, None, words)
-    emoji.unpack(folder / "runs/emoji-data")
+    few = json.loads((emoji.unpack(folder / "runs/emoji-data") / "heldout.json").read_text())[:8]
+    (folder / "few.json").write_text(json.dumps(few))
     earlier = runpy.run_path(str(ROOT / "recipes/pretrain.py"))["EMOJI"]
     (folder / "runs/emoji/config.json").write_text(json.dumps(config.plain(earlier)))
     adapters = config.Lora(rank=2, alpha=4.0)
@@ -111,8 +104,7 @@ def clone(tmp_path_factory):
     return folder
 
 
-ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-ENV |= {"NODES": "1", "CARDS": "2", "HEAD": "127.0.0.1"}
+ENV = pages.ENV | {"NODES": "1", "CARDS": "2", "HEAD": "127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +141,9 @@ def test_every_page_of_docs_is_tested():
 
 
 def test_layers_of_the_architecture_are_those_that_the_linter_holds():
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    contract = re.search(r"^layers = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
     text = (ROOT / "docs/architecture.md").read_text()
-    assert "```\n" + "\n".join(contract["layers"]) + "\n```" in text
+    assert "```\n" + "\n".join(re.findall(r'"(.*)"', contract)) + "\n```" in text
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -204,7 +196,7 @@ MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/
 @pytest.mark.slow
 def test_the_batch_script_starts_one_torchrun_a_machine(clone, tmp_path):
     (script,) = blocks("docs/cluster.md", "sh")
-    script = script.replace("$head:29500", "$head:0")  # as above
+    script = script.rstrip().replace("$head:29500", "$head:0") + " " + SHORTER[EMOJI]  # as above
     for name, does in (("srun", '"$@"'), ("scontrol", "echo 127.0.0.1")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
@@ -246,26 +238,3 @@ def test_options_of_the_tables_exist(page, run):
         assert len(names) > 3
         for name in names:
             assert name in shown, name
-
-
-@pytest.mark.slow
-def test_default_runs_learn_to_caption_and_to_answer_about_what_they_have_not_seen(tmp_path):
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (first,) = [line for line in SETUP if "pretrain" in line]
-    first = first.rpartition("&&")[2].replace(".venv/bin/python", "python")
-    second = [line for line in lines("README.md") if "finetune" in line or "results" in line][:3]
-
-    def call(command):
-        done = subprocess.run(command.split(), cwd=tmp_path, env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    said = re.search(r"([\d.]+)% of 281 .*; ([\d.]+) nats .* image, ([\d.]+) with", call(first))
-    exact, nll, shuffled = map(float, said.groups())
-    assert exact >= 80 and shuffled - nll > 1
-    assert (tmp_path / "runs/emoji/samples.html").exists()
-    for command in second:
-        call(command.replace('"What is the role?"', "role?"))
-    names, values = (tmp_path / "results/emoji-finetune_heldout_acc.csv").read_text().replace('"', "").splitlines()
-    scores = dict(zip(names.split(","), map(float, values.split(",")), strict=True))
-    assert scores["Overall"] >= 80 and min(scores["role"], scores["gender"]) >= 90 and scores["name"] >= 70

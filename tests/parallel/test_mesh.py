@@ -1,4 +1,4 @@
-"""Training on every mesh of two, three and four processes (gloo) against one: loss, all gradients, norm, updates."""
+"""Training on meshes of two and four processes (gloo) against one: loss, all gradients, norm, updates."""
 
 import math
 import tempfile
@@ -28,7 +28,7 @@ ADAPTERS = {
     "dropout": config.Lora(rank=2, alpha=3.0, rslora=True, dropout=0.3, targets=(r"llama/blocks/[02]/.*",)),
     "all": config.Lora(rank=2, alpha=3.0, targets=(".*",)),
 }
-UPDATES = 3
+UPDATES = 2  # the second reads what the first has left: parameters and moments
 SAMPLES = {  # an image is "i", so many tokens a digit; the last three tokens are labelled
     "mixed": ("i4", "7", "2i5", "ii9", "i3", "5", "i6", "8", "3"),
     "text alone": ("4", "7", "5", "6", "9"),
@@ -147,7 +147,8 @@ def mutated(name, mesh):
 
 
 def meshes(world):
-    return [(world // tp, tp) for tp in range(1, world + 1) if world % tp == 0]
+    """(dp, tp). Of four processes only the mesh of both: an axis alone is no other with four ranks than with two."""
+    return {2: [(2, 1), (1, 2)], 4: [(2, 2)]}[world]
 
 
 def worker(rank, world, folder, cases, mistakes):
@@ -169,7 +170,7 @@ def spawned(world, cases, mistakes):
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(world)]
 
 
-WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -209,19 +208,20 @@ def lines(tmp_path, image):
     return path
 
 
-def test_the_recipe_under_torchrun_goes_on_where_one_process_stopped_and_prints_once(weights, lines, tmp_path):
+def test_the_recipe_goes_on_on_two_processes_where_one_stopped_and_prints_once(weights, lines, warm, tmp_path):
     out = tmp_path / "answers.jsonl"
     one = infer.Infer(options.ChatOptions((weights,), device="cpu"), Decoding(tokens=6), json=lines, out=out, batch=2)
     with pytest.raises(ValueError, match="1 of 4 lines"):
         infer.main(one)
     want = out.read_text()
     out.write_text(want[: want.index("\n") + 30])  # a kill cut the second answer short
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-               ROOT / "recipes/infer.py", "--tp", 2, "--weights", weights, "--device", "cpu", "--json", lines,
-               "--out", out, "--tokens", 6, "--batch", 2]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and out.read_text() == want and done.stdout == "", done.stderr
-    assert done.stderr.count("line 3: 'prompt' is 3") == 1 and "1 of 3 lines" in done.stderr
+    argv = [ROOT / "recipes/infer.py", "--tp", 2, "--weights", weights, "--device", "cpu", "--json", lines,
+            "--out", out, "--tokens", 6, "--batch", 2]  # fmt: skip
+    pids = warm.start_ranks(2, lambda _: argv, tmp_path, ENV, lambda rank: tmp_path / f"log{rank}")
+    statuses, said = warm.statuses(pids), [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
+    assert statuses == [1, 1] and out.read_text() == want, said
+    assert said[0].count("line 3: 'prompt' is 3") == 1 and said[1] == "error (rank 1): " + said[0].partition("): ")[2]
+    assert "1 of 3 lines" in said[1]
 
 
 def test_sizes_that_do_not_divide_are_named_with_those_that_fit(weights):
