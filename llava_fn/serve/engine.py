@@ -180,15 +180,11 @@ def _copy(cache: Cache, source: int, target: int, n: int) -> None:
 
 def release(desk: Desk, request: str) -> Desk:
     """Frees the slots of an HTTP request. request: its name."""
+    seats, kept = list(desk.seats), list(desk.kept)
     for j, seat in enumerate(desk.seats):
         if seat and seat.request.name[0] == request:
-            desk = _vacate(desk, j)
-    return desk
-
-
-def _vacate(desk: Desk, j: int) -> Desk:
-    seat = desk.seats[j]
-    return replace(desk, kept=_put(desk.kept, j, seat.keys), seats=_put(desk.seats, j, None)) if seat else desk
+            seats[j], kept[j] = None, seat.keys
+    return replace(desk, seats=tuple(seats), kept=tuple(kept))
 
 
 @torch.no_grad()
@@ -197,16 +193,16 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
     before = desk.flights
     desk = _prefill(f, _decode(f, replace(desk, flights=())))
     now, later = (before, desk.flights) if desk.late and desk.flights else ((*before, *desk.flights), ())
-    deltas = []
+    seats, kept, deltas = list(desk.seats), list(desk.kept), []
     for flight in now:
         told = flight.read()
         for j, row, request in flight.requests:
-            seat = desk.seats[j]
+            seat = seats[j]
             if seat and seat.request is request:
-                grown, delta = grow(seat, told[row])
-                desk = replace(desk, seats=_put(desk.seats, j, grown)) if grown else _vacate(desk, j)
+                seats[j], delta = grow(seat, told[row])
+                kept[j] = kept[j] if seats[j] else seat.keys
                 deltas.append(delta)
-    return replace(desk, flights=later), deltas
+    return replace(desk, seats=tuple(seats), kept=tuple(kept), flights=later), deltas
 
 
 def _decode(f: Family, desk: Desk) -> Desk:
