@@ -2,39 +2,48 @@
 
     python bench/decode.py --model prop --rows 8
     python bench/decode.py --device cuda --model 7b --dtype bfloat16 --compile inductor
+    python bench/decode.py --model smollm2 --new 64
 
 The peer is LlavaForConditionalGeneration.generate with its static cache and sdpa attention; on a card and with
 --compile it compiles its step too. It has no padding to do: all prompts are equally long, an image and 45 tokens of
-text. Prefill is the time to the first token, image tower included; a step is the mean time of a token after it, on the
-host. A step is bound by memory: it reads every weight of the decoder's blocks and the head once, and the keys and
-values so far; the last column is the share of the device's copy bandwidth that this comes to. The tokens must agree in
-fp32. On a CPU with one thread the figure is CPU seconds of the process (work done, whatever else the machine does),
-else wall seconds. Medians over rounds, and ratios. Needs the test extra.
+text. SmolLM2-135M has real weights and 602 tokens of text instead. It is measured in int8 too, and against llama.cpp if
+the package xllamacpp is installed. Prefill is the time to the first token, image tower included; a step is the mean
+time of a token after it, on the host. A step is bound by memory: it reads every weight of the decoder's blocks and the
+head once, and the keys and values so far; the last column is the share of the device's copy bandwidth that this comes
+to. The tokens must agree in fp32. On a CPU with one thread the figure is CPU seconds of the process (work done,
+whatever else the machine does), else wall seconds. Medians over rounds, and ratios. Needs the test extra.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+import smollm2
 import step
 import torch
 import tyro
 from operations import ceilings
 from step import HF_IMAGE, MODELS, peer_model
 from tensordict import TensorDict
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from llava_fn import config, tree, vit
+from llava_fn import config, linear, tree, vit
 from llava_fn.batch import IMAGE, Sample
 from llava_fn.generate import decode
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Model, Vocabulary
+from llava_fn.generate.types import Model, Prompt, Vocabulary
 from llava_fn.kernels import check
+from llava_fn.parallel.mesh import Axis
 from llava_fn.weights.model import from_state_dict
 
 TEXT = 45
@@ -46,7 +55,7 @@ Answer = Callable[[], tuple[list[list[int]], list[float]]]  # tokens of each ste
 class Bench:
     """One comparison."""
 
-    model: Literal["brief", "prop", "7b"] = "prop"
+    model: Literal["brief", "prop", "7b", "smollm2"] = "prop"
     rows: int = 1
     new: int = 24
     rounds: int = 5
@@ -59,6 +68,8 @@ class Bench:
     def __post_init__(self) -> None:
         if self.new < 2:
             raise ValueError(f"new={self.new}: must be at least 2, the first token and a step")
+        if self.model == "smollm2" and (self.rows, self.device, self.dtype) != (1, "cpu", "float32"):
+            raise ValueError("smollm2 is measured at one row, on a CPU, in float32")
 
 
 def prompts(c: config.Llava, rows: int, device: str) -> list[Sample]:
@@ -85,13 +96,13 @@ def clock_of(c: Bench) -> Clock:
     return wait
 
 
-def ours(m: Model, samples: list[Sample], n: int, clock: Clock) -> Answer:
-    """Greedy answers of n tokens, as `decode.generate` makes them."""
+def ours(m: Model, ask: Callable[[], list[Prompt]], n: int, clock: Clock) -> Answer:
+    """Greedy answers of n tokens, as `decode.generate` makes them, to what `ask` returns."""
     vocabulary, d = Vocabulary(m.config.llama.vocab, (-1,), lambda _: ""), Decoding(tokens=n)
 
     def answer() -> tuple[list[list[int]], list[float]]:
         marks = [clock()]
-        prompts = decode.prompts(m, samples)
+        prompts = ask()
         state = decode.prefill(m, prompts, m.cache(len(prompts), decode.room(m, prompts, d)), vocabulary)
         steps = decode.steps(m, state, d, [0] * len(prompts))
         tokens = [next(steps).tolist()]
@@ -120,17 +131,22 @@ class Marks(BaseStreamer):
         """Nothing is left to do."""
 
 
-def theirs(peer: torch.nn.Module, samples: list[Sample], n: int, clock: Clock) -> Answer:
-    """The same by transformers."""
+def seen_by(peer: torch.nn.Module, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """The samples as transformers takes them."""
     ids, pixels = torch.tensor([s.ids for s in samples]), torch.cat([s.pixels for s in samples])
     ids = torch.where(ids == IMAGE, HF_IMAGE, ids).to(pixels.device)
-    pixels, mask = vit.normalise(pixels).to(peer.dtype), torch.ones_like(ids)
+    return {"input_ids": ids, "pixel_values": vit.normalise(pixels).to(peer.dtype)}
+
+
+def theirs(peer: torch.nn.Module, inputs: dict[str, torch.Tensor], n: int, clock: Clock) -> Answer:
+    """The same by transformers."""
+    mask = torch.ones_like(inputs["input_ids"])
 
     def answer() -> tuple[list[list[int]], list[float]]:
         streamer, start = Marks(clock), clock()
         peer.generate(
-            input_ids=ids, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=n,
-            min_new_tokens=n, cache_implementation="static", pad_token_id=0, streamer=streamer,
+            **inputs, attention_mask=mask, do_sample=False, max_new_tokens=n, min_new_tokens=n,
+            cache_implementation="static", pad_token_id=0, streamer=streamer,
         )  # fmt: skip
         return streamer.tokens[1:], [start, *streamer.marks, clock()]
 
@@ -164,17 +180,60 @@ def measure(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[d
     return [*table, {"who": "ratio"} | ratio]
 
 
+def joined(p: TensorDict, quantise: linear.Kind | None = None) -> TensorDict:
+    """The parameters as an assistant places them."""
+    return tree.build(linear.joined(linear.placed(p, None, None, quantise, Axis("tp"))))
+
+
+def with_llama_cpp(c: Bench) -> list[dict]:
+    """The table of SmolLM2: ours in fp32 and int8, transformers, llama.cpp."""
+    peer, tokenizer, llama, p = smollm2.load()
+    peer.generation_config.eos_token_id = None
+    ids, whole, clock = smollm2.text(tokenizer, 602), config.Llava(config.LLAVA_EMOJI.vision, llama), clock_of(c)
+    peers: dict[str, Callable] = {}
+    for name, params in (("ours, fp32", joined(p)), ("ours, int8", joined(p, "int8"))):
+        m = Model(params, whole, step=decode.compiled_step(c.compile))
+        peers[name] = ours(m, lambda m=m: [Prompt(tuple(ids), m.embed[:0])], c.new, clock)
+    peers["transformers, fp32"] = theirs(peer, {"input_ids": torch.tensor([ids])}, c.new, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("F32", "F16", "Q8_0") if importlib.util.find_spec("xllamacpp") else ():
+            smollm2.write_gguf(kind, path := Path(folder) / f"{kind}.gguf")
+            peers[f"llama.cpp, {kind}"] = smollm2.llama_cpp(path, ids, c.new, clock, c.threads)
+        return speeds(peers, tokenizer, c, len(ids))
+
+
+def speeds(peers: dict[str, Callable], tokenizer: PreTrainedTokenizerBase, c: Bench, prompt: int) -> list[dict]:
+    """Tokens/s of each, in turns, and how many characters of its answer equal the first one's."""
+    said = [tokens if isinstance(tokens, str) else tokenizer.decode([int(t) for (t,) in tokens])
+            for tokens, _ in (answer() for answer in peers.values())]  # fmt: skip
+    rounds = [{name: answer()[1] for name, answer in peers.items()} for _ in range(c.rounds)]
+    out = []
+    for name, text in zip(peers, said, strict=True):
+        prefill, one = (statistics.median(x) for x in zip(*(
+            (b - a, (end - b) / (c.new - 1)) for a, b, end in (r[name] for r in rounds)
+        ), strict=True))  # fmt: skip
+        same = len(os.path.commonprefix([text, said[0]]))
+        out.append({"who": name, "prefill tokens/s": prompt / prefill, "tokens/s": 1 / one, "step ms": 1e3 * one,
+                    "same text": f"{same} of {len(said[0])}"})  # fmt: skip
+    return out
+
+
 def main(c: Bench) -> list[dict]:
     """Print a table, or JSON; return its rows."""
     torch.set_num_threads(c.threads)
+    if c.model == "smollm2":
+        rows, about = with_llama_cpp(c), check.machine(torch.device("cpu")) | asdict(replace(c, json=False))
+        print(json.dumps({"about": about, "rows": rows}) if c.json else f"{about}\n\n{check.show(rows)}")
+        return rows
     model, device, dtype = MODELS[c.model], torch.device(c.device), getattr(torch, c.dtype)
     peer = peer_model(model, step.Bench(device=c.device)).eval().to(dtype)
     peer.generation_config.eos_token_id = None
     peer.generation_config.disable_compile = not c.compile
     p, samples, clock = from_state_dict(peer.state_dict(), model), prompts(model, c.rows, c.device), clock_of(c)
+    m = Model(joined(p), model, step=decode.compiled_step(c.compile))
     pair = {
-        "ours": ours(Model(p, model, step=decode.compiled_step(c.compile)), samples, c.new, clock),
-        "transformers": theirs(peer, samples, c.new, clock),
+        "ours": ours(m, lambda: decode.prompts(m, samples), c.new, clock),
+        "transformers": theirs(peer, seen_by(peer, samples), c.new, clock),
     }
     (one, _), (other, _) = (answer() for answer in pair.values())
     same = statistics.mean(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
