@@ -20,8 +20,9 @@ import torch
 import tyro
 from step import MODELS, make_samples
 from torch.utils._python_dispatch import TorchDispatchMode
+from weights import random
 
-from llava_fn import config, llava, optim, spec, tree
+from llava_fn import config, llava, optim, tree
 from llava_fn.batch import collate
 from llava_fn.launch import processes
 from llava_fn.launch.device import pick_device
@@ -68,11 +69,15 @@ def counted(step: Callable[[], float]) -> Operations:
 
 def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
     """A step on this mesh, which returns its seconds."""
-    model, device, dtype = MODELS[c.model], torch.device(c.device), getattr(torch, c.dtype)
-    zero = Zero(llava.spec(model), mesh, level, dtype, train=config.STAGES[c.stage])
-    mine, frozen = tree.split(spec.init(llava.spec(model), 0, mesh), trains(config.STAGES[c.stage]))
-    mine = tree.rebuild(mine, [leaf.to(device) for leaf in tree.values(zero.store(mine))])
-    frozen = tree.rebuild(frozen, [leaf.to(device, dtype) for leaf in tree.values(frozen)])
+    model, device, dtype, parts = (
+        MODELS[c.model],
+        torch.device(c.device),
+        getattr(torch, c.dtype),
+        config.STAGES[c.stage],
+    )
+    zero, trained = Zero(llava.spec(model), mesh, level, dtype, train=parts), trains(parts)
+    mine, frozen = tree.split(random(model, device, dtype, trained, mesh), trained)
+    mine = zero.store(mine)
     run = llava.execution(c.recompute, "", zero, model.vision)
     task = Task(frozen, model, optim.Optim(lr=1e-4), 100, zero, run=run)
     state = [TrainState(0, mine, optim.init(mine))]
