@@ -6,15 +6,13 @@ it is normalised. Otherwise as rms_norm.py.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from llava_fn.kernels.compiled import compiled
 from llava_fn.kernels.dispatch import choose, npu_op, require
 from llava_fn.kernels.rms_norm import check
 from llava_fn.kernels.rms_norm import cpu as norm_cpu
-from llava_fn.kernels.rms_norm import cuda as norm_cuda
 from llava_fn.kernels.rms_norm import reference as norm_reference
 
 
@@ -23,13 +21,19 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor
     return choose(x, reference, npu=npu, cuda=cuda, cpu=cpu)(x, y, gain, eps)
 
 
-def _unfused(norm, x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """An addition, then `norm`: torch has no kernel for both."""
+def reference(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The addition, then the norm's reference."""
     total = x + y
-    return total, norm(total, gain, eps)
+    return total, norm_reference(total, gain, eps)
 
 
-reference, cpu, cuda = (partial(_unfused, norm) for norm in (norm_reference, norm_cpu, norm_cuda))
+cuda = compiled(reference)
+
+
+def cpu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The addition, then the norm's form for a CPU: torch has no kernel for both."""
+    total = x + y
+    return total, norm_cpu(total, gain, eps)
 
 
 def npu(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:

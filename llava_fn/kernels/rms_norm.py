@@ -1,7 +1,7 @@
 """RMSNorm over the last dim.
 
 Contract: x: ... d, gain: d -> x * gain / sqrt(mean(x^2) + eps), in x's dtype. Computed in fp32 and rounded once, at the
-end, as npu_rms_norm and the fused CUDA kernel do. Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
+end, as npu_rms_norm does. Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
 Differs: HF's LlamaRMSNorm rounds before it multiplies by the gain: up to one unit in the last place apart in bf16.
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_fn.kernels.compiled import compiled
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 from llava_fn.kernels.precision import at_least_fp32
 
@@ -33,9 +34,7 @@ def cpu(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, gain.shape, gain, eps)
 
 
-def cuda(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """torch's fused kernel, which needs x and gain in one dtype."""
-    return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps)
+cuda = compiled(reference)
 
 
 def npu(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fn.kernels.compiled import compiled
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 
 
@@ -22,13 +23,16 @@ def rotary_tables(positions: Tensor, head: int, theta: float) -> tuple[Tensor, T
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: t n h, cos and sin: t 1 h -> t n h; see the module's contract."""
-    return choose(x, reference, npu=npu)(x, cos, sin)
+    return choose(x, reference, npu=npu, cuda=cuda)(x, cos, sin)
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The formula."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
+
+
+cuda = compiled(reference)
 
 
 def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

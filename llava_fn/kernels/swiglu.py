@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_fn.kernels.compiled import compiled
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 from llava_fn.kernels.linear import linear
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """x: ... d, w_gate and w_up: f d -> ... f; see the module's contract."""
-    return choose(x, reference, npu=npu, cpu=cpu)(x, w_gate, w_up)
+    return choose(x, reference, npu=npu, cpu=cpu, cuda=cuda)(x, w_gate, w_up)
 
 
 def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
@@ -34,12 +35,12 @@ def cpu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
 
 def swiglu_products(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu` from its two products, both ... f, for weights that are not plain tensors."""
-    return choose(gate, gated, npu=npu_products)(gate, up)
+    return choose(gate, gated, npu=npu_products, cuda=cuda_products)(gate, up)
 
 
 def swiglu_joined(products: Tensor) -> Tensor:
     """`swiglu` from both products in one tensor, gate first: ... 2f -> ... f. For weights that are joined."""
-    return choose(products, gated_halves, npu=npu_joined, cpu=cpu_joined)(products)
+    return choose(products, gated_halves, npu=npu_joined, cpu=cpu_joined, cuda=cuda_joined)(products)
 
 
 def gated_halves(products: Tensor) -> Tensor:
@@ -58,6 +59,14 @@ def cpu_joined(products: Tensor) -> Tensor:
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
+
+
+cuda_products, cuda_joined = compiled(gated), compiled(gated_halves)
+
+
+def cuda(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """Two products, then `gated` in one kernel."""
+    return cuda_products(linear(x, w_gate), linear(x, w_up))
 
 
 def npu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:

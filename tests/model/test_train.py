@@ -1,6 +1,7 @@
 """One update: what it computes, what it changes, and when it refuses."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 
@@ -228,16 +229,37 @@ def test_the_rate_follows_the_schedule_of_the_whole_run(params, tiny, samples):
     same(still.params, params)
 
 
+class Fused:
+    """Stands for the compiled kernels: counts their calls, and knows what is launched inside them."""
+
+    def __init__(self):
+        self.calls, self.inside = Counter(), False
+
+    def __call__(self, reference):
+        def run(*args):
+            self.calls[f"{reference.__module__.rpartition('.')[2]} {reference.__name__}"] += 1
+            self.inside = True
+            out = reference(*args)
+            self.inside = False
+            return out
+
+        return run
+
+
 class HostReads(TorchDispatchMode):
     """A card of tensors without values. Counts what the host reads of them, as zeros, and refuses copies to them."""
 
-    reads = 0
+    def __init__(self, fused):
+        super().__init__()
+        self.reads, self.fused, self.unfused = 0, fused, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func._schema.name, kwargs or {}
         if name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu"):
             self.reads += 1
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        if not self.fused.inside:
+            self.unfused[name] += 1
         out = func(*args, **kwargs)
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.ndim}
         assert len(devices) < 2, f"{name} copies between {devices}"
@@ -247,7 +269,9 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "stage, dtype", [("projector", torch.bfloat16), ("all", torch.bfloat16), ("all", torch.float32)]
 )
-def test_a_step_on_a_card_makes_the_host_wait_once(tiny, samples, stage, dtype, monkeypatch):
+def test_a_step_on_a_card_makes_the_host_wait_once_and_runs_fused_kernels(tiny, samples, stage, dtype, monkeypatch):
+    fused = Fused()
+    monkeypatch.setattr("llava_fn.kernels.compiled.by_inductor", fused)
     for name in ("attention", "rms_norm", "add_rms_norm", "rotary", "swiglu", "quick_gelu", "gelu", "layer_norm",
                  "adamw", "cross_entropy", "patch_embedding"):  # fmt: skip
         module = import_module(f"llava_fn.kernels.{name}")
@@ -258,6 +282,12 @@ def test_a_step_on_a_card_makes_the_host_wait_once(tiny, samples, stage, dtype, 
     state, task = begin(p, wide, stage, zero=Zero(dtype=dtype))
     task = replace(task, frozen=tree.cast(task.frozen, dtype))
     batches = [batch.to(torch.device("meta")) for batch in grouped(samples, 3, 2)]
-    with HostReads() as host:
+    with HostReads(fused) as host:
         state, metrics = train.train_step(state, batches, task)
     assert host.reads == 1 and state.step == 1 and metrics.loss == metrics.grad_norm == 0
+    blocks = 2 * wide.llama.blocks  # of both micro-batches
+    assert fused.calls == {
+        "rotary reference": 2 * blocks, "swiglu gated": blocks, "rms_norm reference": blocks + 2,
+        "add_rms_norm reference": blocks,
+    }  # fmt: skip
+    assert not {"aten::silu", "aten::rsqrt", "aten::addcmul"} & host.unfused.keys()  # of forward passes
