@@ -16,6 +16,8 @@ from torch.utils._triton import has_triton
 
 from llava_fn.kernels.dispatch import require
 
+GRAPHS = 64  # of one operation; torch's 8 are too few for training, prompts and steps of a model with grouped heads
+
 
 def compiled(reference: Callable) -> Callable:
     """reference(x, *rest) compiled, where dim 0 of each tensor of more than one dim are the rows of x.
@@ -35,7 +37,8 @@ def compiled(reference: Callable) -> Callable:
         for tensor in (x, *rest):
             if isinstance(tensor, Tensor) and tensor.ndim > 1:
                 _mark(tensor)
-        return by_inductor(reference)(x, *rest)
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+            return by_inductor(reference)(x, *rest)
 
     return call
 

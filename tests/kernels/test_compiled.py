@@ -92,7 +92,7 @@ def test_widths_are_constants_of_a_graph(monkeypatch):
     monkeypatch.setattr(compiled, "by_inductor", lambda fn: torch.compile(fn, fullgraph=True, backend=counter))
     torch._dynamo.reset()
     call = compiled.compiled(import_module("llava_fn.kernels.rotary").reference)
-    for heads in (3, 5, 7):
+    for heads in range(3, 13):  # more than torch's own limit of graphs
         for n in (4, 6):
             call(R(n, heads, 8), *tables(n))
-    assert counter.frame_count == 3
+    assert counter.frame_count == 10
