@@ -159,6 +159,7 @@ def _check_pattern(field: str, pattern: str) -> None:
         raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
+Recompute = Literal["auto", "on", "off"]  # of each block's activations in the backward pass; see plan/recompute.py
 Stage = Literal["projector", "projector+llama", "all"]
 STAGES: Mapping[str, tuple[str, ...]] = {  # the parts that a stage trains; the other parts are frozen
     "projector": ("projector",),  # LLaVA's pre-training

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llava_fn.config import Lora, Optim, Parallel, plain
+from llava_fn.config import Lora, Optim, Parallel, Recompute, plain
 from llava_fn.data.options import Data, Source
 from llava_fn.launch import cli
 from llava_fn.runs.options import Heldout, Saving
@@ -46,7 +46,7 @@ class Finetune:
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; masters and optimizer are float32
     loss: Literal["token_mean", "rank_mean"] = "token_mean"  # rank_mean: the original's mean of micro-batch means
-    recompute: bool = False  # keep only each block's input for the backward pass
+    recompute: Recompute = "auto"  # keep only each block's input for the backward pass; auto: if memory asks for it
     compile: str = ""  # the backend of torch.compile to run each block through, e.g. inductor
     parallel: Parallel = Parallel()  # of the processes that torchrun starts; see docs/cluster.md
 
@@ -86,7 +86,6 @@ PUBLISHED = Finetune(
     ),
     optim=Optim(lr=2e-5),
     dtype="bfloat16",
-    recompute=True,
 )  # fmt: skip
 LORA = replace(
     PUBLISHED, run_dir=Path("runs/lora"), train=("projector",), lora=Lora(rank=128, alpha=256.0, dropout=0.05),
@@ -134,6 +133,8 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     from llava_fn.checkpoint.folder import Manifest
     from llava_fn.data import emoji, emoji_chat, records
     from llava_fn.parallel.zero import Zero
+    from llava_fn.plan.recompute import decide
+    from llava_fn.plan.trace import Workload
     from llava_fn.runs import answers, report, validation
     from llava_fn.runs.origin import adopt
     from llava_fn.runs.run import Run, find_checkpoint
@@ -142,7 +143,7 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     if c.unpack:
         world.in_turn(lambda: emoji_chat.write(EMOJI_CHAT, emoji.unpack(EMOJI_DATA)))
     origin = world.in_turn(lambda: adopt(c.base, c.run_dir / "base"))
-    origin.check(c.data, c.parallel, c.recompute, c.compile)
+    origin.check(c.data, c.parallel, c.recompute != "off", c.compile)
 
     tokenizer, vision = origin.tokenizer(), origin.model.vision
     preparation = records.preparation(tokenizer, vision.image, vision.patches, c.data)
@@ -154,7 +155,9 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     spec = lora.extended(llava.spec(origin.model), c.lora)
     zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead, c.parts)
     params, frozen = origin.parameters(zero, c.seed, world.device, c.quantise)
-    execution = llava.execution(c.recompute, c.compile, zero, vision)
+    load = Workload(origin.model, c.parts, c.parallel, world.mesh.all.size, 0, zero.dtype, False, c.lora, c.quantise)
+    c = replace(c, recompute=decide(c.recompute, load, c.data, lambda: records.longest(sources, preparation), world))
+    execution = llava.execution(c.recompute == "on", c.compile, zero, vision)
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution, c.lora)
 
     manifest = Manifest(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llava_fn.config import LLAVA_EMOJI, STAGES, Llava, Optim, Parallel, Stage, plain
+from llava_fn.config import LLAVA_EMOJI, STAGES, Llava, Optim, Parallel, Recompute, Stage, plain
 from llava_fn.data.options import Data, Source
 from llava_fn.launch import cli
 from llava_fn.runs.options import Saving
@@ -45,7 +45,7 @@ class Pretrain:
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; masters and optimizer are float32
     loss: Literal["token_mean", "rank_mean"] = "token_mean"  # rank_mean: the original's mean of micro-batch means
-    recompute: bool = False  # keep only each block's input for the backward pass
+    recompute: Recompute = "auto"  # keep only each block's input for the backward pass; auto: if memory asks for it
     compile: str = ""  # the backend of torch.compile to run each block through, e.g. inductor
     parallel: Parallel = Parallel()  # of the processes that torchrun starts; see README.md, Many devices
 
@@ -67,7 +67,6 @@ PUBLISHED = Pretrain(
     train="projector",
     base=Path("weights/base"),
     dtype="bfloat16",
-    recompute=True,
 )
 
 
@@ -100,7 +99,7 @@ def main(c: Pretrain) -> TrainState:
     from llava_fn.runs.origin import open_origin
 
     device, origin = pick_device(c.device), open_origin(c.model, c.tokenizer, c.base)
-    origin.check(c.data, c.parallel, c.recompute, c.compile)
+    origin.check(c.data, c.parallel, c.recompute != "off", c.compile)
     with processes(c.parallel.tp, device, c.run_dir / "log") as world, guard(c.run_dir, world, c.parallel) as watch:
         return train(c, origin, world, watch)
 
@@ -113,6 +112,8 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     from llava_fn.checkpoint.folder import Manifest
     from llava_fn.data import emoji, records
     from llava_fn.parallel.zero import Zero
+    from llava_fn.plan.recompute import decide
+    from llava_fn.plan.trace import Workload
     from llava_fn.runs import answers, report
     from llava_fn.runs.run import Run, find_checkpoint
     from llava_fn.train import Task, train_step
@@ -130,7 +131,9 @@ def train(c: Pretrain, origin: Origin, world: World, watch: Watch) -> TrainState
     dtype, parts = getattr(torch, c.dtype), STAGES[c.train]
     zero = Zero(spec, world.mesh, c.parallel.zero, dtype, c.parallel.ahead, parts)
     params, frozen = origin.parameters(zero, c.seed, world.device)
-    execution = llava.execution(c.recompute, c.compile, zero, vision)
+    load = Workload(origin.model, parts, c.parallel, world.mesh.all.size, 0, zero.dtype, False)
+    c = replace(c, recompute=decide(c.recompute, load, c.data, lambda: records.longest(sources, preparation), world))
+    execution = llava.execution(c.recompute == "on", c.compile, zero, vision)
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution)
 
     manifest = Manifest(

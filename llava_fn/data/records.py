@@ -399,13 +399,20 @@ def _measured(
     return out
 
 
+def longest(records: Sequence[Sequence[Record]], preparation: Preparation, most: int = 512) -> int:
+    """Tokens of the longest of `most` records, evenly spread. A bad one, which the run names later, counts as none."""
+    whole = sum(map(len, records))
+    numbers = np.linspace(0, whole - 1, min(most, whole)).astype(int)
+    return max(1, *_Lengths(records, preparation, "skip")(numbers.tolist()))
+
+
 @dataclass(frozen=True)
 class _Lengths:
     records: Sequence[Sequence[Record]]
     preparation: Preparation
     on_bad_record: str
 
-    def __call__(self, numbers: range) -> list[int]:
+    def __call__(self, numbers: Iterable[int]) -> list[int]:
         return [_length(pick(self.records, i), self.preparation, self.on_bad_record) for i in numbers]
 
 

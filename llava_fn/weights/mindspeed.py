@@ -100,7 +100,7 @@ TRAINS = {  # which of PARTS are frozen -> our name of the training stage
 }
 TEMPLATES = {"llava-plain": "plain"}  # the only template that MindSpeed-MM supports with images
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float32": "float32"}
-RECOMPUTE = {"full": True, "selective": False, None: False}  # selective: attention alone, which stores no scores here
+RECOMPUTE = {"full": "on", "selective": "off", None: "off"}  # selective: attention alone, which stores no scores here
 
 _SPEED = (  # how Megatron runs a layer: numbers differ by rounding alone
     "bf16 fp16 fp32 params_dtype bias_activation_fusion bias_gelu_fusion bias_swiglu_fusion bias_dropout_fusion "

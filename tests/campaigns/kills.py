@@ -229,7 +229,7 @@ def kinds(work: Path) -> list[tuple[Kind, float]]:
         argv = [str(ROOT / f"recipes/{recipe}.py"), "--config", str(path)]
         return Kind(name, argv, ("--saving.keep", "0"), world, places, trained, other_run)
 
-    zero3 = {"parallel": Parallel(zero=3), "recompute": True}
+    zero3 = {"parallel": Parallel(zero=3)}
     busy = replace(one, data=replace(one.data, workers=2))
     argv = ["--weights", base, "--device", "cpu", "--data", tsv, "--out", "out", "--name", "m", "--tokens", "8"]
     evaluate = [str(x) for x in (ROOT / "recipes/evaluate.py", *argv, "--batch", "1", "--workers", "1")]

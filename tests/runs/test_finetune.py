@@ -184,7 +184,7 @@ def test_a_killed_run_with_adapters_and_dropout_goes_on_to_the_bit(warm, finishe
     same_run(finished[0], tmp_path)
 
 
-@pytest.mark.parametrize("how", [(), ("--parallel.zero", 3, "--recompute")], ids=["zero1", "zero3"])
+@pytest.mark.parametrize("how", [(), ("--parallel.zero", 3)], ids=["zero1", "zero3"])
 def test_two_processes_train_as_one(warm, finished, small, tmp_path, how):
     argv = [SCRIPT, "--config", write(tmp_path, small), *how]
     ranks = warm.start_ranks(2, lambda rank: argv, tmp_path, dict(os.environ), lambda rank: tmp_path / f"log{rank}")

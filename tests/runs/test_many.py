@@ -24,11 +24,11 @@ MODEL = config.Llava(
     config.Llama(vocab=512, width=16, blocks=2, heads=4, kv_heads=2, ffn=32),
 )
 STEPS = 12
-KINDS = {  # name -> (processes, Parallel, recompute)
-    "dp2 zero1": (2, Parallel(zero=1), False),
-    "dp2 zero3": (2, Parallel(zero=3), True),
-    "tp2": (2, Parallel(tp=2, zero=0, check_interval=2), False),
-    "dp2 tp2": (4, Parallel(tp=2), False),
+KINDS = {  # name -> (processes, Parallel)
+    "dp2 zero1": (2, Parallel(zero=1)),
+    "dp2 zero3": (2, Parallel(zero=3)),
+    "tp2": (2, Parallel(tp=2, zero=0, check_interval=2)),
+    "dp2 tp2": (4, Parallel(tp=2)),
 }
 
 
@@ -52,8 +52,8 @@ def run(launcher, folder, c, world, *more, own=((),)):
 
 
 def many(c, kind):
-    world, parallel, recompute = KINDS[kind]
-    return replace(c, parallel=parallel, recompute=recompute), world
+    world, parallel = KINDS[kind]
+    return replace(c, parallel=parallel), world
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +220,16 @@ def test_a_bad_record_is_named_by_the_process_that_has_it(launcher, small, tmp_p
         (2, {"tp": 3}, "tp=3 does not divide the 2 processes; tp can be one of 1, 2"),
         (1, {"tp": 2}, "tp=2 does not divide the 1 processes; tp can be one of 1"),
         (4, {"tp": 4}, "tp=4 does not divide the decoder's kv_heads=2; tp can be one of 1, 2"),
-        (2, {"zero": 3}, "zero=3 gathers a block's weights again in the backward pass; it needs recompute"),
+        (
+            2,
+            {"zero": 3, "recompute": "off"},
+            "zero=3 gathers a block's weights again in the backward pass; it needs recompute",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_by_every_process(launcher, small, tmp_path, world, fields, said):
-    statuses, logs = run(launcher, tmp_path, replace(small, parallel=Parallel(**fields)), world)
+    c = replace(small, recompute=fields.pop("recompute", "auto"), parallel=Parallel(**fields))
+    statuses, logs = run(launcher, tmp_path, c, world)
     assert statuses == [1] * world
     assert all(said in log for log in logs) and not (tmp_path / "run").exists()  # it comes with the first collective
 

@@ -105,7 +105,7 @@ def test_an_update_of_one_bad_record_changes_no_weight(alone):
 )
 def test_two_processes_leave_out_and_list_what_one_does(launcher, small, alone, tmp_path, samples, parallel):
     one = alone(samples=samples)
-    c = replace(sized(small, samples=samples), parallel=parallel, recompute=parallel.zero == 3)
+    c = replace(sized(small, samples=samples), parallel=parallel)
     children = launcher.start_ranks(tmp_path, 2, "--config", write(tmp_path, c))
     assert [launcher.wait(child) for child in children] == [0, 0], (tmp_path / "log0").read_text()
     assert sorted(listed(tmp_path)) == sorted(listed(one))

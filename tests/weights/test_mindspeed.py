@@ -370,7 +370,7 @@ def test_the_training_config_loads_and_says_what_the_files_say(move, load):
     c = load(move(model=model_json(), data=data_json()))
     assert c.data.sources == (Source(Path("d/records.json"), Path("d/images")),)
     assert (c.data.template, c.data.image_mode) == ("plain", "pad")
-    assert (c.train, c.base, c.dtype, c.recompute) == ("projector", Path("bases/a"), "bfloat16", True)
+    assert (c.train, c.base, c.dtype, c.recompute) == ("projector", Path("bases/a"), "bfloat16", "on")
     assert (c.model, c.tokenizer) == (None, None)  # the base brings both
 
 
