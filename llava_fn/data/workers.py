@@ -85,7 +85,11 @@ def _without_signals() -> Iterator[None]:
 
 
 def _end_with_parent(_: int) -> None:
-    """In a worker process: end with the process that started it, which may be killed, and at its SIGTERM."""
+    """In a worker process: end with the process that started it, which may be killed, and at its SIGTERM.
+
+    It blocks SIGNALS too: the server that workers are forked from may have been started where they were not blocked.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
 
