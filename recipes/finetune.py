@@ -21,8 +21,11 @@ from llava_fn.launch import cli
 from llava_fn.runs.options import Heldout, Saving
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llava_fn.launch.processes import World
     from llava_fn.launch.watchdog import Watch
+    from llava_fn.runs.origin import Origin
     from llava_fn.train import TrainState
 
 STAGE_1, EMOJI_DATA, EMOJI_CHAT = Path("runs/emoji"), Path("runs/emoji-data"), Path("runs/emoji-chat")
@@ -125,6 +128,18 @@ def main(c: Finetune) -> TrainState:
         return train(c, world, watch)
 
 
+def decided(c: Finetune, origin: Origin, world: World, longest: Callable[[], int]) -> Finetune:
+    """The config with recompute on or off. longest: tokens of the longest samples to expect."""
+    import torch
+
+    from llava_fn.plan.recompute import decide
+    from llava_fn.plan.trace import Workload
+
+    dtype, size = getattr(torch, c.dtype), world.mesh.all.size
+    load = Workload(origin.model, c.parts, c.parallel, size, 0, dtype, False, c.lora, c.quantise)
+    return replace(c, recompute=decide(c.recompute, load, c.data, longest, world))
+
+
 def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     """The run of this process, one of `world`: model, data, state, loop, report."""
     import torch
@@ -133,8 +148,6 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     from llava_fn.checkpoint.folder import Manifest
     from llava_fn.data import emoji, emoji_chat, records
     from llava_fn.parallel.zero import Zero
-    from llava_fn.plan.recompute import decide
-    from llava_fn.plan.trace import Workload
     from llava_fn.runs import answers, report, validation
     from llava_fn.runs.origin import adopt
     from llava_fn.runs.run import Run, find_checkpoint
@@ -155,11 +168,9 @@ def train(c: Finetune, world: World, watch: Watch) -> TrainState:
     spec = lora.extended(llava.spec(origin.model), c.lora)
     zero = Zero(spec, world.mesh, c.parallel.zero, getattr(torch, c.dtype), c.parallel.ahead, c.parts)
     params, frozen = origin.parameters(zero, c.seed, world.device, c.quantise)
-    load = Workload(origin.model, c.parts, c.parallel, world.mesh.all.size, 0, zero.dtype, False, c.lora, c.quantise)
-    c = replace(c, recompute=decide(c.recompute, load, c.data, lambda: records.longest(sources, preparation), world))
+    c = decided(c, origin, world, lambda: records.longest(sources, preparation))
     execution = llava.execution(c.recompute == "on", c.compile, zero, vision)
     task = Task(frozen, origin.model, c.optim, schedule.steps(), zero, c.loss, execution, c.lora)
-
     manifest = Manifest(
         origin.model, c.parts, c.data.image_mode, c.data.template, c.data.compat, image_reading=c.data.image_reading,
         recipe=recipe(c, world.mesh.dp.size), data=records.fingerprint(c.data.sources), lora=c.lora, base=origin.record,

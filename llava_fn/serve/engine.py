@@ -30,7 +30,6 @@ from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, uniforms
 from llava_fn.generate.types import DecodeState, Eager, Model, Prompt, StepInputs
-from llava_fn.kernels.transfer import to_device
 from llava_fn.serve.seat import AnswerRequest, Delta, Seat, grow
 
 CHUNK = 1024  # tokens
@@ -271,7 +270,7 @@ def _rows(f: Family, desk: Desk, n: int) -> Rows:
     options = RowOptions.of([r.decoding if r else Decoding() for r in requests])
     if _captures(m):
         options = replace(options, used=next(s for s in USED if options.used <= s), most=max(MOST, options.most))
-    return Rows(requests, m, options.to(desk.ids.device))
+    return Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
 
 
 def _prefill(f: Family, desk: Desk) -> Desk:
@@ -318,7 +317,7 @@ def _first(m: Model, desk: Desk, slots: Sequence[int], state: DecodeState) -> De
     requests = tuple(seat.request for j in slots if (seat := desk.seats[j]))
     uniform = _send([seat.uniform[0] for j in slots if (seat := desk.seats[j])], torch.float32, desk.ids.device)
     options = RowOptions.of([r.decoding for r in requests])
-    rows = Rows(requests, m, options.to(desk.ids.device))
+    rows = Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
     ids, told = decode.choose(m, state, uniform, rows.options, rows.logprobs)
     at = _send(slots, torch.long, desk.ids.device)
     desk.ids.index_copy_(0, at, ids)
@@ -349,7 +348,12 @@ def _reach(cache: Cache, tokens: int) -> int:
 
 
 def _send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return to_device(torch.tensor(values, dtype=dtype), device)
+    return _move(torch.tensor(values, dtype=dtype), device)
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for it."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def _put(items: tuple, j: int, item: object) -> tuple:
