@@ -69,12 +69,8 @@ def counted(step: Callable[[], float]) -> Operations:
 
 def stepper(c: Bench, mesh: Mesh, level: int) -> Callable[[], float]:
     """A step on this mesh, which returns its seconds."""
-    model, device, dtype, parts = (
-        MODELS[c.model],
-        torch.device(c.device),
-        getattr(torch, c.dtype),
-        config.STAGES[c.stage],
-    )
+    model, parts = MODELS[c.model], config.STAGES[c.stage]
+    device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     zero, trained = Zero(llava.spec(model), mesh, level, dtype, train=parts), trains(parts)
     mine, frozen = tree.split(random(model, device, dtype, trained, mesh), trained)
     mine = zero.store(mine)

@@ -13,6 +13,8 @@ Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 23
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from inspect import signature
 
 import torch
@@ -80,7 +82,12 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 
 def flash(dtype: torch.dtype) -> bool:
     """Whether torch's flash attention serves a cache of this dtype on CUDA."""
-    return dtype.itemsize == 2 and "seqused_k" in signature(varlen_attn).parameters
+    return dtype.itemsize == 2 and _takes(varlen_attn, "seqused_k")
+
+
+@cache  # every block of every step asks
+def _takes(fn: Callable, parameter: str) -> bool:
+    return parameter in signature(fn).parameters
 
 
 def cuda(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:

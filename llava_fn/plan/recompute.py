@@ -33,8 +33,10 @@ def decide(
     """
     if choice != "auto":
         return choice
-    if w.parallel.zero == 3 or world.device.type == "cpu":
-        return "on" if w.parallel.zero == 3 else "off"
+    if w.parallel.zero == 3:
+        return "on"
+    if world.device.type == "cpu":
+        return "off"
     needed = 0
     if world.first:
         memory = torch.get_device_module(world.device).mem_get_info()[1]
