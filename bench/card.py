@@ -14,12 +14,8 @@ code runs, and nothing else. Needs the extras test and serve. The exit status is
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +23,7 @@ from typing import IO, Literal
 
 import tyro
 
+from llava_fn.bringup.process import run
 from llava_fn.kernels import check
 
 SCRIPT = Path(__file__).with_name("parts.py")
@@ -51,30 +48,11 @@ class Card:
             raise ValueError(f"parts={', '.join(sorted(wrong))}: no such part; there are: {', '.join(LIMITS)}")
 
 
-def run(command: list[str], limit: float, rows: IO[str], log: IO[str]) -> str:
-    """Runs a part, and shows and keeps its rows as they come. Returns why it failed, or ""."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
-    p = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=environment
-    )
-    over = threading.Event()
-
-    def kill() -> None:
-        over.set()
-        os.killpg(p.pid, signal.SIGKILL)  # with the server that it may have started
-
-    timer = threading.Timer(limit, kill)
-    timer.start()
-    assert p.stdout
-    for line in p.stdout:
-        is_row = line.startswith('{"part": ')
-        (rows if is_row else log).write(line)
-        (rows if is_row else log).flush()
-        if is_row:
-            print(", ".join(f"{name} {value}" for name, value in json.loads(line).items()), flush=True)
-    status = p.wait()
-    timer.cancel()
-    return f"over its limit of {limit:.0f} s" if over.is_set() else f"exit status {status}" if status else ""
+def keep(line: str, rows: IO[str]) -> None:
+    """Show a row, and write it down."""
+    rows.write(line)
+    rows.flush()
+    print(", ".join(f"{name} {value}" for name, value in json.loads(line).items()), flush=True)
 
 
 def main(c: Card) -> int:
@@ -86,7 +64,7 @@ def main(c: Card) -> int:
         for name in c.parts:
             limit = min(LIMITS[name] * (3 if c.tiny else 1), end - time.monotonic())  # a CPU may be busy
             command = [sys.executable, str(SCRIPT), name, *options]
-            why = run(command, limit, rows, log) if limit > 5 else "no time was left"
+            why = run(command, limit, lambda line: keep(line, rows), log) if limit > 5 else "no time was left"
             if why:
                 failed[name] = why
                 print(f"{name}: {why}; see {log.name}", file=sys.stderr)

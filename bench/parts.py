@@ -6,7 +6,6 @@ The targets are those of LLaVA-1.5-7B on one NVIDIA H200. Weights are random. `t
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -23,17 +22,16 @@ from operations import ceilings
 from torch.utils.flop_counter import FlopCounterMode
 from weights import random
 
-from llava_fn import config, llava, optim, spec, train, tree
+from llava_fn import config, train, tree
 from llava_fn.batch import collate
+from llava_fn.bringup.parts import gradients
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.data import emoji
 from llava_fn.generate import assistant, decode
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.generate.types import Vocabulary
-from llava_fn.grad import value_and_grad
 from llava_fn.kernels import check
 from llava_fn.launch.device import environment, pick_device
-from llava_fn.parallel.zero import Zero
 
 HERE = Path(__file__).parent
 Row = dict[str, object]
@@ -106,24 +104,8 @@ def operations(s: Setting) -> Iterator[Row]:
 
 
 def parity(s: Setting) -> Iterator[Row]:
-    """Loss and gradients of the emoji model against the CPU's in fp32."""
-    c, device = config.LLAVA_EMOJI, pick_device(s.device)
-    whole, batch = spec.init(llava.spec(c), 0), collate(step.make_samples(c, "projector", 6))
-
-    def gradients(where: torch.device, dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
-        p = tree.rebuild(whole, [x.to(where) for x in tree.values(whole)])
-        task = train.Task(tree.split(p, lambda _: True)[1], c, optim.Optim(), 10, Zero(dtype=dtype))
-        (loss, _), found = value_and_grad(train.loss)(task.zero.fetch(p), batch.to(where), 1, 0.01, task)
-        return float(loss), [x.float().cpu() for x in tree.values(found)]
-
-    exact, want = gradients(torch.device("cpu"), torch.float32)
-    least = 1e-3 * float(torch.stack([g.norm() for g in want]).norm())  # a key's bias has no gradient but rounding
-    for dtype in (torch.float32, torch.bfloat16):
-        loss, found = gradients(device, dtype)
-        off = [float((a - b).norm()) / max(float(b.norm()), least) for a, b in zip(found, want, strict=True)]
-        same = all(map(torch.equal, found, gradients(device, dtype)[1]))
-        yield {"what": str(dtype), "loss off by": abs(loss - exact) / exact, "worst gradient off by": max(off),
-               "the same bits twice": same, "finite": all(map(math.isfinite, off))}  # fmt: skip
+    """Loss and gradients of a tiny model against the CPU's in fp32."""
+    yield from gradients(pick_device(s.device))
 
 
 def training(s: Setting, model: config.Llava, stage: str, n: int, product: float) -> Row:

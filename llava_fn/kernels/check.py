@@ -1,19 +1,19 @@
-"""Parity and speed of every operation on this machine's device, as one table to paste into an issue.
+"""Parity and speed of every operation on a device: a case each, and how it is measured.
 
     python -m llava_fn.kernels.check
 
-Each operation runs in the form that the model uses on this device (the fused form on an NPU or CUDA card) and in its
-reference form. An error is the largest deviation of the values, or of the gradients, from the reference in fp32 on the
-CPU, as a share of the largest reference value, on a small ragged batch. Times are medians of forward passes: on a card
-at the sizes of LLaVA-1.5-7B, on a CPU at smaller ones and not in bf16, which is slow there. The exit status is 1 if an
-error exceeds its limit.
+runs them with all else that a new card may fail at, as llava_fn/bringup says. Each operation runs in the form that the
+model uses on this device (the fused form on an NPU or CUDA card) and in its reference form. An error is the largest
+deviation of the values, or of the gradients, from the reference in fp32 on the CPU, as a share of the largest reference
+value, on a small ragged batch. Times are medians of forward passes: on a card at the sizes of LLaVA-1.5-7B, on a CPU at
+smaller ones and not in bf16, which is slow there.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import tyro
 from torch import Tensor
 
 from llava_fn.kernels.adamw import Coefficients
@@ -237,19 +236,5 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def main(rounds: int = 5, as_json: bool = False) -> int:
-    """Check every operation in fp32 and bf16; returns 1 if an error exceeds its limit. rounds: timings of each form."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    large = cases(LAPTOP if device.type == "cpu" else CARD)
-    rows = [
-        measure(small, big, device, dtype, rounds)
-        for dtype in (torch.float32, torch.bfloat16)
-        for small, big in zip(cases(SMALL), large, strict=True)
-    ]
-    about = machine(device)
-    print(json.dumps({"machine": about, "rows": rows}) if as_json else f"{about}\n\n{show(rows)}")
-    return int(not all(r["ok"] for r in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__))
+    runpy.run_module("llava_fn.bringup", run_name="__main__")  # by its name: it stands above kernels/
