@@ -1,0 +1,1 @@
+"""What a model computes, opened up: pure functions of parameters, prompts and blocks."""
