@@ -4,6 +4,7 @@
     {int8, scale}        int8[out, in] and fp32[out, 1]: symmetric, one scale for each row of outputs
     {nf4, scale}         uint8[out, in / 2] and fp32[out, in / 64]: two 4-bit codes a byte, one scale for 64 inputs
     {w, lora}            w of any kind above, and lora = {a: f[r, in], b: f[out, r], scale}: x w^T + scale (x a^T) b^T
+    {w, probe}           w of any kind above, or an adapter's a or b, with gradients sample by sample: probe.py
 
 A compressed weight is made whole just before its product, in the forward pass and again in the backward pass, so that
 one weight at a time exists in full. It has no gradient. Activations are not rounded, except where no gradient is taken
@@ -30,6 +31,7 @@ from llava_fn.kernels.int8_linear import whole as int8_whole
 from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel.collectives import join
 from llava_fn.parallel.mesh import Axis
+from llava_fn.probe import probed
 
 Weight = Tensor | TensorDict
 Kind = Literal["int8", "nf4"]
@@ -51,6 +53,8 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
         return kernels.linear(x, w, bias)
     if "lora" in w:
         return _adapted(x, linear(x, w["w"], bias), w["lora"])
+    if "probe" in w:
+        return probed(x, linear(x, w["w"], bias), w["probe"], bias is not None)
     if x.requires_grad:
         y = _Frozen.apply(x, *_pair(w))
     elif "int8" in w:
@@ -116,6 +120,8 @@ def _adapted(x: Tensor, y: Tensor, lora: TensorDict) -> Tensor:
     """
     if "rows" in lora:
         x = dropped(x, lora["rows"], lora["columns"], lora["dropout"])
+    if isinstance(lora["a"], TensorDict) or isinstance(lora["b"], TensorDict):  # with a probe
+        return y + linear(linear(x, lora["a"]) * lora["scale"].to(x.dtype), lora["b"])
     h = F.linear(x, lora["a"].to(x.dtype)) * lora["scale"].to(x.dtype)
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), lora["b"].to(x.dtype).t()).view_as(y)
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_fn.launch.ascend import ASCEND_VARIABLES
-
-PACKAGES = ("llava_fn", "torch", "torch_npu", "tensordict")
 VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH")  # of CANN's set_env.sh
 FILES = (  # of versions, as installed; {home}: ASCEND_HOME_PATH
     "/usr/local/Ascend/driver/version.info", "/usr/local/Ascend/firmware/version.info", "{home}/version.cfg",
@@ -21,30 +16,15 @@ FILES = (  # of versions, as installed; {home}: ASCEND_HOME_PATH
 )  # fmt: skip
 
 
-def installed(environ: Mapping[str, str] = os.environ) -> dict:
-    """What is there, read without torch: python, platform, packages (None: not there), and of Ascend's software
+def ascend(environ: Mapping[str, str] = os.environ) -> dict:
+    """variables of set_env.sh; files: text of each file of versions; smi: the output of `npu-smi info`, if it is there.
 
-    variables: those of set_env.sh and of launch/ascend.py that are set; files: the text of each file of versions, or
-    the error in its place; smi: the output of `npu-smi info`, None where there is no such command.
+    A file that cannot be read has the error in place of its text.
     """
     home = environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")
     found = sorted({path for name in FILES for path in glob.glob(name.format(home=glob.escape(home)))})
-    names = (*VARIABLES, *(row.name for row in ASCEND_VARIABLES))
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "variables": {name: environ[name] for name in names if name in environ},
-        "files": {path: _text(path) for path in found},
-        "smi": _smi(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    out = {"variables": {name: environ.get(name) for name in VARIABLES}, "files": {path: _text(path) for path in found}}
+    return out | {"smi": _smi()}
 
 
 def _text(path: str) -> str:

@@ -1,0 +1,54 @@
+"""Probes of linear layers: the gradient of a weight, sample by sample, out of one backward pass over the stream.
+
+A probe adds to the output of a linear layer, for the rows x of sample s, the product out^T delta[s] inp x, where delta
+is zero. The model computes what it did, and the gradient of delta[s] is the gradient of the weight that sample s alone
+has, projected from both sides: the sum of (out g)(inp x)^T over the rows of the sample, where g is the gradient of the
+output. Nothing of the size of samples x weight exists unless nothing is projected.
+
+The leaf: probe = {delta: f[n, o, i], rows: int64[n] on the host, inp: f[i, in], out: f[o, out]}. rows: of each sample,
+in the order of the stream. Without `inp` or `out` that side is not projected. Where the layer has a bias, a last input
+of 1 stands for it: `inp` then has in + 1 columns, and without it i is in + 1.
+Source: Choe et al. 2024 (LoGra), arXiv 2405.13954, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
+
+
+def probed(x: Tensor, y: Tensor, probe: TensorDict, bias: bool) -> Tensor:
+    """y, with a gradient for probe["delta"]. x: f[..., in], y: f[..., out]; bias: whether the layer has one."""
+    inp, out = (probe[name] if name in probe else None for name in ("inp", "out"))
+    return _Probe.apply(y, x, probe["delta"], inp, out, tuple(probe["rows"].tolist()), bias)
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, delta, inp, out, rows, bias):
+        ctx.save_for_backward(x, inp, out)
+        ctx.rows, ctx.bias, ctx.dtype = rows, bias, delta.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, *gs: Tensor):
+        (gy,) = gs
+        x, inp, out = ctx.saved_tensors
+        g, x = gy.flatten(0, -2).to(ctx.dtype), x.flatten(0, -2).to(ctx.dtype)
+        if ctx.bias:
+            x = F.pad(x, (0, 1), value=1.0)
+        g, x = (v if by is None else v @ by.t() for v, by in ((g, out), (x, inp)))
+        return gy, None, outer(g, x, ctx.rows), None, None, None, None
+
+
+def outer(g: Tensor, x: Tensor, rows: Sequence[int]) -> Tensor:
+    """The sum of g x^T over the rows of each sample, f[n, o, i]. g: f[t, o], x: f[t, i]; rows: their number, n."""
+    runs = [(size, len(list(run))) for size, run in groupby(rows)]  # neighbours with as many rows are one product
+    sizes = [size * count for size, count in runs]
+    parts = zip(runs, g.split(sizes), x.split(sizes), strict=True)
+    return torch.cat([g.reshape(n, t, g.shape[1]).mT @ x.reshape(n, t, x.shape[1]) for (t, n), g, x in parts])

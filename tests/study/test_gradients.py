@@ -1,0 +1,73 @@
+"""Gradients sample by sample from one backward pass, against a backward pass for each sample."""
+
+import pytest
+import torch
+
+from llava_fn import config, llava, lora, spec, tree
+from llava_fn.batch import IMAGE, Sample, collate
+from llava_fn.grad import value_and_grad
+from llava_fn.study import gradients
+from llava_fn.study.gradients import Projection, Studied, per_sample, sites
+
+ADAPTERS = config.Lora(rank=3, targets=("llama/blocks/.*", "projector/w1"))
+IMAGES, TEXT = (1, 0, 2, 1, 1), (9, 12, 7, 9, 30)  # of each sample: two of one length, one without an image
+
+
+@pytest.fixture(scope="module")
+def samples(tiny):
+    rng = torch.Generator().manual_seed(0)
+    out = []
+    for j, (images, n) in enumerate(zip(IMAGES, TEXT, strict=True)):
+        words = torch.randint(4, tiny.llama.vocab, (n,), generator=rng).tolist()
+        ids = (1, *[IMAGE] * tiny.vision.patches * images, *words)
+        pixels = torch.randint(0, 256, (images, 3, 16, 16), generator=rng, dtype=torch.uint8)
+        out.append(Sample(str(j), ids, tuple(i >= len(ids) - 5 - j for i in range(len(ids))), pixels))
+    return out
+
+
+def studied(tiny, dtype, run=llava.Execution()):
+    rng = torch.Generator().manual_seed(1)
+    shapes = spec.init(lora.extended(llava.spec(tiny), ADAPTERS), 0)
+    params = [0.3 * torch.randn(x.shape, generator=rng, dtype=dtype) for x in tree.values(shapes)]
+    return Studied(tree.rebuild(shapes, params), tiny, ADAPTERS, run)
+
+
+def looped(model, s, chosen):
+    """The sample's loss, and its whole gradient as one row."""
+    fn = lambda p, batch: (llava.nll(lora.attach(p, model.lora), batch, model.config).sum(), None)  # noqa: E731
+    (loss, _), grads = value_and_grad(fn)(model.params, collate([s]))
+    rows = []
+    for site in chosen:
+        bias = [grads[(*site.path[:-1], gradients.BIASES[site.path[-1]])][:, None]] if site.bias else []
+        rows.append(torch.cat([grads[site.path], *bias], 1).flatten())
+    return loss, torch.cat(rows)
+
+
+@pytest.mark.parametrize(("dtype", "recompute", "error"), [(torch.float64, True, 1e-12), (torch.float32, False, 1e-5)])
+def test_one_backward_gives_the_gradients_of_a_loop(tiny, samples, dtype, recompute, error):
+    model = studied(tiny, dtype, llava.execution(recompute, vision=tiny.vision))
+    chosen = sites(model, ["vision", "projector", "llama", "lora"])
+    assert len(chosen) == 6 + 2 + 14 + 30
+    taken, batch = per_sample(model, collate(samples), chosen), collate(samples)
+    assert taken.count.tolist() == [sum(samples[int(name)].label) for name in batch.records]
+    for name, loss, row in zip(taken.records, taken.loss, taken.flat(), strict=True):
+        want_loss, want = looped(model, samples[int(name)], chosen)
+        torch.testing.assert_close(loss, want_loss, rtol=error, atol=0)
+        for part, site in zip(*(x.split([s.out * (s.inp + s.bias) for s in chosen]) for x in (row, want)), strict=True):
+            torch.testing.assert_close(part, site, rtol=0, atol=error * float(want.norm()))
+
+
+def test_projected_gradients_are_those_of_the_loop_projected(tiny, samples):
+    model, projection = studied(tiny, torch.float64), Projection(4, seed=5)
+    chosen, batch = sites(model, ["projector", "llama/blocks/1", "lora"]), collate(samples)
+    whole, small = (per_sample(model, batch, chosen, by, mean=True) for by in (None, projection))
+    for site in chosen:
+        by = {name: m.double() for name, m in projection.matrices(site).items()}
+        out, inp = by.get("out", torch.eye(site.out).double()), by.get("inp", torch.eye(site.shape[1]).double())
+        torch.testing.assert_close(small.gradients[site.path], out @ whole.gradients[site.path] @ inp.T)
+    assert small.flat().shape[1] == gradients.size(chosen, projection) < gradients.size(chosen, None)
+
+
+def test_a_part_without_a_linear_layer_is_named(tiny):
+    with pytest.raises(ValueError, match="llama/embed, none: no part .* there are vision, projector, llama, lora"):
+        sites(studied(tiny, torch.float32), ["projector", "llama/embed", "none"])
