@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llava_fn.config import Llama
-from llava_fn.kernels import empty_cache, lengths_device
+from llava_fn.kernels import Held, Places, empty_cache
+from llava_fn.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of b rows of text. A function takes it and returns it; its tensors are written in place."""
+    """Keys and values of b rows of text. A function takes it and returns it; its tensors are written in place.
 
-    k: Tensor  # l b s m h: block, row, token, head; `kernels.empty_cache` chooses the order in memory
-    v: Tensor  # l b s m h
-    lengths: Tensor  # int64[b]: tokens that each row holds, where `kernels.lengths_device` wants them
+    They stand in pages of s tokens: token t of row j in place t % s of page table[j, t // s]. Without a table, page j
+    has room for the whole of row j; `repeat`, `grown` and `reorder` are for such a cache.
+    """
+
+    k: Tensor  # l p s m h: block, page, token, head; `kernels.empty_cache` chooses the order in memory
+    v: Tensor  # l p s m h
+    lengths: Tensor  # int64[b]: tokens that each row holds
+    table: Tensor | None = None  # int32[b, n]
+    numbers: tuple[int, ...] | None = None  # on an NPU the lengths once more, for its attention reads them on the host
 
     @staticmethod
-    def empty(c: Llama, rows: int, size: int, like: Tensor, tp: int = 1) -> Cache:
-        """Room for `size` tokens in each of `rows` rows, in the dtype and on the device of `like`.
+    def empty(c: Llama, pages: int, size: int, like: Tensor, tp: int = 1) -> Cache:
+        """As many rows as pages, each with room for `size` tokens, in the dtype and on the device of `like`.
 
         tp: ranks that share the heads; each holds its own.
         """
-        k, v = (empty_cache(like, c.blocks, rows, size, c.kv_heads // tp, c.head) for _ in range(2))
-        return Cache(k, v, torch.zeros(rows, dtype=torch.long, device=lengths_device(like.device)))
+        k, v = (empty_cache(like, c.blocks, pages, size, c.kv_heads // tp, c.head) for _ in range(2))
+        numbers = (0,) * pages if like.device.type == "npu" else None
+        return Cache(k, v, torch.zeros(pages, dtype=torch.long, device=like.device), numbers=numbers)
+
+    def holding(self, lengths: Sequence[int]) -> Cache:
+        """The same tensors, of rows that hold so many tokens each."""
+        sent = to_device(torch.tensor(lengths), self.lengths.device)
+        return replace(self, lengths=sent, numbers=None if self.numbers is None else tuple(lengths))
+
+    def longer(self) -> Cache:
+        """The same tensors, with a token more in each row."""
+        numbers = None if self.numbers is None else tuple(n + 1 for n in self.numbers)
+        return replace(self, lengths=self.lengths + 1, numbers=numbers)
 
     @property
     def rows(self) -> int:
         """b."""
-        return self.k.shape[1]
+        return len(self.lengths)
 
     @property
     def size(self) -> int:
         """Tokens that a row has room for."""
-        return self.k.shape[2]
+        return self.page * (1 if self.table is None else self.table.shape[1])
+
+    @property
+    def page(self) -> int:
+        """s."""
+        return self.k[0].shape[1]  # of a block, since a compiled step gets one tensor for each
+
+    def held(self) -> Held:
+        """What the rows hold, for attention."""
+        return Held.of(self.lengths, self.size, self.table, self.numbers)
+
+    def places(self, rows: Tensor, at: Tensor) -> Places:
+        """Where tokens stand. rows, at: int64[t], the row of each token and its place there."""
+        if self.table is None:
+            return Places.of(rows, at, self.page)
+        return Places.of(self.table[rows, at // self.page].long(), at % self.page, self.page)
 
     def repeat(self, n: int, into: Cache | None = None) -> Cache:
         """n copies of each row, one after another, in the tensors of `into` or in new ones."""
         k, v = (into.k, into.v) if into else (_like(x, self.rows * n, self.size) for x in (self.k, self.v))
         for new, x in ((k, self.k), (v, self.v)):
             new.unflatten(1, (-1, n)).copy_(x[:, :, None])
-        return Cache(k, v, self.lengths.repeat_interleave(n))
+        numbers = None if self.numbers is None else tuple(x for x in self.numbers for _ in range(n))
+        return Cache(k, v, self.lengths.repeat_interleave(n), numbers=numbers)
 
     def grown(self, size: int) -> Cache:
         """The same rows with room for at least `size` tokens."""
@@ -54,13 +89,13 @@ class Cache:
         return replace(self, k=k, v=v)
 
     def reorder(self, rows: Tensor, start: int) -> Cache:
-        """Row j becomes row rows[j], int64[b], from token `start` on; the rows are equal before it. Written in place.
+        """Row j becomes row rows[j], int64[b], which is as long, from token `start` on; the rows are equal before it.
 
-        No shape depends on a length: the room beyond the lengths moves with the tokens.
+        Written in place. No shape depends on a length: the room beyond the lengths moves with the tokens.
         """
         for x in (self.k, self.v):
             x[:, :, start:] = x[:, rows, start:]
-        return replace(self, lengths=self.lengths[rows.to(self.lengths.device)])
+        return self
 
 
 def _like(x: Tensor, rows: int, size: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
@@ -22,6 +21,7 @@ from llava_fn.kernels import (
     rms_norm,
     rotary,
     rotary_tables,
+    write_kv,
 )
 from llava_fn.kernels.transfer import to_device
 from llava_fn.linear import linear, swiglu
@@ -126,24 +126,23 @@ def prefill(
     """
     queries, lengths = stream.segments.queries, stream.segments.keys
     to = range(len(lengths)) if to is None else to
-    rows, held = to_device(_rows(queries, to), x.device), None
+    new, held = cache.places(to_device(_rows(queries, to), x.device), stream.positions), None
     if queries != lengths:
-        places = _rows(lengths, to), torch.cat([torch.arange(n) for n in lengths])
-        held = to_device(places[0], x.device), to_device(places[1], x.device)
+        at = to_device(torch.cat([torch.arange(n) for n in lengths]), x.device)
+        held = cache.places(to_device(_rows(lengths, to), x.device), at)
     rot = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
         segments, read = (stream.read_segments, stream.read) if last else (stream.segments, None)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, segments: Segments = segments) -> Tensor:
-            _write(cache, i, rows, stream.positions, k, v)
+            write_kv(cache.k[i], cache.v[i], k, v, new)
             if held is not None:
-                k, v = cache.k[i][held], cache.v[i][held]
+                k, v = cache.k[i][held.page, held.at], cache.v[i][held.page, held.at]
             return attention(q, k, v, segments, causal=True)
 
         x = block_with(p["blocks"][str(i)], x, rot, read, attend, c, tp)
-    filled = replace(cache, lengths=to_device(torch.tensor(lengths), cache.lengths.device))
-    return tp.enter(rms_norm(x, p["norm"], c.eps)), filled
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), cache.holding(lengths)
 
 
 def _rows(counts: Sequence[int], to: Sequence[int]) -> Tensor:
@@ -156,21 +155,16 @@ def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP(
     Shapes do not depend on the lengths. The caller makes sure that every row of the cache has room.
     """
     x = vocab.embed(p["embed"], ids, tp.axis)
-    rows, at, lengths = torch.arange(len(ids), device=x.device), cache.lengths.to(x.device), cache.lengths + 1
-    rot = rotary_tables(at, c.head, c.theta)
+    new, after = cache.places(torch.arange(len(ids), device=x.device), cache.lengths), cache.longer()
+    held, rot = after.held(), rotary_tables(cache.lengths, c.head, c.theta)
     for i in range(c.blocks):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
-            _write(cache, i, rows, at, k, v)
-            return decode_attention(q, cache.k[i], cache.v[i], lengths)
+            write_kv(cache.k[i], cache.v[i], k, v, new)
+            return decode_attention(q, cache.k[i], cache.v[i], held)
 
         x = block_with(p["blocks"][str(i)], x, rot, None, attend, c, tp)
-    return tp.enter(rms_norm(x, p["norm"], c.eps)), replace(cache, lengths=lengths)
-
-
-def _write(cache: Cache, i: int, rows: Tensor, at: Tensor, k: Tensor, v: Tensor) -> None:
-    cache.k[i].index_put_((rows, at), k)
-    cache.v[i].index_put_((rows, at), v)
+    return tp.enter(rms_norm(x, p["norm"], c.eps)), after
 
 
 def head(p: TensorDict, c: Llama) -> Tensor:

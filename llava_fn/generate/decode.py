@@ -44,7 +44,7 @@ def compiled_step(backend: str | Callable) -> Callable:
 
     def step(p: TensorDict, ids: Tensor, cache: Cache, *rest: object) -> tuple[Tensor, Cache]:
         x, after = compiled(p, ids, replace(cache, k=cache.k.unbind(), v=cache.v.unbind()), *rest)
-        return x, replace(cache, lengths=after.lengths)
+        return x, replace(after, k=cache.k, v=cache.v)
 
     return step
 
@@ -196,7 +196,8 @@ def generate(
     cache = m.cache(len(prompts), size) if many else m.launcher.lend(m, len(prompts), size)
     state = prefill(m, prompts, cache, vocabulary)
     if d.beams > 1:
-        best = beams.search(partial(logits, m), partial(step, m), state, d, vocabulary)
+        append = partial(step, m, mark=d.repetition_penalty != 1)
+        best = beams.search(partial(logits, m), append, state, d, vocabulary)
         return [[Answer(ids, ended, score=score) for ids, ended, score in rows[: d.samples]] for rows in best]
     seeds = [seed + j for seed in (seeds or [d.seed] * len(prompts)) for j in range(d.samples)]
     rows = [PartialAnswer()] * len(seeds)

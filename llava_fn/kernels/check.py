@@ -26,8 +26,9 @@ from torch import Tensor
 
 from llava_fn.kernels.adamw import Coefficients
 from llava_fn.kernels.attention import Segments
-from llava_fn.kernels.decode import lengths_device
+from llava_fn.kernels.decode import Held
 from llava_fn.kernels.rotary import rotary_tables
+from llava_fn.kernels.write_kv import Places
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}  # of an error, as a share of the largest reference value
 Work = tuple[int, int]  # of one forward pass: numbers read and written, and floating-point operations
@@ -78,10 +79,21 @@ def attention_cases(s: Sizes) -> list[Case]:
     q, kv, cache = (t, s.heads, s.head), (t, s.kv_heads, s.head), (b, s.cache, s.kv_heads, s.head)
     pairs = s.heads * s.head * sum(n * n for n in s.lengths)
     numbers = 2 * t * (s.heads + s.kv_heads) * s.head
-    lengths = torch.tensor([max(1, s.cache - 9 * j) for j in range(b)])
+    lengths = tuple(max(1, s.cache - 9 * j) for j in range(b))
 
     def decode(form: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return form(q, k, v, lengths.to(lengths_device(q.device)))
+        return form(q, k, v, Held.of(torch.tensor(lengths, device=q.device), s.cache, None, lengths))
+
+    def paged(form: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (pages, size), table = k.shape[:2], torch.arange(len(k), dtype=torch.int32, device=q.device)
+        held = tuple(max(1, pages // b * size - 9 * j) for j in range(b))
+        table = table.flip(0).view(b, -1)
+        return form(q, k, v, Held.of(torch.tensor(held, device=q.device), pages // b * size, table, held))
+
+    def write(form: Callable, k: Tensor, v: Tensor, *new: Tensor) -> tuple[Tensor, Tensor]:
+        at = torch.arange(b, device=k.device)
+        form(k := k.clone(), v := v.clone(), *new, Places.of(at, at * 9 % s.cache, s.cache))
+        return k, v
 
     clip = ((t, s.heads, 64),) * 3
     kinds: list[tuple[str, tuple[tuple[int, ...], ...], Segments, bool, int]] = [
@@ -94,8 +106,15 @@ def attention_cases(s: Sizes) -> list[Case]:
         for name, shapes, segments, causal, flops in kinds
     ]
     shapes = ((b, s.heads, s.head), cache, cache)
-    read = 2 * int(lengths.sum()) * s.kv_heads * s.head
-    return [*out, Case("decoding", "decode", "decode_attention", shapes, decode, (read, 0), gradients=False)]
+    read = 2 * sum(lengths) * s.kv_heads * s.head
+    pages = (b * -(-s.cache // 256), 256, s.kv_heads, s.head)
+    new = (b, s.kv_heads, s.head)
+    return [
+        *out,
+        Case("decoding", "decode", "decode_attention", shapes, decode, (read, 0), gradients=False),
+        Case("decoding, in pages", "decode", "decode_attention", (shapes[0], pages, pages), paged, (read, 0), False),
+        Case("keys and values", "write_kv", "write_kv", (cache, cache, new, new), write, (0, 0), gradients=False),
+    ]
 
 
 def _attend(segments: Segments, causal: bool) -> Callable:

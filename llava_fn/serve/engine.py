@@ -30,6 +30,7 @@ from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, uniforms
 from llava_fn.generate.types import DecodeState, Eager, Model, Prompt, StepInputs
+from llava_fn.kernels.transfer import to_device
 from llava_fn.serve.seat import AnswerRequest, Delta, Seat, grow
 
 CHUNK = 1024  # tokens
@@ -218,10 +219,8 @@ def _decode(f: Family, desk: Desk) -> Desk:
     held = [seat.held if seat else len(keys) for seat, keys in zip(desk.seats[:n], desk.kept, strict=False)]
     size = _reach(desk.state.cache, max(held) + 1)
     c = desk.state.cache
-    lengths = _send([min(h, size - 1) for h in held], torch.long, c.lengths.device)
-    state = DecodeState(
-        desk.state.hidden[:n], Cache(c.k[:, :n, :size], c.v[:, :n, :size], lengths), desk.state.seen[:n]
-    )
+    cache = replace(c, k=c.k[:, :n, :size], v=c.v[:, :n, :size]).holding([min(h, size - 1) for h in held])
+    state = DecodeState(desk.state.hidden[:n], cache, desk.state.seen[:n])
     numbers = [seat.uniform[seat.chosen] if seat and seat.decodes else 0.0 for seat in desk.seats[:n]]
     uniform = _send(numbers, torch.float32, desk.ids.device)
     told, after = _launch(rows, StepInputs(state, desk.ids[:n], uniform, rows.options, rows.logprobs))
@@ -270,7 +269,7 @@ def _rows(f: Family, desk: Desk, n: int) -> Rows:
     options = RowOptions.of([r.decoding if r else Decoding() for r in requests])
     if _captures(m):
         options = replace(options, used=next(s for s in USED if options.used <= s), most=max(MOST, options.most))
-    return Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
+    return Rows(requests, m, options.to(desk.ids.device))
 
 
 def _prefill(f: Family, desk: Desk) -> Desk:
@@ -317,7 +316,7 @@ def _first(m: Model, desk: Desk, slots: Sequence[int], state: DecodeState) -> De
     requests = tuple(seat.request for j in slots if (seat := desk.seats[j]))
     uniform = _send([seat.uniform[0] for j in slots if (seat := desk.seats[j])], torch.float32, desk.ids.device)
     options = RowOptions.of([r.decoding for r in requests])
-    rows = Rows(requests, m, replace(options, values=_move(options.values, desk.ids.device)))
+    rows = Rows(requests, m, options.to(desk.ids.device))
     ids, told = decode.choose(m, state, uniform, rows.options, rows.logprobs)
     at = _send(slots, torch.long, desk.ids.device)
     desk.ids.index_copy_(0, at, ids)
@@ -348,12 +347,7 @@ def _reach(cache: Cache, tokens: int) -> int:
 
 
 def _send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _move(torch.tensor(values, dtype=dtype), device)
-
-
-def _move(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for it."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=dtype), device)
 
 
 def _put(items: tuple, j: int, item: object) -> tuple:

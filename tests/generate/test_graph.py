@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llava_fn.generate.graph import KEPT, Graphs
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions
 from llava_fn.generate.types import DecodeState, Model, StepInputs
+from llava_fn.kernels.decode import flash
 
 WAYS = {
     "greedy": Decoding(tokens=7),
@@ -99,11 +101,11 @@ class Copies(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.between = 0, []
+        self.ops, self.between = Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.calls += 1
+        self.ops[func._schema.name] += 1
         if len({x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}) > 1:
             self.between.append(func._schema.name)
         return out
@@ -111,7 +113,8 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("way", ["greedy", "sampled", "log-probabilities", "penalty"])
-def test_a_step_on_a_card_never_makes_the_host_wait(way, dtype, monkeypatch):
+@pytest.mark.parametrize("pages", [False, True])
+def test_a_step_on_a_card_never_makes_the_host_wait(way, pages, dtype, monkeypatch):
     """Tensors without values stand for the card's: to read one, or a shape that depends on one, is an error."""
     monkeypatch.setattr("llava_fn.kernels.compiled.by_inductor", lambda reference: reference)
     for name in ("decode", "rms_norm", "add_rms_norm", "rotary", "swiglu"):
@@ -120,12 +123,14 @@ def test_a_step_on_a_card_never_makes_the_host_wait(way, dtype, monkeypatch):
     wide, d = dataclasses.replace(C, llama=dataclasses.replace(C.llama, width=32)), WAYS[way]
     with torch.device("meta"), torch.no_grad():
         p = spec.build(llava.spec(wide), lambda _, leaf: torch.empty(leaf.shape, dtype=dtype))
-        k, v = (torch.empty(3, 3, 16, 2, 8, dtype=dtype) for _ in "kv")  # in the order of flash attention
-        cache = Cache(k, v, torch.empty(3).long())
+        k, v = (torch.empty(3, 3, 256, 2, 8, dtype=dtype) for _ in "kv")  # in the order of flash attention
+        cache = Cache(k, v, torch.empty(3).long(), torch.empty(3, 2).int() if pages else None)
         state = DecodeState(torch.empty(3, 32, dtype=dtype), cache, torch.empty(3, 24).bool())
         options = dataclasses.replace(RowOptions.of([d] * 3), values=torch.empty(6, 3))
         x = StepInputs(state, torch.empty(3).long(), torch.empty(3), options, d.logprobs)
     with Copies() as copies:
         told, after = decode.advance(Model(p, wide), x)
-    assert not copies.between and copies.calls > 100
+    assert not copies.between and copies.ops.total() > 100
+    if flash(dtype):  # rows, starts, frequencies: once for all blocks
+        assert copies.ops["aten::arange"] == 3 and copies.ops["aten::index_put_"] == 6
     assert told.shape == (3, 1 + d.logprobs) and after.state.hidden.shape == (3, 32)

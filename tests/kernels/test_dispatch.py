@@ -88,7 +88,7 @@ def test_rows_of_the_check_are_a_table_and_say_which_form_is_wrong(monkeypatch):
     cases = check.cases(check.SMALL)
     rows = [check.measure(x, x, DEVICES[0], dtype, 1) for dtype in (torch.float32, torch.bfloat16) for x in cases]
     lines = check.show(rows).splitlines()
-    assert len(lines) == 2 + 2 * 14 and lines[0].split(" | ")[1] == "dtype" and not any("NO" in x for x in lines)
+    assert len(lines) == 2 + 2 * 16 and lines[0].split(" | ")[1] == "dtype" and not any("NO" in x for x in lines)
     monkeypatch.setitem(check.LIMITS, "bfloat16", 1e-9)
     assert not check.measure(cases[0], cases[0], DEVICES[0], torch.bfloat16, 1)["ok"]
 
@@ -146,8 +146,15 @@ def attend(q, k, v, lengths=(3,)):
     return module("attention").npu(q, k, v, Segments.of(lengths), True)
 
 
-def decode(q, k, v, lengths=(2,)):
-    return module("decode").npu(q, k, v, torch.tensor(lengths))
+def decode(q, k, v, lengths=(2,), table=None):
+    table = None if table is None else torch.tensor([table], dtype=torch.int32)
+    return module("decode").npu(q, k, v, kernels.Held(torch.tensor(lengths), table, lengths or None))
+
+
+def write_kv(k, v, cache=None):
+    cache = torch.zeros(2, 3, 2, 8, dtype=B) if cache is None else cache
+    at = torch.tensor([0])
+    return module("write_kv").npu(cache, cache, k, v, kernels.Places(at, at, at))
 
 
 B, F64, I64 = torch.bfloat16, torch.float64, torch.int64
@@ -179,6 +186,7 @@ def scatter(x, b):
 
 
 LONG = R(1, 262_145, 1, 8, dtype=B)
+BIG = torch.empty(2**20, 128, 2, 8, dtype=B, device="meta")
 LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is touched
     (
         attend,
@@ -227,8 +235,18 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
     (flash, (R(3, 2, 8, dtype=F64),), "varlen_attn needs float16 or bfloat16, not torch.float64"),
     (flash, (R(3, 2, 12, dtype=B),), "heads of 8, 16 .. 256, not 12"),
     (flash, (R(3, 2, 264, dtype=B),), "heads of 8, 16 .. 256, not 264"),
-    (decode, (R(1, 1, 8, dtype=B), LONG, LONG), "a cache of at most 262144 keys, not 262145"),
-    (module("decode").npu, (R(1, 4, 8, dtype=B), CACHE, CACHE, torch.ones(1, device="meta")), "not on meta"),
+    (decode, (R(1, 1, 8, dtype=B), LONG, LONG), "a cache of at most 262144 keys a row, not 262145"),
+    (decode, (R(1, 4, 8, dtype=B), CACHE, CACHE, ()), "lengths on the host"),
+    (decode, (R(1, 4, 8, dtype=B), CACHE, CACHE, (2,), (0,)), "pages of 16, 32 .. 512 tokens, not 4"),
+    (
+        decode,
+        (R(1, 4, 8, dtype=B), BIG, BIG, (2,), (0,)),
+        "2..16 a token, not 2147483648 and 16",
+    ),
+    (write_kv, (R(1, 2, 8, dtype=F64),) * 2, "float16, bfloat16 or float32"),
+    (write_kv, (R(1, 2, 8),) * 2, "one dtype"),
+    (write_kv, (R(1, 2, 8, dtype=B),) * 2 + (torch.zeros(2, 2, 3, 8, dtype=B).transpose(1, 2),), "a contiguous cache"),
+    (write_kv, (R(1, 2, 8, dtype=B).requires_grad_(),) * 2, "it gives no gradient, silently"),
     (scatter, (R(3, 256, dtype=B), R(256, 8, dtype=B)), "tokens that divide over 2 ranks, not 3"),
     (gather, (R(2, 8, dtype=B), R(8, 8, dtype=B)), "npu_all_gather_base_mm needs k from 256"),
     (scatter, (R(2, 8, dtype=B), R(8, 8, dtype=B)), "npu_mm_reduce_scatter_base needs k from 256"),
@@ -245,11 +263,6 @@ LIMITS = [  # (call, arguments, what is said): all of it before torch_npu is tou
 def test_what_a_fused_op_cannot_take_is_refused_before_the_call(call, args, said):
     with pytest.raises(ValueError, match=said):
         call(*args)
-
-
-def test_lengths_stand_where_the_device_reads_them():
-    assert kernels.lengths_device(types.SimpleNamespace(type="npu")) == torch.device("cpu")
-    assert kernels.lengths_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -1,5 +1,6 @@
 """Each reference kernel against the formula of its contract, forward and gradients."""
 
+import dataclasses
 import math
 from inspect import signature
 
@@ -75,13 +76,17 @@ def test_rows_that_do_not_fit_the_segments_are_refused():
         kernels.attention(*(rand(3, 1, 2) for _ in range(3)), Segments.of([4]), True)
 
 
+def held(lengths, room=0, table=None):
+    return kernels.Held.of(torch.tensor(lengths), room, table)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.data())
 def test_decode_attention_equals_attention_over_the_keys_that_a_row_sees(lengths, heads, data):
     size = max(lengths) + data.draw(st.integers(0, 3))
     q = rand(len(lengths), heads[0], 4, seed=1)
     k, v = (rand(len(lengths), size, heads[1], 4, seed=s) for s in (2, 3))
-    mine = kernels.decode_attention(q, k, v, torch.tensor(lengths))
+    mine = kernels.decode_attention(q, k, v, held(lengths))
     ragged = [torch.cat([x[j, :n] for j, n in enumerate(lengths)]) for x in (k, v)]
     want = naive_attention(q, *ragged, Segments((1,) * len(lengths), tuple(lengths)), True)
     weight = rand(*want.shape, seed=4).detach()
@@ -92,7 +97,7 @@ def test_decode_attention_equals_attention_over_the_keys_that_a_row_sees(lengths
 
 def test_decode_attention_ignores_the_rest_of_the_cache():
     q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
-    lengths = torch.tensor([2, 5])
+    lengths = held([2, 5])
     want = kernels.decode_attention(q, k, v, lengths)
     for x, fill in ((k, 1e4), (v, 7.0)):
         x.data[0, 2:] = fill
@@ -102,17 +107,41 @@ def test_decode_attention_ignores_the_rest_of_the_cache():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 4], [1, 7]])
 def test_decode_attention_in_any_order_in_memory_equals_the_reference(lengths, dtype):
-    q, lengths = rand(2, 4, 8).to(dtype), torch.tensor(lengths)
+    q, lengths = rand(2, 4, 8).to(dtype), held(lengths)
     k, v = (kernels.empty_cache(q, 1, 2, 7, 2, 8)[0].copy_(rand(2, 7, 2, 8, seed=s)) for s in (1, 2))
     assert k.transpose(1, 2).is_contiguous()
     want = decode.reference(q, k.contiguous(), v.contiguous(), lengths)
     torch.testing.assert_close(kernels.decode_attention(q, k, v, lengths), want)
 
 
-def flash(q, k, v, q_starts, k_starts, max_q, max_k, *, seqused_k, enable_gqa):
+def in_pages(size, lengths, dtype, order=lambda q, *shape: kernels.empty_cache(q, 1, *shape)[0]):
+    """Queries, a cache of 9 pages that holds rows of these lengths, its table, and keys and values of the rows."""
+    rows = [rand(len(lengths), 3 * size, 2, 8, seed=s).to(dtype).detach() for s in (1, 2)]
+    q, table = rand(len(lengths), 4, 8).to(dtype).detach(), torch.randperm(9)[: 3 * len(lengths)].view(-1, 3).int()
+    pages = [order(q, 9, size, 2, 8).fill_(9.0) for _ in rows]
+    for x, row in zip(pages, rows, strict=True):
+        x[table.flatten()] = row.unflatten(1, (3, size)).flatten(0, 1)
+    return q, pages, table, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[12, 12], [2, 5, 12], [4]])
+def test_decode_attention_reads_the_pages_of_each_row(lengths, dtype):
+    q, pages, table, rows = in_pages(4, lengths, dtype)
+    want = kernels.decode_attention(q, *rows, held(lengths))
+    torch.testing.assert_close(kernels.decode_attention(q, *pages, held(lengths, 12, table)), want)
+    torch.testing.assert_close(decode.reference(q, *pages, held(lengths, 12, table)), want)
+    rows = [x.contiguous() for x in pages]  # the order of a card
+    torch.testing.assert_close(decode.reference(q, *rows, held(lengths, 12, table)), want)
+
+
+def flash(q, k, v, q_starts, k_starts, max_q, max_k, *, seqused_k, block_table, enable_gqa):
     """varlen_attn for one query a segment, as torch documents it, in fp64."""
-    assert q_starts.tolist() == list(range(len(q) + 1)) and (max_q, enable_gqa) == (1, q.shape[1] != k.shape[1])
+    assert q_starts.tolist() == list(range(len(q) + 1)) and (max_q, enable_gqa) == (1, q.shape[1] != k.shape[-2])
     assert q_starts.dtype == k_starts.dtype == seqused_k.dtype == torch.int32 and k_starts.diff().max() <= max_k
+    if block_table is not None:
+        assert block_table.dtype == torch.int32 and k.shape[1] % 256 == 0 and k_starts.diff().min() == max_k
+        k, v = (x[block_table.long()].flatten(0, 2) for x in (k, v))
     rows = [torch.arange(start, start + n) for start, n in zip(k_starts.tolist(), seqused_k.tolist(), strict=False)]
     k, v = (torch.cat([x.double()[of] for of in rows]) for x in (k, v))
     return naive_attention(q.double(), k, v, Segments((1,) * len(q), tuple(map(len, rows))), True).to(q.dtype)
@@ -121,7 +150,7 @@ def flash(q, k, v, q_starts, k_starts, max_q, max_k, *, seqused_k, enable_gqa):
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_the_cuda_form_of_decode_attention_means_what_the_reference_does(heads, monkeypatch):
     monkeypatch.setattr(decode, "varlen_attn", flash)
-    q, lengths = rand(3, heads[0], 8).bfloat16(), torch.tensor([5, 1, 7])
+    q, lengths = rand(3, heads[0], 8).bfloat16(), held([5, 1, 7])
     k, v = (rand(3, 7, heads[1], 8, seed=s).bfloat16() for s in (1, 2))
     want = decode.reference(q.double(), k.double(), v.double(), lengths)
     torch.testing.assert_close(decode.cuda(q, k, v, lengths).double(), want, atol=0.02, rtol=0.02)
@@ -129,6 +158,14 @@ def test_the_cuda_form_of_decode_attention_means_what_the_reference_does(heads, 
         decode.cuda(q, k[:, :6], v[:, :6], lengths)
     with pytest.raises(ValueError, match="varlen_attn needs heads of 8, 16 .. 256, not 4"):
         decode.cuda(q[..., :4], k, v, lengths)
+    lengths = [300, 1, 513]
+    q, pages, table, rows = in_pages(256, lengths, torch.bfloat16, lambda q, *shape: q.new_zeros(*shape))
+    lengths = held(lengths, 768, table)
+    for each in (lengths, dataclasses.replace(lengths, stream=decode.streamed(lengths.lengths, 768))):
+        want = decode.reference(q, *rows, held(lengths.numbers))
+        torch.testing.assert_close(decode.cuda(q, *pages, each), want, atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="pages of a multiple of 256 tokens, not 128"):
+        decode.cuda(q, *(x[:, :128].contiguous() for x in pages), lengths)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
@@ -160,12 +197,14 @@ def test_decode_attention_is_one_graph_for_all_lengths():
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    step = torch.compile(kernels.decode_attention, backend=counter, fullgraph=True)
+
+    def attend(q, k, v, lengths):
+        return kernels.decode_attention(q, k, v, kernels.Held.of(lengths, 5))
+
+    step = torch.compile(attend, backend=counter, fullgraph=True)
     q, k, v = rand(2, 4, 8), rand(2, 5, 2, 8, seed=1), rand(2, 5, 2, 8, seed=2)
     for lengths in ([1, 2], [5, 3], [4, 4]):
-        torch.testing.assert_close(
-            step(q, k, v, torch.tensor(lengths)), kernels.decode_attention(q, k, v, torch.tensor(lengths))
-        )
+        torch.testing.assert_close(step(q, k, v, torch.tensor(lengths)), attend(q, k, v, torch.tensor(lengths)))
     assert counter.frame_count == 1
 
 
@@ -173,9 +212,9 @@ def test_decode_attention_refuses_shapes_that_do_not_fit():
     q, k = rand(2, 3, 4), rand(2, 5, 2, 4)
     for args in ((q, k, k), (q[:1], k, k), (rand(2, 4, 4), k, k[:, :4]), (rand(2, 4, 2), k, k)):
         with pytest.raises(ValueError, match="n a multiple of m"):
-            kernels.decode_attention(*args, torch.tensor([1, 2]))
+            kernels.decode_attention(*args, held([1, 2]))
     with pytest.raises(ValueError, match=r"lengths \(1,\)"):
-        kernels.decode_attention(rand(2, 4, 4), k, k, torch.tensor([1]))
+        kernels.decode_attention(rand(2, 4, 4), k, k, held([1]))
 
 
 def test_norms_follow_their_formulas():
@@ -292,7 +331,7 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda *x: kernels.layer_norm(*x, 0.1), (wide[0], wide[2], rand(4, seed=6)))
     assert gradcheck(lambda x: kernels.cross_entropy(x, torch.tensor([3, 0, 1])), (wide[0],))
     cache = rand(2, 3, 1, 2, seed=7), rand(2, 3, 1, 2, seed=8)
-    assert gradcheck(lambda *x: kernels.decode_attention(*x, torch.tensor([1, 3])), (rand(2, 2, 2), *cache))
+    assert gradcheck(lambda *x: kernels.decode_attention(*x, held([1, 3])), (rand(2, 2, 2), *cache))
     for op in (kernels.gelu, kernels.quick_gelu):
         assert gradcheck(op, (rand(6),))
     assert gradcheck(kernels.swiglu, (rand(3, 2), rand(4, 2, seed=1), rand(4, 2, seed=2)))

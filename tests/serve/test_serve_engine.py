@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from llava_fn import llama, tree
-from llava_fn.generate import assistant, conversation
+from llava_fn import cache, llama, tree
+from llava_fn.generate import assistant, conversation, sampling
 from llava_fn.generate.conversation import Chat, ask, picture
 from llava_fn.generate.family import Family
 from llava_fn.generate.graph import Graphs
@@ -176,7 +176,8 @@ def test_a_step_on_a_card_does_not_make_the_host_wait(a, chats, monkeypatch):
     f = Family(dataclasses.replace(a, model=dataclasses.replace(a.model, params=params)))
     monkeypatch.setattr(engine.decode, "fetch", lambda x: lambda: [[5.0]] * len(x))
     sent = []
-    monkeypatch.setattr(engine, "_move", lambda x, device: sent.append(x.shape) or x.to(device))
+    for module in (engine, cache, sampling):
+        monkeypatch.setattr(module, "to_device", lambda x, device: sent.append(x.shape) or x.to(device))
     desk = engine.empty(f, 2)
     for j in (0, 1):
         desk = engine.admit(f, desk, job(a, chats[j], Decoding(tokens=9, temperature=1.0), f"{j}"))
@@ -185,7 +186,7 @@ def test_a_step_on_a_card_does_not_make_the_host_wait(a, chats, monkeypatch):
         sent.clear()
         desk, pieces = engine.step(f, desk)
         counts.append((len(pieces), len(sent)))
-    assert counts == [(0, 4), (2, 3), (2, 2), (2, 2)]  # the options once more, when the requests change
+    assert counts == [(0, 5), (2, 3), (2, 2), (2, 2)]  # the options once more, when the requests change
 
 
 def test_a_long_prompt_does_not_hold_up_the_answers_under_way(a, chats, monkeypatch):

@@ -54,16 +54,40 @@ def _softmax_attention(q, k, v, row, head_num, mask, scale, sparse_mode):
 
 def npu_fused_infer_attention_score(query, key, value, **given):
     """The decoding branch: one query a row, BSND, lengths of the rows' keys as host integers."""
-    assert set(given) == {"actual_seq_lengths_kv", "num_heads", "num_key_value_heads", "scale", "input_layout"}
+    names = {"actual_seq_lengths_kv", "num_heads", "num_key_value_heads", "scale", "input_layout"}
+    assert {*names} <= {*given} <= {*names, "block_table", "block_size"}
     assert given["input_layout"] == "BSND" and query.shape[1] == 1 and query.dtype in (torch.float16, torch.bfloat16)
     assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
-    lengths = given["actual_seq_lengths_kv"]
+    lengths, table, size = given["actual_seq_lengths_kv"], given.get("block_table"), given.get("block_size", 0)
+    if table is not None:  # the pages: blocks, tokens, heads times their width
+        assert table.dtype == torch.int32 and table.is_contiguous() and table.shape[0] == len(query)
+        assert key.shape[1] == size and size % 16 == 0 and size <= 512 and key.ndim == 3
+        used = [-(-n // size) for n in lengths]
+        assert max(used) <= table.shape[1] and sum(used) <= len(key)
+        heads = given["num_key_value_heads"]
+        key, value = (x[table.long()].flatten(1, 2).unflatten(2, (heads, -1)) for x in (key, value))
+    else:
+        assert size == 0
     assert given["num_key_value_heads"] == key.shape[2] and len(lengths) == len(query)
     out = [
         _softmax_attention(query[j], key[j, :n], value[j, :n], j, given["num_heads"], None, given["scale"], 0)
         for j, n in enumerate(lengths)
     ]
     return torch.stack(out), torch.empty(1)
+
+
+def npu_scatter_pa_kv_cache(
+    key, value, key_cache, value_cache, slot_mapping, *, compress_lens=None, compress_seq_offsets=None, seq_lens=None,
+    cache_mode="PA_NZ",
+):  # fmt: skip
+    """Tokens to places counted through all blocks; "Norm" is the plain memory format: blocks, tokens, heads, width."""
+    assert compress_lens is compress_seq_offsets is seq_lens is None and cache_mode == "Norm"
+    assert key.dtype == value.dtype == key_cache.dtype == value_cache.dtype and key.ndim == 3 and key_cache.ndim == 4
+    assert all(x.is_contiguous() for x in (key, value, key_cache, value_cache, slot_mapping))
+    assert slot_mapping.dtype in (torch.int32, torch.int64) and slot_mapping.shape == key.shape[:1]
+    for j, slot in enumerate(slot_mapping.tolist()):
+        block, place = divmod(slot, key_cache.shape[1])
+        key_cache[block, place], value_cache[block, place] = key[j], value[j]
 
 
 def npu_rms_norm(input, gamma, epsilon=1e-6):

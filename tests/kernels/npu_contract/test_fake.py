@@ -12,13 +12,14 @@ from tensordict import TensorDict
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llava_fn import config, kernels, llama, llava, optim, spec, train, tree
 from llava_fn.batch import Batch, Stream
 from llava_fn.cache import Cache
 from llava_fn.config import STAGES
 from llava_fn.grad import remat, scan, value_and_grad
-from llava_fn.kernels import Segments
+from llava_fn.kernels import Held, Segments
 from llava_fn.kernels.decode import masked
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
@@ -37,16 +38,19 @@ UNFUSED = {  # what an op of kernels/ runs as where its fused form is not taken
 
 
 class Log(TorchDispatchMode):
-    """Counts the ops that reach the device. Where the host asks for a number, it is told 1."""
+    """Counts the ops that reach the device. Where the host asks for a number, it is told 1. sent: between devices."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops = collections.Counter()
+        self.ops, self.sent = collections.Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
         self.ops[name] += 1
-        return 1 if name == "aten::_local_scalar_dense" else func(*args, **(kwargs or {}))
+        out = 1 if name == "aten::_local_scalar_dense" else func(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        self.sent += [name] * (len(devices) > 1)
+        return out
 
     @property
     def fused(self) -> dict[str, int]:
@@ -115,7 +119,7 @@ CASES = {  # name -> (arguments, call, shapes of the results, the fused ops in o
     "row linear": (lambda: (G(16, 512), G(256, 512)), lambda *x: kernels.row_linear(*x, Group()), [(8, 256)],
                    ["npu_mm_reduce_scatter_base", "npu_all_gather_base_mm"]),
     "fp32 decoding": (lambda: (G(2, 8, 64, **TABLES), G(2, 9, 4, 64, **TABLES), G(2, 9, 4, 64, **TABLES)),
-                      lambda *x: masked(*x, torch.tensor([1, 9])), [(2, 8, 64)],
+                      lambda *x: masked(*x, Held(E(2, dtype=torch.int64))), [(2, 8, 64)],
                       ["npu_fusion_attention", "npu_fusion_attention_grad"]),
 }  # fmt: skip
 
@@ -147,11 +151,15 @@ def test_cross_entropy_keeps_fp32_from_bf16_logits(fake):
     assert not UNFUSED & log.ops.keys()
 
 
+def held(table=None) -> Held:
+    return Held.of(E(2, dtype=torch.int64), 4096, table, (5, 9))
+
+
 def test_decoding_takes_the_inference_kernel_in_bf16_and_the_training_kernel_in_fp32(fake):
     for dtype, op in ((BF16, "npu_fused_infer_attention_score"), (torch.float32, "npu_fusion_attention")):
         with Log() as log:
             x = kernels.decode_attention(
-                E(2, 32, 128, dtype=dtype), *(E(2, 4096, 8, 128, dtype=dtype) for _ in "kv"), torch.tensor([5, 9])
+                E(2, 32, 128, dtype=dtype), *(E(2, 4096, 8, 128, dtype=dtype) for _ in "kv"), held()
             )
         assert (x.shape, x.dtype, x.device.type) == ((2, 32, 128), dtype, "npu") and list(log.fused) == [op]
 
@@ -166,7 +174,7 @@ def test_int8_linears_take_the_fused_product_in_half_precision(fake):
 
 def test_decoding_refuses_to_drop_a_gradient(fake):
     with pytest.raises(ValueError, match="it gives no gradient, silently"):
-        kernels.decode_attention(G(2, 32, 128), *(E(2, 4096, 8, 128) for _ in "kv"), torch.tensor([5, 9]))
+        kernels.decode_attention(G(2, 32, 128), *(E(2, 4096, 8, 128) for _ in "kv"), held())
 
 
 def raw_attention(x):
@@ -190,6 +198,12 @@ RAW = {  # the op as torch_npu has it -> how its gradient fares: this is why som
         lambda x: torch_npu.npu_fused_infer_attention_score(
             x, *[E(2, 9, 4, 64)] * 2, num_heads=4, input_layout="BSND"
         )[0], "dropped",
+    ),
+    "npu_scatter_pa_kv_cache": (
+        lambda: G(2, 4, 64),
+        lambda x: [c := E(9, 16, 4, 64), torch_npu.npu_scatter_pa_kv_cache(
+            x, x, c, c, E(2, dtype=torch.int64), cache_mode="Norm"
+        )][0], "dropped",
     ),
     "npu_weight_quant_batchmatmul": (
         lambda: G(8, 64),
@@ -304,19 +318,22 @@ def test_a_7b_prefill_and_decode_step_run_fused(fake):
     p = params(config.LLAVA_7B, BF16)["llama"]
     stream = stream_of([600, 630], [1, 1])
     cache = Cache.empty(c, 2, 1024, p["embed"])
-    assert cache.lengths.device.type == "cpu"
     with torch.no_grad():
         with Log() as log:
             x, cache = llama.prefill(p, E(1230, 4096), stream, cache, c)
         per_block = {"npu_rms_norm": 33, "npu_add_rms_norm": 32, "npu_rotary_mul": 64, "npu_swiglu": 32}
-        assert log.fused == {**per_block, "npu_fusion_attention": 32} and x.shape == (2, 4096)
-        assert not UNFUSED & log.ops.keys()
-        with Log() as log:
-            x, cache = llama.decode_step(p, E(2, dtype=torch.int64), cache, c)
-            logits = llama.logits(p, x, c)
-    assert log.fused == {**per_block, "npu_fused_infer_attention_score": 32}
-    assert not UNFUSED & log.ops.keys()
-    assert (logits.shape, logits.dtype, cache.k.shape) == ((2, 32000), BF16, (32, 2, 1024, 32, 128))
+        written = {"npu_scatter_pa_kv_cache": 32}
+        assert log.fused == {**per_block, **written, "npu_fusion_attention": 32} and x.shape == (2, 4096)
+        assert not UNFUSED & log.ops.keys() and cache.numbers == (600, 630)
+        pages = replace(Cache.empty(c, 40, 128, p["embed"]), table=E(2, 8, dtype=torch.int32))
+        for held in (cache, replace(pages, lengths=cache.lengths, numbers=cache.numbers)):
+            with Log() as log:
+                x, after = llama.decode_step(p, E(2, dtype=torch.int64), held, c)
+                logits = llama.logits(p, x, c)
+            assert log.fused == {**per_block, **written, "npu_fused_infer_attention_score": 32}
+            assert not {*UNFUSED, "aten::_local_scalar_dense"} & log.ops.keys() and not log.sent
+            assert after.k is held.k and after.numbers == (601, 631) and after.lengths.device.type == "npu"
+            assert (logits.shape, logits.dtype) == ((2, 32000), BF16)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import types
 import emulation
 import pytest
 import torch
-from test_numerics import LENGTHS, R, compare, int8_product, module
+from test_numerics import HELD, R, compare, int8_product, module, paged_decoding, written
 
 MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case of test_numerics.py)
     "the mask inverted": ("attention", ".triu(1)", ".tril()", "causal attention"),
@@ -62,8 +62,8 @@ MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case o
         "cross_entropy", 'reduction="none")[0]',
         'reduction="none")[1][:, 0]', "cross-entropy",
     ),
-    "the decoding mask inverted": ("decode", ">= lengths.to", "< lengths.to", "fp32 decoding"),
-    "the decoding mask one too long": ("decode", ">= lengths.to", "> lengths.to", "fp32 decoding"),
+    "the decoding mask inverted": ("decode", ">= held.lengths", "< held.lengths", "fp32 decoding"),
+    "the decoding mask one too long": ("decode", ">= held.lengths", "> held.lengths", "fp32 decoding"),
 }  # fmt: skip
 
 
@@ -109,8 +109,8 @@ def test_planted_mistake_in_the_int8_product_goes_red(right, wrong):
     "right, wrong",
     [
         ("actual_seq_lengths_kv=seen, ", ""),
-        ("seen = lengths.tolist()", "seen = lengths.cumsum(0).tolist()"),
-        ("seen = lengths.tolist()", "seen = (lengths - 1).clamp(min=1).tolist()"),
+        ("seen = list(held.numbers or ())", "seen = held.lengths.cumsum(0).tolist()"),
+        ("seen = list(held.numbers or ())", "seen = (held.lengths - 1).clamp(min=1).tolist()"),
         ("num_heads=n, ", ""),
         ("num_key_value_heads=m, ", ""),
         ('input_layout="BSND"', 'input_layout="BNSD"'),
@@ -121,5 +121,35 @@ def test_planted_mistake_in_bf16_decoding_goes_red(right, wrong):
     args = [x.bfloat16() for x in (R(3, 4, 8), R(3, 9, 2, 8, seed=1), R(3, 9, 2, 8, seed=2))]
     changed = with_mistake("decode", right, wrong)
     with torch.no_grad(), pytest.raises((AssertionError, ValueError)):
-        mine, want = changed.npu(*args, LENGTHS), module("decode").reference(*args, LENGTHS)
+        mine, want = changed.npu(*args, HELD), module("decode").reference(*args, HELD)
         torch.testing.assert_close(mine, want, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("block_table=table, ", ""),
+        ("block_size=0 if table is None else s", "block_size=0"),
+        ("k.flatten(2), v.flatten(2)", "k, v"),
+        ("actual_seq_lengths_kv=seen, ", ""),
+        ("sum(-(-x // s) for x in seen) > len(k)", "False"),
+    ],
+)
+def test_planted_mistake_in_decoding_from_pages_goes_red(right, wrong):
+    with pytest.raises((AssertionError, RuntimeError, KeyError)):
+        for rows in ((((4, 1), (0, 3), (2, 5)), 6), (((4, 1), (4, 3), (4, 3)), 5)):
+            paged_decoding(with_mistake("decode", right, wrong).npu, *rows)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("k.contiguous(), v.contiguous(), k_cache", "v.contiguous(), k.contiguous(), k_cache"),
+        ("k.contiguous(), v.contiguous(), k_cache", "k, v, k_cache"),
+        ("places.slot", "places.at"),
+        (', cache_mode="Norm"', ""),
+    ],
+)
+def test_planted_mistake_in_writing_keys_and_values_goes_red(right, wrong):
+    with pytest.raises((AssertionError, RuntimeError)):
+        written(with_mistake("write_kv", right, wrong).npu)

@@ -48,7 +48,7 @@ def tables():
     return [x.detach() for x in kernels.rotary_tables(torch.tensor([0, 1, 2, 0, 1, 7, 3]), 8, 50.0)]
 
 
-LENGTHS = torch.tensor([1, 5, 3])
+HELD = kernels.Held(torch.tensor([1, 5, 3]), numbers=(1, 5, 3))
 CASES = {  # name -> (module, arguments, call of that module's form)
     "causal attention": ("attention", qkv, lambda f, *x: f(*x, SEGMENTS, True)),
     "full attention": ("attention", qkv, lambda f, *x: f(*x, SEGMENTS, False)),
@@ -66,7 +66,7 @@ CASES = {  # name -> (module, arguments, call of that module's form)
     "erf GELU": ("gelu", lambda: (R(50),), lambda f, x: f(x)),
     "cross-entropy": ("cross_entropy", lambda: (R(4, 9),), lambda f, x: f(x, torch.tensor([8, 0, 3, 3]))),
     "fp32 decoding": (
-        "decode", lambda: (R(3, 4, 8), R(3, 6, 2, 8, seed=1), R(3, 6, 2, 8, seed=2)), lambda f, *x: f(*x, LENGTHS),
+        "decode", lambda: (R(3, 4, 8), R(3, 6, 2, 8, seed=1), R(3, 6, 2, 8, seed=2)), lambda f, *x: f(*x, HELD),
     ),
 }  # fmt: skip
 
@@ -126,9 +126,42 @@ def test_bf16_decoding_equals_the_reference(groups):
     op = module("decode")
     q, *cache = R(3, 4, 8), R(3, 6, 4 // groups, 8, seed=1), R(3, 6, 4 // groups, 8, seed=2)
     with torch.no_grad():
-        mine = op.npu(*(x.bfloat16() for x in (q, *cache)), LENGTHS)
-        want = op.reference(q, *cache, LENGTHS)
+        mine = op.npu(*(x.bfloat16() for x in (q, *cache)), HELD)
+        want = op.reference(q, *cache, HELD)
     torch.testing.assert_close(mine.float(), want, rtol=2**-6, atol=2**-6)
+
+
+def paged_decoding(form, table=((4, 1), (0, 3), (2, 5)), pages=6, dtype=torch.bfloat16):
+    """Equals the reference in fp32."""
+    held = kernels.Held(torch.tensor([17, 20, 32]), torch.tensor(table).int(), (17, 20, 32))
+    q, *cache = R(3, 4, 8), R(pages, 16, 2, 8, seed=1), R(pages, 16, 2, 8, seed=2)
+    with torch.no_grad():
+        mine = form(*(x.to(dtype) for x in (q, *cache)), held)
+        want = module("decode").reference(q, *cache, held)
+    torch.testing.assert_close(mine.float(), want, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_from_pages_equals_the_reference(dtype):
+    paged_decoding(module("decode").npu, dtype=dtype)
+
+
+def test_rows_that_share_more_pages_than_the_fused_op_takes_are_decoded():
+    paged_decoding(module("decode").npu, ((4, 1), (4, 3), (4, 3)), 5)
+
+
+def written(form):
+    """Equals what the reference writes."""
+    new = (R(3, 2, 8, grad=False), R(3, 2, 8, seed=1, grad=False))
+    places = kernels.Places.of(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0]), 4)
+    caches = [[torch.zeros(2, 4, 2, 8) for _ in "kv"] for _ in range(2)]
+    for write, cache in zip((form, module("write_kv").reference), caches, strict=True):
+        write(*cache, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in new), places)
+    assert all(map(torch.equal, *caches)) and int((caches[0][0] != 0).sum()) == 48
+
+
+def test_keys_and_values_are_written_as_the_reference_writes_them():
+    written(module("write_kv").npu)
 
 
 class Twins:
@@ -173,7 +206,10 @@ C = config.Llava(
     config.Vision(image=8, patch=4, width=8, blocks=3, heads=2, ffn=12),
     config.Llama(vocab=24, width=16, blocks=3, heads=4, kv_heads=2, ffn=10, theta=30.0),
 )
-OPS = ("add_rms_norm", "attention", "cross_entropy", "decode", "gelu", "quick_gelu", "rms_norm", "rotary", "swiglu")
+OPS = (
+    "add_rms_norm", "attention", "cross_entropy", "decode", "gelu", "quick_gelu", "rms_norm", "rotary", "swiglu",
+    "write_kv",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -183,6 +219,7 @@ def on_npu(monkeypatch):
     def start():
         for name in OPS:
             monkeypatch.setattr(module(name), "choose", lambda x, reference, **fused: fused["npu"])
+        monkeypatch.setattr("llava_fn.cache.empty_cache", lambda like, *shape: like.new_zeros(shape))
 
     return start
 

@@ -52,7 +52,7 @@ def test_the_kernels_call_fused_ops():
     assert {c.op for c in CALLS} == {
         "npu_add_rms_norm", "npu_all_gather_base_mm", "npu_cross_entropy_loss", "npu_fast_gelu",
         "npu_fused_infer_attention_score", "npu_fusion_attention", "npu_gelu", "npu_mm_reduce_scatter_base",
-        "npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_swiglu",
+        "npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_scatter_pa_kv_cache", "npu_swiglu",
         "npu_weight_quant_batchmatmul",
     }  # fmt: skip
 
