@@ -1,12 +1,15 @@
 """The environment variables of Ascend's libraries: ASCEND_VARIABLES lists them with their legal values.
 
 The libraries stop at some illegal values, parse others up to the first bad character, and ignore the rest. Here every
-illegal value is an error before anything starts.
+illegal value is an error before anything starts. What they only warn of, or overrule, is a warning here too.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+HCCL_SECONDS = 1836  # default of HCCL_EXEC_TIMEOUT on Atlas A2, A3 and Ascend 950
+AFFINITY_SWITCHES = ("force", "npu_affine", "lazy_bind", "bind_irq")  # of CPU_AFFINITY_CONF; each is 0 or 1
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,18 @@ def _is_fraction(value: str, ends: bool) -> bool:
     return 0 <= float(value) <= 1 if ends else 0 < float(value) < 1
 
 
+def _is_seconds(value: str) -> bool:
+    """From 0 to 2147483647, in steps of 0.01."""
+    return bool(re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", value)) and float(value) <= 2_147_483_647
+
+
 def _is_affinity(value: str) -> bool:
-    """mode, then any of force:0|1, npu<card>:<first core>-<last core>, npu_affine:0|1, separated by commas."""
+    """mode, then any of npu<card>:<core>[-<last core>] and of the switches, separated by commas."""
     mode, *options = value.split(",")
-    ranges = [re.fullmatch("npu[0-9]+:([0-9]+)-([0-9]+)", option) for option in options]
+    switch = f"({'|'.join(AFFINITY_SWITCHES)}):[01]"
+    ranges = [re.fullmatch("npu[0-9]{1,2}:([0-9]+)(?:-([0-9]+))?", option) for option in options]
     return bool(re.fullmatch("(mode:)?[012]", mode)) and all(
-        int(found[1]) <= int(found[2]) if found else bool(re.fullmatch("(force|npu_affine):[01]", option))
+        int(found[1]) <= int(found[2] or found[1]) if found else bool(re.fullmatch(switch, option))
         for option, found in zip(options, ranges, strict=True)
     )
 
@@ -70,6 +79,8 @@ ALLOCATOR_KEYS: dict[str, Callable[[str], bool]] = {
     "pinned_mem_register": lambda value: value in ("True", "False"),
     "pinned_max_round_threshold_mb": lambda value: is_integer(value, 1),
     "pinned_max_cached_size_mb": lambda value: is_integer(value, 1),
+    "max_non_split_rounding_mb": lambda value: is_integer(value, 1),
+    "release_lock_on_npumalloc": lambda value: value in ("True", "False"),
 }
 
 
@@ -99,7 +110,9 @@ ASCEND_VARIABLES: tuple[Variable, ...] = (
     _choice("TASK_QUEUE_ENABLE", "0 1 2", "1", "operator queue; 2 also moves preparation off the main thread"),
     _choice("COMBINED_ENABLE", "0 1", "0", "1 fuses chains of views into one copy"),
     Variable(
-        "CPU_AFFINITY_CONF", "mode 0, 1 or 2[,force:0|1][,npu<card>:<first core>-<last core>]...[,npu_affine:0|1]",
+        "CPU_AFFINITY_CONF",
+        "mode 0, 1 or 2, then any of ,npu<card>:<core>[-<last core>] and of "
+        + ", ".join(f",{name}:0|1" for name in AFFINITY_SWITCHES),
         _is_affinity, "0", "CPU binding: 0 none, 1 a range of cores for each card, 2 also a core for each busy thread",
     ),
     Variable(
@@ -113,7 +126,10 @@ ASCEND_VARIABLES: tuple[Variable, ...] = (
     _choice("INF_NAN_MODE_ENABLE", "0 1", "1", "0 turns Inf and NaN into the largest number, which hides divergence"),
     _choice("TORCH_NPU_FALLBACK_CPU_DISABLE", "0 1", "0", "1 makes an operator without an NPU kernel an error"),
     _integer("HCCL_CONNECT_TIMEOUT", 120, 7200, "120", "seconds to wait for the other ranks to connect"),
-    _integer("HCCL_EXEC_TIMEOUT", 68, 17_340, "1800", "seconds that a collective waits for the other ranks"),
+    Variable(
+        "HCCL_EXEC_TIMEOUT", "seconds from 0, which waits for ever, to 2147483647, with at most two decimals",
+        _is_seconds, str(HCCL_SECONDS), "seconds that a collective waits for the other ranks",
+    ),
     _integer("HCCL_EVENT_TIMEOUT", 0, 2_147_483_647, "1868", "seconds to wait for an event; 0 waits for ever"),
     _integer("HCCL_BUFFSIZE", 1, None, "200", "MB of one buffer; every communicator takes two"),
     _integer("P2P_HCCL_BUFFSIZE", 0, None, "20", "the same for send and receive; 0: no communicator of their own"),
@@ -127,8 +143,10 @@ def check_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The ASCEND_VARIABLES that are set in `environ`, a mapping like os.environ, with their values.
 
     ValueError lists every illegal value and every pair of settings that exclude each other, and says what to do.
-    Nothing is set or corrected. Legal is what is documented: the libraries would read the typing error "08x" as 8.
-    Source: MindSpeed-MM args_readme.md; torch_npu OptionsManager.cpp and its documentation.
+    Nothing is set or corrected. Legal is what is documented for Atlas A2, A3 and Ascend 950, or parsed by torch_npu: the
+    libraries would read the typing error "08x" as 8.
+    Source: https://github.com/Ascend/pytorch/tree/master/docs/zh/api/environment_variable and, for variables of CANN,
+    https://www.hiascend.com/document/detail/zh/canncommercial/900/maintenref/envvar/envref_07_0078.html and its like.
     """
     found = {row.name: environ[row.name] for row in ASCEND_VARIABLES if row.name in environ}
     problems = [
@@ -144,19 +162,36 @@ def check_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _conflicts(environ: Mapping[str, str]) -> list[str]:
-    problems = []
-    execution, event = environ.get("HCCL_EXEC_TIMEOUT", ""), environ.get("HCCL_EVENT_TIMEOUT", "")
-    if is_integer(execution, 0) and is_integer(event, 1) and int(event) <= int(execution):  # an event of 0 never ends
-        problems.append(
-            f"HCCL_EVENT_TIMEOUT={event} must be greater than HCCL_EXEC_TIMEOUT={execution}, or the wait ends before "
-            f"the collective does; set HCCL_EVENT_TIMEOUT={int(execution) + 68}"
-        )
     if "PYTORCH_NPU_ALLOC_CONF" in environ and "PYTORCH_ALLOC_CONF" in environ:
-        problems.append("PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF: torch_npu exits if both are set; unset one")
+        return ["PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF: torch_npu exits if both are set; unset one"]
+    return []
+
+
+def doubtful(environ: Mapping[str, str]) -> list[str]:
+    """A warning for each combination of legal values that torch_npu overrules or warns of, or that nobody reads."""
+    found = []
+    wait, event = hccl_seconds(environ), environ.get("HCCL_EVENT_TIMEOUT", "0")
+    if int(event) and (wait == 0 or int(event) <= wait):  # an event of 0 never ends
+        longest = f"HCCL_EVENT_TIMEOUT={int(wait) + 68}" if wait else "HCCL_EVENT_TIMEOUT=0"
+        found.append(
+            f"HCCL_EVENT_TIMEOUT={event} is not greater than HCCL_EXEC_TIMEOUT={wait:g}{'' if wait else ' (for ever)'}: "
+            f"the wait for a collective may end before the collective does; set {longest}"
+        )
     queue = environ.get("TASK_QUEUE_ENABLE")
     if environ.get("ASCEND_LAUNCH_BLOCKING") == "1" and queue in ("1", "2"):
-        problems.append(
+        found.append(
             f"TASK_QUEUE_ENABLE={queue} has no effect with ASCEND_LAUNCH_BLOCKING=1, which forces it to 0; "
-            "unset ASCEND_LAUNCH_BLOCKING, or unset TASK_QUEUE_ENABLE while you debug"
+            "unset ASCEND_LAUNCH_BLOCKING when you have found the operator that fails"
         )
-    return problems
+    cards, local = environ.get("NPUS_PER_NODE"), environ.get("LOCAL_WORLD_SIZE", "1")
+    if cards is not None and cards != local:
+        found.append(
+            f"NPUS_PER_NODE={cards}, but {local} process(es) run on this machine: nothing here reads NPUS_PER_NODE; for "
+            f"one process a card start the recipe with `torchrun --nproc-per-node {cards} RECIPE ...`"
+        )
+    return found
+
+
+def hccl_seconds(environ: Mapping[str, str]) -> float:
+    """The time limit of a collective on NPUs, HCCL_EXEC_TIMEOUT in seconds; 0: none."""
+    return float(environ.get("HCCL_EXEC_TIMEOUT", HCCL_SECONDS))

@@ -7,10 +7,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 
 import torch
 
-from llava_fn.launch.ascend import check_environment
+from llava_fn.launch.ascend import check_environment, doubtful
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
@@ -25,7 +26,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
     name: auto, npu, cuda or cpu. The card is always the first visible one; ASCEND_RT_VISIBLE_DEVICES or
     CUDA_VISIBLE_DEVICES chooses among several. ValueError for another name, and for a named device that is not there;
-    also for "auto" if torch_npu is installed and does not work: a run meant for an NPU must not crawl on the CPU.
+    also for "auto" if torch_npu is installed and does not work: a run meant for an NPU must not crawl on the CPU. For an
+    NPU the environment is checked (`check_environment`), and the first process of a machine prints what is `doubtful`.
 
     torch itself imports an installed torch_npu. Where that is broken, `import torch` fails before this function runs,
     unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set.
@@ -36,7 +38,10 @@ def pick_device(name: str = "auto") -> torch.device:
             "ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES chooses among several cards"
         )
     if name == "npu" or (name == "auto" and importlib.util.find_spec("torch_npu")):
+        check_environment(os.environ)
         _require_npu()
+        for line in doubtful(os.environ) if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            print(f"warning: {line}", file=sys.stderr)
         return torch.device("npu")
     if name == "cuda" and not torch.cuda.is_available():
         reason = "sees no card" if torch.version.cuda else "is built without CUDA"

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from llava_fn.launch.ascend import is_integer
+from llava_fn.launch.ascend import hccl_seconds, is_integer
 from llava_fn.parallel.collectives import total
 from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
 
 T = TypeVar("T")
 BACKENDS = {"npu": "hccl", "cuda": "nccl"}  # the CPU has mesh.gloo
-WAIT = timedelta(minutes=10)  # limit of a collective; other ranks may still be reading weights
+WAIT = timedelta(minutes=10)  # limit of a collective, but on NPUs; other ranks may still be reading weights
 LONG_WAIT = timedelta(days=7)  # where ranks have unequal work; if one dies, torchrun ends the others
 
 
@@ -88,12 +88,20 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
     if check_processes(tp, alone=alone) == 1:
         yield World(device)
         return
-    with _joined(device, BACKENDS.get(device.type) or gloo(), WAIT, logs) as store:
+    with _joined(device, BACKENDS.get(device.type) or gloo(), collective_limit(device), logs) as store:
         mesh = make_mesh(tp)
         for axis in (mesh.dp, mesh.tp, mesh.all):  # connect now, not in the middle of the first update
             total(torch.zeros(1, device=device), axis)
         attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
         yield World(device, mesh, store, attempt)
+
+
+def collective_limit(device: torch.device, environ: Mapping[str, str] = os.environ) -> timedelta:
+    """The time limit of the process group. On NPUs HCCL's own, HCCL_EXEC_TIMEOUT, holds: the group's is 68 s longer."""
+    if device.type != "npu":
+        return WAIT
+    seconds = hccl_seconds(environ)
+    return timedelta(seconds=seconds + 68) if seconds else LONG_WAIT
 
 
 @contextlib.contextmanager

@@ -7,14 +7,15 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llava_fn.errors import BadRecord
-from llava_fn.launch.ascend import ASCEND_VARIABLES, check_environment
+from llava_fn.launch.ascend import ASCEND_VARIABLES, check_environment, doubtful
 from llava_fn.launch.device import environment, pick_device
-from llava_fn.launch.processes import check_processes
+from llava_fn.launch.processes import LONG_WAIT, WAIT, check_processes, collective_limit
 
 LEGAL = {
     "ASCEND_RT_VISIBLE_DEVICES": ["0", "0,1,2,3", "11,10"],
@@ -24,7 +25,8 @@ LEGAL = {
     "TASK_QUEUE_ENABLE": ["0", "1", "2"],
     "COMBINED_ENABLE": ["0", "1"],
     "CPU_AFFINITY_CONF": [
-        "0", "1", "2", "mode:2", "1,npu0:0-1,npu1:2-5,npu13:6-6", "2,npu_affine:1", "1,force:1,npu0:0-2,npu_affine:0"
+        "0", "1", "2", "mode:2", "1,npu0:0-1,npu1:2-5,npu13:6-6", "2,npu_affine:1", "1,force:1,npu0:0-2,npu_affine:0",
+        "1,lazy_bind:0,bind_irq:1,npu3:9",
     ],
     "PYTORCH_NPU_ALLOC_CONF": [
         "expandable_segments:True", "expandable_segments:False,max_split_size_mb:32", "max_split_size_mb:21",
@@ -34,14 +36,15 @@ LEGAL = {
         "roundup_power2_divisions:[256:1,512:2,1024:4,>:8],page_size:1g", "per_process_memory_fraction:1.0",
         "per_process_memory_fraction:0", "pinned_max_cached_size_mb:1", "throw_on_npumalloc_oom:True",
         "multi_stream_lazy_reclaim:True", "pinned_use_background_threads:True", "pin_memory_expandable_segments:True",
-        "pinned_mem_register:False", "pinned_max_round_threshold_mb:128",
+        "pinned_mem_register:False", "pinned_max_round_threshold_mb:128", "release_lock_on_npumalloc:True",
+        "max_split_size_mb:50,max_non_split_rounding_mb:30",
     ],
     "MULTI_STREAM_MEMORY_REUSE": ["0", "1", "2", "3"],
     "ACLNN_CACHE_LIMIT": ["1", "100000", "10000000"],
     "INF_NAN_MODE_ENABLE": ["0", "1"],
     "TORCH_NPU_FALLBACK_CPU_DISABLE": ["0", "1"],
     "HCCL_CONNECT_TIMEOUT": ["120", "1200", "7200"],
-    "HCCL_EXEC_TIMEOUT": ["68", "1800", "17340"],
+    "HCCL_EXEC_TIMEOUT": ["0", "60", "0.05", "1800", "36000", "2147483647"],
     "HCCL_EVENT_TIMEOUT": ["0", "1868", "2147483647"],
     "HCCL_BUFFSIZE": ["1", "200", "4096"],
     "P2P_HCCL_BUFFSIZE": ["0", "20"],
@@ -57,7 +60,8 @@ ILLEGAL = {
     "TASK_QUEUE_ENABLE": ["3", "yes"],
     "COMBINED_ENABLE": ["2"],
     "CPU_AFFINITY_CONF": [
-        "3", "12", "npu0:0-1", "1,npu0:5-2", "1;npu0:0-1", "1,npu0:0", "1,force:2", "1,npu_affine:2", "1,", "1,numa:0"
+        "3", "12", "npu0:0-1", "1,npu0:5-2", "1;npu0:0-1", "1,force:2", "1,npu_affine:2", "1,", "1,numa:0", "1,bind_irq=0",
+        "1,lazy_bind:2", "1,npu100:0-1",
     ],
     "PYTORCH_NPU_ALLOC_CONF": [
         "expandable_segments:true", "expandable_segments", "expandable_segments:True,", "max_split_size_mb:20",
@@ -73,7 +77,7 @@ ILLEGAL = {
     "INF_NAN_MODE_ENABLE": ["2"],
     "TORCH_NPU_FALLBACK_CPU_DISABLE": ["2"],
     "HCCL_CONNECT_TIMEOUT": ["119", "7201", "1200s", "12.5", "\u0661\u0662\u0663\u0664"],
-    "HCCL_EXEC_TIMEOUT": ["67", "17341", "0"],
+    "HCCL_EXEC_TIMEOUT": ["-1", "2147483648", "60s", "0.005", "1e3"],
     "HCCL_EVENT_TIMEOUT": ["-1", "2147483648"],
     "HCCL_BUFFSIZE": ["0", "200MB"],
     "P2P_HCCL_BUFFSIZE": ["-1"],
@@ -131,11 +135,11 @@ def test_only_variables_of_the_table_come_back():
 def test_all_problems_are_listed_at_once():
     message = complaint({
         "TASK_QUEUE_ENABLE": "7", "HCCL_BUFFSIZE": "x", "COMBINED_ENABLE": "1",
-        "HCCL_EXEC_TIMEOUT": "7200", "HCCL_EVENT_TIMEOUT": "1800",
+        "PYTORCH_NPU_ALLOC_CONF": "page_size:1g", "PYTORCH_ALLOC_CONF": "page_size:1g",
     })  # fmt: skip
     assert "3 wrong" in message and len(message.splitlines()) == 4
     assert "COMBINED_ENABLE" not in message
-    for name in ("TASK_QUEUE_ENABLE='7'", "HCCL_BUFFSIZE='x'", "HCCL_EVENT_TIMEOUT=1800"):
+    for name in ("TASK_QUEUE_ENABLE='7'", "HCCL_BUFFSIZE='x'", "PYTORCH_NPU_ALLOC_CONF and"):
         assert name in message
 
 
@@ -145,29 +149,42 @@ def test_the_mapping_is_not_changed_and_the_process_environment_not_read(monkeyp
     assert check_environment(environ) == environ == {"HCCL_BUFFSIZE": "300"}
 
 
-def test_an_event_must_outlast_a_collective():
-    for execution, event in [("7200", "7200"), ("1800", "1799")]:
-        message = complaint({"HCCL_EXEC_TIMEOUT": execution, "HCCL_EVENT_TIMEOUT": event})
-        assert f"HCCL_EVENT_TIMEOUT={event}" in message and f"HCCL_EXEC_TIMEOUT={execution}" in message
-    for event in ("7201", "0"):  # 0 waits for ever
-        check_environment({"HCCL_EXEC_TIMEOUT": "7200", "HCCL_EVENT_TIMEOUT": event})
-    check_environment({"HCCL_EXEC_TIMEOUT": "7200"})  # the constraint holds where the event's limit is set
-    check_environment({"HCCL_EVENT_TIMEOUT": "1800"})
+def test_what_torch_npu_warns_of_or_overrules_is_a_warning_and_legal():
+    doubts = {
+        ("7200", "7200"): "HCCL_EVENT_TIMEOUT=7268", ("1800", "1799"): "HCCL_EVENT_TIMEOUT=1868",
+        ("0", "99999"): "HCCL_EVENT_TIMEOUT=0",
+    }  # fmt: skip
+    for (execution, event), said in doubts.items():
+        environ = {"HCCL_EXEC_TIMEOUT": execution, "HCCL_EVENT_TIMEOUT": event}
+        (line,) = doubtful(check_environment(environ))
+        assert f"HCCL_EVENT_TIMEOUT={event}" in line and f"HCCL_EXEC_TIMEOUT={execution}" in line and said in line
+    assert "1836" in doubtful({"HCCL_EVENT_TIMEOUT": "1800"})[0]  # the default
+    for queue in ("1", "2"):
+        environ = {"ASCEND_LAUNCH_BLOCKING": "1", "TASK_QUEUE_ENABLE": queue}
+        assert f"TASK_QUEUE_ENABLE={queue} has no effect" in doubtful(check_environment(environ))[0]
+    (line,) = doubtful({"NPUS_PER_NODE": "8"})
+    assert "NPUS_PER_NODE=8, but 1 process(es)" in line and "torchrun --nproc-per-node 8" in line
+    for environ in (
+        {}, {"HCCL_EXEC_TIMEOUT": "7200", "HCCL_EVENT_TIMEOUT": "7201"}, {"HCCL_EXEC_TIMEOUT": "7200"},
+        {"HCCL_EXEC_TIMEOUT": "0", "HCCL_EVENT_TIMEOUT": "0"}, {"ASCEND_LAUNCH_BLOCKING": "1"},
+        {"ASCEND_LAUNCH_BLOCKING": "1", "TASK_QUEUE_ENABLE": "0"}, {"TASK_QUEUE_ENABLE": "2"},
+        {"NPUS_PER_NODE": "8", "LOCAL_WORLD_SIZE": "8"}, {"NPUS_PER_NODE": "1"},
+    ):  # fmt: skip
+        assert doubtful(environ) == []
+
+
+def test_the_limit_of_a_group_of_npus_follows_hccls():
+    npu = SimpleNamespace(type="npu")
+    for environ, seconds in (({}, 1836 + 68), ({"HCCL_EXEC_TIMEOUT": "60"}, 128), ({"HCCL_EXEC_TIMEOUT": "0.5"}, 68.5)):
+        assert collective_limit(npu, environ).total_seconds() == seconds
+    assert collective_limit(npu, {"HCCL_EXEC_TIMEOUT": "0"}) == LONG_WAIT
+    assert collective_limit(torch.device("cuda"), {"HCCL_EXEC_TIMEOUT": "60"}) == WAIT
 
 
 def test_two_allocator_settings_exclude_each_other():
     both = {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert "PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF" in complaint(both)
     assert check_environment({"PYTORCH_ALLOC_CONF": "x"}) == {}
-
-
-def test_blocking_launches_exclude_a_task_queue():
-    for queue in ("1", "2"):
-        message = complaint({"ASCEND_LAUNCH_BLOCKING": "1", "TASK_QUEUE_ENABLE": queue})
-        assert f"TASK_QUEUE_ENABLE={queue}" in message and "ASCEND_LAUNCH_BLOCKING=1" in message
-    check_environment({"ASCEND_LAUNCH_BLOCKING": "1", "TASK_QUEUE_ENABLE": "0"})
-    check_environment({"ASCEND_LAUNCH_BLOCKING": "1"})
-    check_environment({"ASCEND_LAUNCH_BLOCKING": "0", "TASK_QUEUE_ENABLE": "2"})
 
 
 def test_processes_are_counted_and_wrong_numbers_refused():
