@@ -45,7 +45,7 @@ def _from_processes(work: Callable[[X], Y], items: Iterable[X], workers: int) ->
         multiprocessing_context="forkserver", worker_init_fn=_end_with_parent, generator=torch.Generator(),
     )  # fmt: skip
     try:
-        with _without_signals():
+        with _without_signals(), _without_accelerator():
             results = iter(loader)
         yield from results
     except (RuntimeError, OSError, EOFError) as lost:  # of the loader, not of the work
@@ -82,6 +82,19 @@ def _without_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_accelerator() -> Iterator[None]:
+    """What starts inside does not import torch_npu with torch: a worker has no use for it, and it takes seconds."""
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    before = {key: value for key, value in os.environ.items() if key == name}
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ |= before
 
 
 def _end_with_parent(_: int) -> None:

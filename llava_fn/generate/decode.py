@@ -23,7 +23,7 @@ from llava_fn.batch import IMAGE, Sample, Stream
 from llava_fn.cache import Cache
 from llava_fn.generate import beams
 from llava_fn.generate.options import Decoding
-from llava_fn.generate.sampling import RowOptions, sample, uniforms
+from llava_fn.generate.sampling import RowOptions, at, sample, uniforms
 from llava_fn.generate.types import Answer, DecodeState, Model, PartialAnswer, Prompt, StepInputs, Vocabulary
 from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel import vocab
@@ -123,7 +123,7 @@ def choose(m: Model, state: DecodeState, uniform: Tensor, options: RowOptions, l
     ids = agree(sample(scores, state.seen, uniform, options), m.tp.axis)
     columns = [ids[:, None].float()]
     if logprobs:
-        columns.append(scores.log_softmax(-1).gather(1, ids[:, None]))
+        columns.append(at(scores.log_softmax(-1), ids)[:, None])
     return ids, torch.cat(columns, 1)
 
 

@@ -61,8 +61,13 @@ def penalise(scores: Tensor, seen: Tensor, penalty: Number) -> Tensor:
 def keep_top_k(scores: Tensor, k: Tensor, most: int) -> Tensor:
     """-inf below the k-th highest score of each row; ties with it stay. k: int64[b, 1], at most `most`; 0 keeps all."""
     best = scores.topk(min(most, scores.shape[-1]), -1).values
-    lowest = best.gather(1, (k - 1).clamp(0, best.shape[1] - 1))
+    lowest = at(best, (k[:, 0] - 1).clamp(0, best.shape[1] - 1))[:, None]
     return scores.masked_fill((scores < lowest) & (k > 0), -torch.inf)
+
+
+def at(x: Tensor, columns: Tensor) -> Tensor:
+    """One entry of each row. x: f32[b, n]; columns: int64[b] -> f32[b]. By indexing: Ascend 950 has no gather."""
+    return x[torch.arange(len(x), device=x.device), columns]
 
 
 def keep_top_p(scores: Tensor, tail: Number) -> Tensor:
@@ -113,8 +118,9 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     A token of probability 0 is never drawn: the sum rises at the token that is drawn.
     """
     total = scores.softmax(-1).cumsum(-1)
-    total = total.cummax(-1).values  # rounding may make a parallel sum fall
-    return (total > (uniform * total[:, -1])[:, None]).int().argmax(-1)
+    beyond = total > (uniform * total.amax(-1))[:, None]  # rounding may make a parallel sum fall, so the last may be less
+    places = torch.arange(total.shape[1], dtype=torch.int32, device=total.device)
+    return torch.where(beyond, places, total.shape[1]).amin(-1).long()  # argmax may give any of several on an NPU
 
 
 def sample(logits: Tensor, seen: Tensor, uniform: Tensor, options: RowOptions) -> Tensor:

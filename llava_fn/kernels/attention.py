@@ -5,8 +5,8 @@ reads KV head j // (n/m)). Scores are scaled by h**-0.5. Each segment attends to
 bottom right: the last query of a segment sees all of its keys, the one before sees one fewer. A segment with fewer
 queries than keys thus has the queries of its last rows. Every query sees at least one key: no row is fully masked.
 The layout is TND of npu_fusion_attention (sparse_mode 3) and of the varlen form of flash attention. Their limits are
-raised as ValueError: on an NPU, heads of at most 768, 2048 segments in one call and 256 query heads; on CUDA, heads of
-at most 256, a multiple of 8.
+raised as ValueError: on an NPU, heads of at most 768, a million rows and 256 query heads; on CUDA, heads of at most
+256, a multiple of 8.
 Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.
 """
 
@@ -74,6 +74,10 @@ def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
     return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
+SEGMENTS = 1024  # in one call on an NPU: one page of its documentation allows 2048, another 1024
+ROWS = 2**20  # of the stream in one call on an NPU
+
+
 @torch.compiler.disable()  # lengths differ in every batch, and each would recompile the graph
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """q: t n h, k v: s m h -> t n h; see the module's contract. ValueError if the rows do not fit the segments."""
@@ -136,14 +140,23 @@ def npu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Te
     require(q.dtype == k.dtype == v.dtype, "npu_fusion_attention", f"one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     require(h <= 768, "npu_fusion_attention", f"heads of at most 768, not {h}")
     require(n <= 256, "npu_fusion_attention", f"at most 256 query heads, not {n}")
-    count = len(segments.keys)
-    require(count <= 2048, "npu_fusion_attention", f"at most 2048 segments, not {count}")
+    if len(segments.keys) > SEGMENTS:
+        return torch.cat([npu(*part, causal) for part in _parts(q, k, v, segments)])
+    require(max(len(q), len(k)) <= ROWS, "npu_fusion_attention", f"at most {ROWS} rows, not {max(len(q), len(k))}")
     ends = [list(accumulate(lengths)) for lengths in (segments.queries, segments.keys)]  # on the host; no leading 0
     return npu_op("npu_fusion_attention")(
         q.contiguous(), k.contiguous(), v.contiguous(), n, "TND", atten_mask=hidden(q.device) if causal else None,
         scale=h**-0.5, keep_prob=1.0, actual_seq_qlen=ends[0], actual_seq_kvlen=ends[1],
         sparse_mode=3 if causal else 0,
     )[0]  # fmt: skip
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Iterator[tuple[Tensor, Tensor, Tensor, Segments]]:
+    """The stream cut after every SEGMENTS segments."""
+    lengths = (segments.queries, segments.keys)
+    cut = [[x[j : j + SEGMENTS] for j in range(0, len(x), SEGMENTS)] for x in lengths]
+    rows, cols = ([sum(part) for part in parts] for parts in cut)
+    return zip(q.split(rows), k.split(cols), v.split(cols), map(Segments, *cut), strict=True)
 
 
 @cache  # autograd keeps these 4 MB for every block, so all blocks of a device share one tensor

@@ -50,4 +50,4 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     )  # fmt: skip
     require(not (cos.requires_grad or sin.requires_grad), "npu_rotary_mul", "tables that do not require a gradient")
     cos, sin = (table.to(x.dtype)[None] for table in (cos, sin))
-    return npu_op("npu_rotary_mul")(x.contiguous()[None], cos, sin, "half")[0]
+    return npu_op("npu_rotary_mul")(x[None], cos, sin, "half")[0]

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 
 import pytest
 
@@ -48,3 +48,11 @@ def test_workers_do_not_see_the_signals_of_a_cluster():
     earlier.join()
     (seen,) = mapped(blocked, [0], 1)
     assert set(SIGNALS) <= seen and not set(SIGNALS) & blocked(0)
+
+
+def test_workers_do_not_load_the_package_of_an_accelerator(monkeypatch):
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    monkeypatch.setenv(name, "1")
+    new = forkserver.ForkServer()  # a run has none yet
+    monkeypatch.setattr(forkserver, "connect_to_new_process", new.connect_to_new_process)
+    assert list(mapped(os.getenv, [name], 1)) == ["0"] and os.environ[name] == "1"

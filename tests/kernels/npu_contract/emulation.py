@@ -21,6 +21,7 @@ def npu_fusion_attention(
     assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
     if input_layout == "TND":
         assert actual_seq_qlen[0] > 0 and actual_seq_qlen[-1] == len(query)  # cumulative, without a leading 0
+        assert max(len(query), len(key)) <= 2**20 and len(actual_seq_qlen) <= 1024
         assert actual_seq_kvlen[-1] == len(key) and len(actual_seq_qlen) == len(actual_seq_kvlen)
         q_from, k_from = [0, *actual_seq_qlen[:-1]], [0, *actual_seq_kvlen[:-1]]
         spans = zip(q_from, actual_seq_qlen, k_from, actual_seq_kvlen, strict=True)
@@ -113,7 +114,7 @@ def npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6):
 
 def npu_rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
     """BSND with tables 1 S 1 D."""
-    b, s, n, d = input.shape
+    b, s, n, d = input.shape  # strided too
     assert r1.shape == r2.shape == (1, s, 1, d) and rotate is None and rotary_mode in ("half", "interleave")
     r1, r2 = r1.to(input.dtype), r2.to(input.dtype)
     if rotary_mode == "half":

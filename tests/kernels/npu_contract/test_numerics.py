@@ -53,6 +53,10 @@ CASES = {  # name -> (module, arguments, call of that module's form)
     "causal attention": ("attention", qkv, lambda f, *x: f(*x, SEGMENTS, True)),
     "full attention": ("attention", qkv, lambda f, *x: f(*x, SEGMENTS, False)),
     "attention of strided rows": ("attention", lambda: qkv(strided), lambda f, *x: f(*x, SEGMENTS, True)),
+    "attention of 1,030 segments": (
+        "attention", lambda: (R(1031, 1, 2, seed=1), R(1041, 1, 2, seed=2), R(1041, 1, 2, seed=3)),
+        lambda f, *x: f(*x, Segments((1,) * 1029 + (2,), (2,) * 10 + (1,) * 1018 + (1, 2)), False),
+    ),
     "RMSNorm": ("rms_norm", lambda: (R(5, 8), R(8, seed=1)), lambda f, *x: f(*x, 0.3)),
     "RMSNorm of three dims": ("rms_norm", lambda: (R(2, 5, 8), R(8, seed=1)), lambda f, *x: f(*x, 1e-5)),
     "add and RMSNorm": (
