@@ -60,8 +60,8 @@ ILLEGAL = {
     "TASK_QUEUE_ENABLE": ["3", "yes"],
     "COMBINED_ENABLE": ["2"],
     "CPU_AFFINITY_CONF": [
-        "3", "12", "npu0:0-1", "1,npu0:5-2", "1;npu0:0-1", "1,force:2", "1,npu_affine:2", "1,", "1,numa:0", "1,bind_irq=0",
-        "1,lazy_bind:2", "1,npu100:0-1",
+        "3", "12", "npu0:0-1", "1,npu0:5-2", "1;npu0:0-1", "1,force:2", "1,npu_affine:2", "1,", "1,numa:0",
+        "1,bind_irq=0", "1,lazy_bind:2", "1,npu100:0-1",
     ],
     "PYTORCH_NPU_ALLOC_CONF": [
         "expandable_segments:true", "expandable_segments", "expandable_segments:True,", "max_split_size_mb:20",
