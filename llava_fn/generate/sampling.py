@@ -118,9 +118,7 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     A token of probability 0 is never drawn: the sum rises at the token that is drawn.
     """
     total = scores.softmax(-1).cumsum(-1)
-    beyond = (
-        total > (uniform * total.amax(-1))[:, None]
-    )  # rounding may make a parallel sum fall, so the last may be less
+    beyond = total > (uniform * total.amax(-1))[:, None]  # not the last: rounding may make a parallel sum fall
     places = torch.arange(total.shape[1], dtype=torch.int32, device=total.device)
     return torch.where(beyond, places, total.shape[1]).amin(-1).long()  # argmax may give any of several on an NPU
 

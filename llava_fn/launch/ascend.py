@@ -143,7 +143,7 @@ def check_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The ASCEND_VARIABLES that are set in `environ`, a mapping like os.environ, with their values.
 
     ValueError lists every illegal value and every pair of settings that exclude each other, and says what to do.
-    Nothing is set or corrected. Legal is what is documented for Atlas A2, A3 and Ascend 950, or parsed by torch_npu: the
+    Nothing is set or corrected. Legal is what is documented for Atlas A2, A3 and Ascend 950 or parsed by torch_npu. The
     libraries would read the typing error "08x" as 8.
     Source: https://github.com/Ascend/pytorch/tree/master/docs/zh/api/environment_variable and, for variables of CANN,
     https://www.hiascend.com/document/detail/zh/canncommercial/900/maintenref/envvar/envref_07_0078.html and its like.
@@ -174,8 +174,8 @@ def doubtful(environ: Mapping[str, str]) -> list[str]:
     if int(event) and (wait == 0 or int(event) <= wait):  # an event of 0 never ends
         longest = f"HCCL_EVENT_TIMEOUT={int(wait) + 68}" if wait else "HCCL_EVENT_TIMEOUT=0"
         found.append(
-            f"HCCL_EVENT_TIMEOUT={event} is not greater than HCCL_EXEC_TIMEOUT={wait:g}{'' if wait else ' (for ever)'}: "
-            f"the wait for a collective may end before the collective does; set {longest}"
+            f"HCCL_EVENT_TIMEOUT={event} is not greater than HCCL_EXEC_TIMEOUT={wait:g}{'' if wait else ' (for ever)'}"
+            f": the wait for a collective may end before the collective does; set {longest}"
         )
     queue = environ.get("TASK_QUEUE_ENABLE")
     if environ.get("ASCEND_LAUNCH_BLOCKING") == "1" and queue in ("1", "2"):
@@ -186,8 +186,8 @@ def doubtful(environ: Mapping[str, str]) -> list[str]:
     cards, local = environ.get("NPUS_PER_NODE"), environ.get("LOCAL_WORLD_SIZE", "1")
     if cards is not None and cards != local:
         found.append(
-            f"NPUS_PER_NODE={cards}, but {local} process(es) run on this machine: nothing here reads NPUS_PER_NODE; for "
-            f"one process a card start the recipe with `torchrun --nproc-per-node {cards} RECIPE ...`"
+            f"NPUS_PER_NODE={cards}, but {local} process(es) run on this machine: nothing here reads NPUS_PER_NODE; "
+            f"for one process a card start the recipe with `torchrun --nproc-per-node {cards} RECIPE ...`"
         )
     return found
 

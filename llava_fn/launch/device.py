@@ -26,8 +26,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
     name: auto, npu, cuda or cpu. The card is always the first visible one; ASCEND_RT_VISIBLE_DEVICES or
     CUDA_VISIBLE_DEVICES chooses among several. ValueError for another name, and for a named device that is not there;
-    also for "auto" if torch_npu is installed and does not work: a run meant for an NPU must not crawl on the CPU. Before
-    an NPU is given, the environment is checked, and the first process of a machine prints what is `doubtful` in it.
+    also for "auto" if torch_npu is installed and does not work: a run meant for an NPU must not crawl on the CPU.
+    Before an NPU is given, the environment is checked, and the first process of a machine prints what is `doubtful`.
 
     torch itself imports an installed torch_npu. Where that is broken, `import torch` fails before this function runs,
     unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set.
