@@ -20,6 +20,7 @@ from pathlib import Path
 
 from llava_fn.bringup.options import LIMITS, Options
 from llava_fn.bringup.process import run
+from llava_fn.bringup.versions import installed
 from llava_fn.launch import cli
 
 LINES = 60  # of a failed part's log that the report keeps
@@ -29,15 +30,19 @@ def check(part: str, c: Options) -> dict:
     """One part's entry of the report: state, seconds, rows; if it did not pass also why, and the end of its log."""
     rows: list[dict] = []
     began, limit = time.monotonic(), LIMITS[part] * c.patience
-    # its hang is shown by the lines at which its threads stand, shortly before it is killed
-    command = [sys.executable, "-X", "faulthandler", "-m", "llava_fn.bringup.parts", part, c.device, str(0.9 * limit)]
+    command = [sys.executable, "-X", "faulthandler", "-m", "llava_fn.bringup.parts", part, c.device]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         why = run(command, limit, lambda line: rows.append(json.loads(line)), log)
         log.seek(0)
         end = log.read().splitlines()[-LINES:]
     wrong = [row for row in rows if row.get("ok") is False]
     skipped = [row["skipped"] for row in rows if "skipped" in row]
-    why = why or ", ".join(f"beyond its limit: {row['what']}" for row in wrong) or ", ".join(skipped)
+    why = (
+        "; ".join(row["raised"] for row in rows if "raised" in row)
+        or why
+        or ", ".join(f"beyond its limit: {row['what']}" for row in wrong)
+        or ", ".join(skipped)
+    )
     state = "skipped" if skipped else "failed" if why else "passed"
     entry = {"part": part, "state": state, "seconds": round(time.monotonic() - began, 1), "rows": rows}
     return entry | ({"why": why} if why else {}) | ({"log": end} if state == "failed" else {})
@@ -58,7 +63,7 @@ def line(entry: Mapping) -> str:
 
 
 def _figures(row: Mapping) -> str:
-    hidden = ("part", "what", "ok", "skipped")
+    hidden = ("part", "what", "ok", "skipped", "raised")
     found = {name: value for name, value in row.items() if name not in hidden and not isinstance(value, (dict, list))}
     return ", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in found.items())
 
@@ -74,7 +79,7 @@ def summary(entries: Sequence[Mapping], c: Options) -> str:
 
 def main(c: Options) -> None:
     """Run the parts, write the report; exit status 1 if one failed."""
-    report = {"command": sys.argv, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "parts": []}
+    report = {"command": sys.argv, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **installed(), "parts": []}
     for part in c.parts:
         report["parts"].append(check(part, c))
         write(c.out, report)

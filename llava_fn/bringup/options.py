@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Literal
 
 OPERATIONS = (  # cases of kernels/check.py, in order of risk: variable lengths without a mask have failed elsewhere
-    "attention, full", "attention, causal", "attention, last rows", "decoding", "rotary", "SwiGLU", "RMSNorm",
+    "attention, full", "attention, causal", "attention, last rows", "keys and values", "decoding",
+    "decoding, in pages", "rotary", "SwiGLU", "RMSNorm",
     "add and RMSNorm", "int8 linear", "cross-entropy", "quick GELU", "GELU", "LayerNorm", "AdamW",
 )  # fmt: skip
 

@@ -1,13 +1,12 @@
 """The parts of the first hour: each yields rows; one with ok=False is beyond its limit.
 
-    python -m llava_fn.bringup.parts PART DEVICE SECONDS
+    python -m llava_fn.bringup.parts PART DEVICE
 
-prints the rows of one part as JSON, and after SECONDS, if it still runs, where its threads stand.
+prints the rows of one part as JSON.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
 import sys
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from llava_fn import batch, train, tree
-from llava_fn.bringup import ranks, tiny, versions
+from llava_fn.bringup import ranks, tiny
 from llava_fn.bringup.options import OPERATIONS, slug
-from llava_fn.bringup.process import ROW
+from llava_fn.bringup.process import show, telling
 from llava_fn.generate import decode
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Model, Vocabulary
@@ -38,9 +37,9 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of logits and gradients o
 
 
 def machine(device: torch.device) -> Iterator[Row]:
-    """Versions, variables, driver; then that the device computes: a product, read by the host."""
+    """Versions and variables as a run records them; then that the device computes: a product, read by the host."""
     yield {"what": "versions", **check.machine(device)}
-    yield {"what": "environment", **environment(device), "ascend software": versions.ascend()}
+    yield {"what": "environment", **environment(device)}
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     off = float((((y := x.to(device)) @ y).cpu() - x @ x).abs().max() / (x @ x).abs().max())
     yield {"what": "a product of matrices", "error": off, "limit": 1e-3, "ok": off <= 1e-3}
@@ -208,19 +207,12 @@ PARTS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
 }
 
 
-def main(part: str, device: str, seconds: float) -> None:
+def main(part: str, device: str) -> None:
     """Print the rows of a part."""
-    faulthandler.dump_traceback_later(seconds)
-    for row in PARTS[part](pick_device(device)):
-        show(part, row)
-
-
-def show(part: str, row: Row) -> None:
-    """A row, as process.run reads it."""
-    line = json.dumps({"part": part, **row}, default=str)
-    assert line.startswith(ROW)
-    print(line, flush=True)
+    with telling(part):
+        for row in PARTS[part](pick_device(device)):
+            show(part, row)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(*sys.argv[1:])

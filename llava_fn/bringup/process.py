@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 ROW = '{"part": '  # what a line of a part's standard output begins with, if it is a row: JSON
+DEADLINE = "LLAVA_FN_DEADLINE"  # the variable with the time.time() at which a part shows the places of its threads
+
+
+def show(part: str, row: Mapping) -> None:
+    """Print a row, as `run` reads it."""
+    print(json.dumps({"part": part, **row}, default=str), flush=True)
+
+
+@contextlib.contextmanager
+def telling(part: str) -> Iterator[None]:
+    """An error inside is shown as a row with the key "raised", and goes on.
+
+    Shortly before `run` ends this process, the places of its threads go to the standard error.
+    """
+    if DEADLINE in os.environ:
+        faulthandler.dump_traceback_later(max(1.0, float(os.environ[DEADLINE]) - time.time()))
+    try:
+        yield
+    except Exception as error:
+        show(part, {"what": "an error", "raised": f"{type(error).__name__}: {error}"})
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def run(command: Sequence[str], limit: float, row: Callable[[str], object], log: IO[str]) -> str:
@@ -18,9 +45,9 @@ def run(command: Sequence[str], limit: float, row: Callable[[str], object], log:
 
     What the part itself has started ends with it at the limit, in seconds.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:])), DEADLINE: str(time.time() + 0.9 * limit)}
     p = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=os.environ | own
     )
     over = threading.Event()
 

@@ -7,7 +7,6 @@ is one of the two, as `start` starts it. Rank 0 prints the rows.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from llava_fn import batch, train
 from llava_fn.bringup import tiny
+from llava_fn.bringup.process import show, telling
 from llava_fn.launch.device import pick_device
 from llava_fn.launch.processes import processes
 from llava_fn.parallel import collectives
@@ -109,10 +109,10 @@ def timed(call: Callable[[], Tensor], device: torch.device) -> float:
 
 def main(device: str) -> None:
     """This rank's part."""
-    with processes(1, pick_device(device)) as world:
+    with telling("two-ranks"), processes(1, pick_device(device)) as world:
         for row in check(world.mesh, world.device):
             if world.first:
-                print(json.dumps({"part": "two-ranks", **row}), flush=True)
+                show("two-ranks", row)
 
 
 if __name__ == "__main__":

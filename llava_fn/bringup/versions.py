@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_fn.launch.ascend import ASCEND_VARIABLES
+from llava_fn.launch.versions import version
+
+PACKAGES = ("llava_fn", "torch", "torch_npu", "tensordict")
 VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH")  # of CANN's set_env.sh
 FILES = (  # of versions, as installed; {home}: ASCEND_HOME_PATH
     "/usr/local/Ascend/driver/version.info", "/usr/local/Ascend/firmware/version.info", "{home}/version.cfg",
@@ -16,15 +21,23 @@ FILES = (  # of versions, as installed; {home}: ASCEND_HOME_PATH
 )  # fmt: skip
 
 
-def ascend(environ: Mapping[str, str] = os.environ) -> dict:
-    """variables of set_env.sh; files: text of each file of versions; smi: the output of `npu-smi info`, if it is there.
+def installed(environ: Mapping[str, str] = os.environ) -> dict:
+    """What is there, read without torch: python, platform, packages (None: not there), and of Ascend's software
 
-    A file that cannot be read has the error in place of its text.
+    variables: those of set_env.sh and of launch/ascend.py that are set; files: the text of each file of versions, or
+    the error in its place; smi: the output of `npu-smi info`, None where there is no such command.
     """
     home = environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")
     found = sorted({path for name in FILES for path in glob.glob(name.format(home=glob.escape(home)))})
-    out = {"variables": {name: environ.get(name) for name in VARIABLES}, "files": {path: _text(path) for path in found}}
-    return out | {"smi": _smi()}
+    names = (*VARIABLES, *(row.name for row in ASCEND_VARIABLES))
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "variables": {name: environ[name] for name in names if name in environ},
+        "files": {path: _text(path) for path in found},
+        "smi": _smi(),
+    }
 
 
 def _text(path: str) -> str:

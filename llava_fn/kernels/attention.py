@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 from llava_fn.kernels.transfer import to_device
+from llava_fn.kernels.varlen import varlen_attn
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+from llava_fn.kernels.varlen import varlen_attn
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import tyro
 from llava_fn import fields
 from llava_fn.config import plain, structure
 from llava_fn.errors import NonFinite
+from llava_fn.launch.versions import check_versions
 
 C = TypeVar("C")
 
@@ -66,11 +67,12 @@ def run(main: Callable[[C], object], config: C) -> None:
     Under torchrun every other error is recorded, so that torchrun can show which process failed first, and where.
     """
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-    if rank:
-        from torch.distributed.elastic.multiprocessing.errors import record  # torch takes seconds to import
-
-        main = record(main)
     try:
+        check_versions()  # before anything imports torch
+        if rank:
+            from torch.distributed.elastic.multiprocessing.errors import record  # torch takes seconds to import
+
+            main = record(main)
         main(config)
     except (ValueError, OSError, NonFinite) as error:
         sys.exit(f"error{rank}: {error}")

@@ -3,7 +3,7 @@
 The only module outside kernels/ that imports torch_npu.
 """
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import platform
@@ -12,6 +12,7 @@ import sys
 import torch
 
 from llava_fn.launch.ascend import check_environment, doubtful
+from llava_fn.launch.versions import version
 
 # What a broken or half-installed torch_npu raises at import or at first use: a missing CANN library, a driver error,
 # another torch than it was built for.
@@ -83,20 +84,13 @@ def environment(device: torch.device) -> dict:
     """
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "device": {"type": device.type, "name": _device_name(device)},
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ascend": check_environment(os.environ),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device_name(device: torch.device) -> str:

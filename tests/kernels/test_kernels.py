@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
-from torch.nn.attention.varlen import varlen_attn
 
 from llava_fn import kernels
 from llava_fn.kernels import Segments, decode
 from llava_fn.kernels.swiglu import gated
+from llava_fn.kernels.varlen import varlen_attn
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llava_fn.errors import BadRecord
+from llava_fn.launch import cli, versions
 from llava_fn.launch.ascend import ASCEND_VARIABLES, check_environment, doubtful
 from llava_fn.launch.device import environment, pick_device
 from llava_fn.launch.processes import LONG_WAIT, WAIT, check_processes, collective_limit
@@ -281,6 +282,36 @@ def probed(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", PROBE, *folders], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_versions_that_do_not_go_together_are_named_before_torch_is_imported(monkeypatch):
+    installed, cuda = {}, {}
+    monkeypatch.setattr(versions, "version", installed.get)
+    monkeypatch.setattr(versions, "cuda_of_torch", lambda: cuda.get("cuda"))
+    for torch_version, npu, built, said in [
+        (None, None, None, "torch is not installed"),
+        ("2.1.0", "2.1.0.post10", None, r"torch 2.1.0: llava_fn runs on torch 2.7.1 to below 2.14.* CANN 8.3 to 9.1"),
+        ("2.14.0a0", None, None, "torch 2.14.0a0: "),
+        ("2.13.0+cpu", "2.12.0.post3", None, r"torch_npu 2.12.0.post3 beside torch 2.13.0\+cpu"),
+        ("2.12.0", "2.12.0", "13.0", r"build for CUDA 13.0.*torch==2.12.0 --index-url https://download.pytorch.org/"),
+    ]:
+        installed |= {"torch": torch_version, "torch_npu": npu}
+        cuda["cuda"] = built
+        with pytest.raises(ValueError, match=said):
+            versions.check_versions()
+    with pytest.raises(SystemExit, match="error: torch 2.12.0 is a build for CUDA"):
+        cli.run(pytest.fail, None)
+    for torch_version, npu, built in [("2.7.1+cpu", "2.7.1.post11", None), ("2.13.1", None, "13.0")]:
+        installed |= {"torch": torch_version, "torch_npu": npu}
+        cuda["cuda"] = built
+        versions.check_versions()
+
+
+def test_the_versions_that_are_admitted_are_those_of_the_package():
+    assert f'"torch>={versions.OLDEST},<{versions.BELOW}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    lines = ["cuda: Optional[str] = '12.6'", "cuda = '13.0'", "cuda: Optional[str] = None"]
+    assert [versions.cuda_of(f"x = 1\n{line}\nhip = None") for line in lines] == ["12.6", "13.0", None]
+    assert versions.cuda_of_torch() == torch.version.cuda
 
 
 @pytest.mark.parametrize(

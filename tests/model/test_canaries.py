@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_fn.grad import remat
 from llava_fn.plan import trace
 
+older_fail_otherwise = pytest.mark.skipif(torch.__version__ < "2.8", reason="its functional collectives fail otherwise")
+
 
 class Log(TorchDispatchMode):
     """The names of all operations, and how many storages were alive at most."""
@@ -87,6 +89,7 @@ def test_a_plain_collective_in_a_forward_pass_has_a_local_gradient(group, grad):
     assert g.item() == 2 and log.collectives() == ["c10d::allreduce_"]
 
 
+@older_fail_otherwise
 def test_a_functional_all_reduce_is_summed_again_in_its_backward_pass(group):
     """A loss that all ranks share (P -> I) then counts once for each of them. Instead: `leave` of collectives.py."""
     x = torch.ones(1, requires_grad=True)
@@ -95,12 +98,14 @@ def test_a_functional_all_reduce_is_summed_again_in_its_backward_pass(group):
     assert log.collectives() == ["_c10d_functional::all_reduce"] * 2
 
 
+@older_fail_otherwise
 def test_a_functional_collective_does_not_work_under_torch_func(group):
     """It lacks a setup_context. Instead: _Collective of parallel/collectives.py."""
     with pytest.raises(RuntimeError, match="must override the setup_context"):
         torch.func.grad(lambda x: funcol.wait_tensor(funcol.all_reduce(x, "sum", group)).sum())(torch.ones(1))
 
 
+@older_fail_otherwise
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_mapped_functional_collective_is_sent_row_by_row(group):
     """It has no rule for vmap, which falls back to a loop. Instead: the rule written out in _Collective."""

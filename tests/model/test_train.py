@@ -15,6 +15,7 @@ from llava_fn import llava, optim, spec, train, tree
 from llava_fn.batch import collate
 from llava_fn.config import STAGES, Optim
 from llava_fn.grad import value_and_grad
+from llava_fn.kernels.varlen import varlen_attn
 from llava_fn.parallel.zero import Zero
 from llava_fn.train import NonFinite, Task, TrainState, trains
 
@@ -266,6 +267,7 @@ class HostReads(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(varlen_attn.__module__ == "llava_fn.kernels.varlen", reason="this torch has none")
 @pytest.mark.parametrize(
     "stage, dtype", [("projector", torch.bfloat16), ("all", torch.bfloat16), ("all", torch.float32)]
 )
