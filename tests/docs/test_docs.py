@@ -25,7 +25,8 @@ from llava_fn.data import emoji, emoji_chat
 
 # in the order in which a reader may need them: README's and weights.md's commands make what the others start from
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (
-    "weights", "answers", "evaluate", "training", "cluster", "serve", "npu", "reliability", "architecture", "extend",
+    "weights", "answers", "study", "evaluate", "training", "cluster", "serve", "npu", "reliability", "architecture",
+    "extend",
 ))]  # fmt: skip
 
 
@@ -42,6 +43,7 @@ SHORTER = {  # commands that take minutes, and options that make them short
     r"python recipes/finetune\.py": "--data.epochs 0.01 --heldout.most 16 --heldout.answers 8",
     EMOJI: "--heldout.records few.json --heldout.images runs/emoji-data",
     r".*recipes/infer\.py --tp 2 .*": "--tokens 16",
+    r"python recipes/(look\.py .*--what|patch\.py) .*": "--tokens 8",
     r"python recipes/evaluate\.py .*heldout\.tsv .*": "--limit 16",
     r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
     r"python -m llava_fn\.kernels\.check": "--parts environment attention-full two-ranks",
@@ -179,6 +181,11 @@ def made_answers(clone):
     assert len((clone / "answers.jsonl").read_text().splitlines()) == 5 and (clone / "look.npz").exists()
 
 
+def made_pictures(clone):
+    for name in ("integrated", "lens", "patch"):
+        assert (clone / f"{name}.png").exists() and (clone / f"{name}.npz").exists()
+
+
 def made_scores(clone):
     for end in (".html", "_acc.csv", "_summary.json", ".xlsx"):
         assert (clone / f"results/llava-1.5-7b-hf_AI2D_TEST{end}").exists()
@@ -194,7 +201,7 @@ def made_runs(clone):
     assert json.loads((task / "manifest.json").read_text())["lora"]["rank"] == 128
 
 
-MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/evaluate.md": made_scores,
+MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/study.md": made_pictures, "docs/evaluate.md": made_scores,
         "docs/training.md": made_runs}  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import warm
+from exchanges import exchange_of
 from warm import ENV, ROOT, recipe, rendezvous
 
 from llava_fn import config, linear, llama, llava, spec, tree
@@ -25,6 +26,11 @@ from llava_fn.generate.types import Model, Vocabulary
 from llava_fn.launch import processes
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
+from llava_fn.study.activations import activations
+from llava_fn.study.exchange import inputs
+from llava_fn.study.lens import lens
+from llava_fn.study.patch import patch_heads, patch_states
+from llava_fn.study.saliency import gradient, normalised, score
 
 WORLD = 2
 infer = recipe("infer")
@@ -121,7 +127,18 @@ def everything(mesh, weights, picture_path):
     d = replace(WAYS["sampled"], samples=1)
     return {"every": {k: [[asdict(a) for a in row] for row in v] for k, v in every(mesh).items()},
             "other seeds": [r[0].ids for r in say("grouped", mesh, False, PROMPTS["images"], d, [mesh.tp.rank] * 4)],
-            "talk": talk(weights, picture_path, mesh), "int8": tree_of_int8(mesh)}  # fmt: skip
+            "opened": opened(mesh), "talk": talk(weights, picture_path, mesh), "int8": tree_of_int8(mesh)}  # fmt: skip
+
+
+def opened(mesh):
+    """What llava_fn/study finds in a shared decoder: patched runs, the logit lens, and gradients for pixels."""
+    m = Model(share(random(C), C, mesh), C, TP(mesh.tp, sequence=False))
+    e, other = (exchange_of(m, replace(samples(["1i5"])[0], pixels=samples(["2i", "i"])[j].pixels)) for j in (0, 1))
+    clean, corrupted = (activations(m, inputs(m, x), x.answer) for x in (e, other))
+    states = patch_states(m, clean, corrupted, torch.eye(len(e.prompt.ids)).bool(), e.answer)
+    heads = patch_heads(m, clean, corrupted, torch.eye(C.llama.heads).bool(), e.answer, batch=3)
+    seen, f, x = lens(m, inputs(m, e), e.answer), score(m, e), normalised(m, e)[None]
+    return {"states": states, "heads": heads, "lens": seen.answer, "words": f(x).detach(), "pixels": gradient(f, x)}
 
 
 def tree_of_int8(mesh):
@@ -154,6 +171,14 @@ def ranks(tmp_path_factory, weights, image):
 @pytest.fixture(scope="module")
 def alone():
     return every(Mesh())
+
+
+def test_what_is_found_in_a_shared_decoder_is_what_one_process_finds(ranks):
+    want = opened(Mesh())
+    for got in ranks:
+        for name, x in want.items():
+            torch.testing.assert_close(got["opened"][name], x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+    assert (want["heads"][0] - want["heads"][0, 0]).abs().max() > 1e-3 and want["pixels"].abs().max() > 0
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["whole", "int8"])

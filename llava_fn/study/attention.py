@@ -1,6 +1,6 @@
 """What the words of an answer attend to: the attention probabilities of the forward pass that gives the answer.
 
-    attention = look(a, chat, ids)      # ids of the answer
+    attention = look(a.model, exchange(a, chat, ids))  # ids of the answer
     attention.maps[3].mean((0, 1))      # of its fourth word, over blocks and heads: a probability for each position
     attention.patches[3, 20]            # of block 20: heads, images, and the patches of each in rows and columns
 
@@ -10,9 +10,7 @@ attention is the mean over its tokens, and sums to one too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -20,19 +18,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from llava_fn import llama
-from llava_fn.batch import IMAGE, Stream
+from llava_fn.batch import Stream
 from llava_fn.config import Llama
-from llava_fn.data import text
-from llava_fn.data.templates import template_of
-from llava_fn.data.tokenizer import Tokenizer
-from llava_fn.errors import BadRecord
-from llava_fn.generate import conversation, decode
-from llava_fn.generate.assistant import Assistant, vocabulary
-from llava_fn.generate.conversation import Chat
-from llava_fn.generate.options import Decoding
-from llava_fn.generate.types import Prompt
+from llava_fn.generate.types import Model
 from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention
+from llava_fn.study.exchange import Exchange, inputs
 
 
 @torch.no_grad()
@@ -90,44 +81,11 @@ class Look:
 
 
 @torch.no_grad()
-def look(a: Assistant, chat: Chat, ids: Sequence[int]) -> Look:
-    """The attention of each word of an answer. chat: ends with the question; ids: of the answer's tokens.
+def look(m: Model, e: Exchange) -> Look:
+    """The attention of each word of an answer. The decoder is whole on this device.
 
-    The maps of all r tokens of the answer, l n r t numbers, are in memory at once. BadRecord if there is no image, or
-    no word.
+    The maps of all r tokens of the answer, l n r t numbers, are in memory at once.
     """
-    if not chat.pictures:
-        raise BadRecord("there is no image to look at; give one")
-    spans = words(a.tokenizer, ids)
-    if not spans:
-        raise BadRecord("the answer has no words, so nothing to look for; ask something else, or give an answer")
-    chat = replace(chat, feats=conversation.features(a, chat.pictures, chat.feats))
-    question, _ = conversation.prompt(a, chat, Decoding(tokens=len(ids)))
-    whole = Prompt((*question.ids, *ids[:-1]), question.feats)  # nothing is predicted at the last token
-    x = decode.embed(a.model, [whole])
-    _, maps = attention_maps(a.model.params["llama"], x, len(ids), a.config.llama)
-    means = [maps[:, :, start:end].mean(2) for _, start, end in spans]
-    at = (torch.tensor(whole.ids) == IMAGE).nonzero()[:, 0].view(len(chat.pictures), -1)
-    return Look(tuple(word for word, _, _ in spans), torch.stack(means).cpu(), at)
-
-
-def words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int, int]]:
-    """(text, index of the first token, index after the last) of each word; a space or a new line begins a word."""
-    starts, before = [], ""
-    for j in range(len(ids)):
-        text_so_far = tokenizer.decode(ids[: j + 1]).rstrip("\ufffd")  # a character may have several tokens
-        if j == 0 or text_so_far[len(before) :][:1].isspace():
-            starts.append(j)
-        before = text_so_far
-    spans = pairwise([*starts, len(ids)])
-    texts = [(tokenizer.decode(ids[start:end]).strip(), start, end) for start, end in spans]
-    return [span for span in texts if span[0]]
-
-
-def answer_ids(a: Assistant, chat: Chat, answer: str) -> tuple[int, ...]:
-    """The tokens of a given answer to the last question, as in training, without the token that ends it."""
-    template = template_of(a.form.template)
-    encoded = text.encode((*chat.turns, ("gpt", answer)), template, a.tokenizer, a.form.compat)
-    ids = encoded.ids[len(text.prompt(chat.turns, template, a.tokenizer, a.form.compat)) :]
-    ends = vocabulary(a).ends
-    return tuple(ids[: next((j for j, i in enumerate(ids) if i in ends), len(ids))])
+    _, maps = attention_maps(m.params["llama"], inputs(m, e), len(e.answer), m.config.llama)
+    means = [maps[:, :, start:end].mean(2) for _, start, end in e.words]
+    return Look(tuple(e.said), torch.stack(means).cpu(), e.at)

@@ -14,9 +14,10 @@ from llava_fn import linear, llama
 from llava_fn.errors import BadRecord
 from llava_fn.generate import assistant, conversation, decode, options
 from llava_fn.generate.conversation import Chat
-from llava_fn.generate.look import answer_ids, attention_maps, look, words
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Model, Prompt
+from llava_fn.study.attention import attention_maps, look
+from llava_fn.study.exchange import answer_ids, exchange, words
 
 draw, infer = recipe("look"), recipe("infer")
 
@@ -60,7 +61,7 @@ def test_a_word_looks_where_the_positions_look_that_choose_its_tokens(a, images)
     spans = words(a.tokenizer, ids)
     assert [word for word, _, _ in spans] == ["kangaroo", "\u6f22", "is", "it"]
     assert max(end - start for _, start, end in spans) > 1 and spans[-1][2] == len(ids)
-    seen = look(a, chat, ids)
+    seen = look(a.model, exchange(a, chat, ids))
     chat = dataclasses.replace(chat, feats=conversation.features(a, chat.pictures, {}))
     asked, keys = conversation.prompt(a, chat, Decoding(tokens=99))
     whole = Prompt((*asked.ids, *ids), asked.feats)
@@ -158,4 +159,36 @@ def test_an_answer_without_words_is_said(a, images):
     chat = conversation.ask(Chat(), "What?", [conversation.picture(images[0], a)])
     for ids in ((), tuple(a.tokenizer.encode("\n"))):
         with pytest.raises(BadRecord, match="the answer has no words"):
-            look(a, chat, ids)
+            exchange(a, chat, ids)
+
+
+@pytest.mark.parametrize("what", ["gradient", "integrated", "smooth", "lens"])
+def test_each_kind_is_drawn_and_its_numbers_are_written(what, weights, images, tmp_path, capsys):
+    more = {} if what in ("gradient", "lens") else {"steps": 3}
+    c = config(weights, images, tmp_path, answer="red cat", what=what, **more)
+    draw.main(c)
+    x = np.load(c.out.with_suffix(".npz"))
+    assert list(x["words"]) == ["red", "cat"] and f"{c.out}: 2 words" in capsys.readouterr().out
+    if what == "lens":
+        (states, t, r), size = x["answer"].shape, x["top"].max()
+        assert (states, t, r) == (3, len(x["ids"]), len(x["tokens"])) and size < 512
+        last = x["answer"][-1, -1, -1]
+        assert x["top"].shape == (3, t, 5) and 0 < last < 1
+    else:
+        assert x["pixels"].shape == (2, 2, 3, 16, 16) and x["pixels"].any() and (x["logprobs"] < 0).all()
+    assert len(Image.open(c.out).convert("RGB").getcolors(2**24)) > 50
+
+
+WRONG = [
+    ({"what": "lens", "layers": (3,)}, "--layers 3: the model has 3, from 0 to 2"),
+    ({"what": "lens", "heads": (0,)}, "--heads changes nothing for --what lens; it is for attention"),
+    ({"steps": 3}, "--steps changes nothing for --what attention; it is for integrated and smooth"),
+    ({"tp": 2}, "takes the whole decoder on one device"),
+    ({"what": "smooth", "noise": -1.0}, "no negative noise"),
+]
+
+
+@pytest.mark.parametrize("more, said", WRONG, ids=range(len(WRONG)))
+def test_an_option_of_another_kind_is_refused(more, said, weights, images, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        draw.main(config(weights, images[:1], tmp_path, answer="red cat", **more))
