@@ -201,8 +201,8 @@ def made_runs(clone):
     assert json.loads((task / "manifest.json").read_text())["lora"]["rank"] == 128
 
 
-MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/study.md": made_pictures, "docs/evaluate.md": made_scores,
-        "docs/training.md": made_runs}  # fmt: skip
+MADE = {"docs/weights.md": made_weights, "docs/answers.md": made_answers, "docs/study.md": made_pictures,
+        "docs/evaluate.md": made_scores, "docs/training.md": made_runs}  # fmt: skip
 
 
 @pytest.mark.slow
