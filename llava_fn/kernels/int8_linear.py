@@ -2,14 +2,16 @@
 
 Contract: x: ... k, codes: int8[n, k], scale: fp32[n, 1] -> x (codes * scale)^T, ... n, in x's dtype.
 The reference makes the weight whole in x's dtype and rounds nothing else. The other forms read the codes as they are,
-and round otherwise: on a CPU a product of at most 16 rows has its activations and its sums in bf16; on an NPU the
-scale is rounded to x's dtype; on CUDA the sums are scaled in fp32. No form has a gradient; linear.py has x's.
-Source: Dettmers et al. 2022, arXiv 2208.07339, section 2.
+and round otherwise: on a CPU a product of few rows has its activations and its sums in bf16, and with VNNI a product of
+more has activations of two digits of eight bits; on an NPU the scale is rounded to x's dtype; on CUDA the sums are
+scaled in fp32. No form has a gradient; linear.py has x's.
+Source: Dettmers et al. 2022, arXiv 2208.07339, section 2, whose products of integers `digits` takes.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,11 @@ from torch import Tensor
 
 from llava_fn.kernels.dispatch import choose, npu_op, require
 
-ROWS = 16  # above it a CPU is faster with the weight made whole, with AVX2 and with AVX-512 (bench/RESULTS.md)
+ROWS = 16  # above it a CPU without VNNI is faster with the weight made whole (bench/RESULTS.md)
+VNNI_ROWS = 7  # above it `digits` is faster than the product in bf16
+BASE = 254  # a step of the first digit in steps of the second: half a step to either side are 127
 CUDA_ROWS = 64  # the same on CUDA: above it the product is no longer bound by reading the codes
+TOP = 127  # of a digit and of a code
 LANES = 32  # torch's kernel for the CPU steps through k by up to so many and reads over the end of a row otherwise
 
 
@@ -38,15 +43,42 @@ def reference(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def cpu(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """torch's product of bf16 rows and int8 codes where it is the faster one; else the reference.
+    """torch's product of bf16 rows and int8 codes, or of integers, where it is the faster one; else the reference.
 
-    The op is fast with bf16 alone, and would round the scale as well: it is given ones. The sums are scaled in fp32.
+    The first is fast with bf16 alone, and would round the scale as well: it is given ones. The sums are scaled in fp32.
     """
     (n, k), rows = codes.shape, x.numel() // x.shape[-1]
-    if rows > ROWS or k % LANES or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return reference(x, codes, scale)
+    graph = torch.is_grad_enabled() or torch.compiler.is_compiling()  # in training both passes have the whole weight
+    if rows > VNNI_ROWS and k * TOP**2 < 2**31 and not graph and vnni():
+        return digits(x.reshape(rows, k).float(), codes, scale).to(x.dtype).view(*x.shape[:-1], n)
+    if rows > ROWS or k % LANES:
         return reference(x, codes, scale)
     y = torch._weight_int8pack_mm(x.reshape(rows, k).bfloat16(), codes, scale.new_ones(n, dtype=torch.bfloat16))
     return (y * scale[:, 0]).to(x.dtype).view(*x.shape[:-1], n)
+
+
+@cache
+def vnni() -> bool:
+    """Whether the CPU multiplies int8 fast, and oneDNN rightly: without VNNI its sums of two products can overflow."""
+    most = torch.full((16, 64), TOP, dtype=torch.int8)
+    return torch.cpu._is_vnni_supported() and bool((torch._int_mm(most, most.t()) == 64 * TOP**2).all())
+
+
+def digits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x: fp32[r, k]. Each row in two digits of its own step, x = step (high + low / BASE), multiplied as integers.
+
+    That rounds a value by 2^-16 of the row's largest. One digit would cost SmolLM2 5 % of its agreement. An infinite
+    value or NaN makes its row NaN.
+    """
+    rows = len(x)
+    step = x.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny * TOP).div_(TOP)
+    low, both = x / step, x.new_empty(2 * rows, x.shape[1], dtype=torch.int8)
+    both[:rows] = high = low.round()
+    both[rows:] = low.sub_(high).mul_(BASE).round_()
+    y = torch._int_mm(both, codes.t())
+    return y[:rows].float().add_(y[rows:], alpha=1 / BASE).mul_(step).mul_(scale[:, 0])
 
 
 def cuda(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from importlib import import_module
 from inspect import signature
 
 import pytest
@@ -301,8 +302,13 @@ def codes_of(n, k, seed=5):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 64), (2, 8, 64), (17, 64), (64,), (0, 64), (3, 24)])
-def test_int8_linear_is_the_product_with_the_weight_that_it_stands_for(shape, dtype):
-    """Few rows in fp32 have bf16 activations and sums; k of 24, which torch's kernel would read beyond, has not."""
+def test_int8_linear_is_the_product_with_the_weight_that_it_stands_for(shape, dtype, monkeypatch):
+    """Few rows in fp32 have bf16 activations and sums; k of 24, which torch's kernel would read beyond, has not.
+
+    More rows are multiplied in digits where the CPU has VNNI; of them the test below is.
+    """
+    op = import_module("llava_fn.kernels.int8_linear")
+    monkeypatch.setattr(op, "vnni", lambda: False)
     x, (codes, scale) = rand(*shape).detach().to(dtype), codes_of(5, shape[-1])
     y, want = kernels.int8_linear(x, codes, scale), x.double() @ (codes.double() * scale.double()).t()
     few = 0 < x.numel() // 64 <= 16 and shape[-1] == 64 and dtype == torch.float32
@@ -311,6 +317,23 @@ def test_int8_linear_is_the_product_with_the_weight_that_it_stands_for(shape, dt
     largest = (x.double().abs() @ (codes.double().abs() * scale.double()).t()).clamp(min=1e-30)
     assert ((y.double() - want).abs() <= 2 * near * largest).all()
     assert not few or not torch.equal(y, x @ (codes * scale).t())  # else the case tests nothing of its own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_linear_in_digits_rounds_each_row_by_a_65000th_of_its_largest_value(dtype):
+    op = import_module("llava_fn.kernels.int8_linear")
+    if not op.vnni():
+        pytest.skip("this CPU has no VNNI")
+    x = rand(9, 48).detach().to(dtype) * torch.logspace(-30, 8, 9)[:, None].to(dtype)
+    x[3], x[5, 2] = 0, float("nan")
+    codes, scale = torch.eye(48, dtype=torch.int8) * 100, torch.full((48, 1), 2.0)
+    y = kernels.int8_linear(x, codes, scale)
+    assert y.dtype == dtype and y[5].isnan().all() and not y[3].any()
+    fine = torch.tensor([0, 1, 2, 4, 6, 7, 8])
+    near = x.double().abs().amax(1, keepdim=True) * 2**-15.9 + torch.finfo(dtype).eps * x.double().abs()
+    assert ((y.double() / 200 - x.double()).abs() <= near)[fine].all()
+    assert all(torch.equal(op.digits(x[j : j + 1].float(), codes, scale).to(dtype)[0], y[j]) for j in fine)
 
 
 def test_cross_entropy_is_the_negative_log_probability_of_the_target():

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -137,7 +138,9 @@ def test_new_adapters_change_nothing(base, batch):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_adapters_on_a_compressed_base_are_adapters_on_what_it_stands_for(kind, recompute):
+def test_adapters_on_a_compressed_base_are_adapters_on_what_it_stands_for(kind, recompute, monkeypatch):
+    # what is recomputed has a first pass without gradients, in which a CPU with VNNI rounds rows
+    monkeypatch.setattr(import_module("llava_fn.kernels.int8_linear"), "vnni", lambda: False)
     wide = replace(C, llama=replace(C.llama, width=64, heads=4, kv_heads=2, ffn=128))
     shapes, c = llava.spec(wide), Lora(rank=3, alpha=5.0)
     base = spec.init(shapes, 1)
