@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 
     torch.npu._lazy_init()
 
+from record import RealHost  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from llava_fn.kernels.attention import hidden  # noqa: E402
@@ -25,7 +26,7 @@ from llava_fn.kernels.attention import hidden  # noqa: E402
 def fake():
     """Tensors without memory on an NPU that is not there: shapes, dtypes, devices and autograd are the real ones."""
     hidden.cache_clear()
-    with FakeTensorMode():
+    with FakeTensorMode() as mode, RealHost(mode):
         lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="npu") begins on the host
         yield

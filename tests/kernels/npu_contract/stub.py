@@ -3,9 +3,9 @@
 torch_npu is linked against six libraries that only CANN brings. What it needs of them is read off its own binaries: the
 names of the libraries with readelf, the functions with nm. From that one C file is written and compiled into one shared
 object a library. Every function answers 100039, CANN's own code for "you are linked against a stub"; but for the few
-that keep books (which device is current, streams), so that the dispatcher, the autograd formulas and the shape rules of
-torch_npu work. There is no memory and no kernel behind it: a real NPU tensor cannot be made, and nothing can pretend to
-compute. Needs gcc and binutils. Nothing of CANN or Ascend's sources is copied.
+that keep books (which device is current, streams) or give memory of the host, so that the dispatcher, the autograd
+formulas and the shape rules of torch_npu work. There is no memory of a device and no kernel behind it: a real NPU
+tensor cannot be made, and nothing can pretend to compute. Needs gcc and binutils. Nothing of CANN is copied.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 SYSTEM = ("libc.", "libm.", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt.", "ld-linux")
 OURS = ("acl", "rt", "Msprof", "Hccl")  # what the names of CANN's functions begin with
 BOOKKEEPING = r"""
+#include <stdlib.h>
 static int device, streams;
 static char handles[4096];
 int aclInit(void *path) { return 0; }
@@ -37,6 +38,8 @@ int aclrtCreateStreamWithConfig(void **s, unsigned priority, unsigned flag) { re
 int aclrtDestroyStream(void *s) { return 0; }
 int aclrtDestroyStreamForce(void *s) { return 0; }
 int aclrtSynchronizeStream(void *s) { return 0; }
+int aclrtMallocHost(void **p, unsigned long size) { *p = malloc(size); return *p == 0; }
+int aclrtFreeHost(void *p) { free(p); return 0; }
 int aclSetCompileopt(int option, const char *value) { return 0; }
 int aclmdlInitDump(void) { return 0; }
 int aclmdlFinalizeDump(void) { return 0; }
