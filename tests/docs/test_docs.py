@@ -25,9 +25,9 @@ from llava_fn.data import emoji, emoji_chat
 
 # in the order in which a reader may need them: README's and weights.md's commands make what the others start from
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (
-    "weights", "answers", "study", "evaluate", "training", "cluster", "serve", "npu", "reliability", "architecture",
-    "extend",
-))]  # fmt: skip
+    "weights", "answers", "study", "evaluate", "training", "cluster", "serve", "npu", "npu.zh", "reliability",
+    "architecture", "extend",
+)), "README.zh.md"]  # fmt: skip
 
 
 def commands(page: str) -> list[str]:
@@ -46,7 +46,7 @@ SHORTER = {  # commands that take minutes, and options that make them short
     r"python recipes/(look\.py .*--what|patch\.py) .*": "--tokens 8",
     r"python recipes/evaluate\.py .*heldout\.tsv .*": "--limit 16",
     r"python -m llava_fn\.plan --config qlora .*": "--model emoji",
-    r"python -m llava_fn\.kernels\.check": "--parts environment attention-full two-ranks",
+    r"python -m llava_fn\.kernels\.check": "--parts attention-full two-ranks",
     r"python tests/campaigns/kills\.py .*": "--train 0 --evaluate 2",
     r"python tests/campaigns/(inputs|hostile_requests)\.py .*": "--n 20",
 }
@@ -164,9 +164,7 @@ def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
         if "llava_fn.plan" in command:
             assert "fits: " in done.stdout and "the same on all roles" in done.stdout
         if "kernels.check" in command:
-            assert (
-                "3 passed" in done.stdout and len(json.loads((clone / "llava_fn-check.json").read_text())["parts"]) == 3
-            )
+            assert "2 passed" in done.stdout and (clone / "llava_fn-check.json").exists()
     MADE.get(page, lambda clone: None)(clone)
 
 
