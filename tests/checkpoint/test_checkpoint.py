@@ -1,12 +1,8 @@
 """Checkpoints: bitwise round trips, damage of every kind, full disks, kills, and bases."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -286,22 +282,7 @@ def test_going_back_drops_what_came_later(a_run, params, moments):
     assert checkpoint.steps(a_run.checkpoints) == [2]
 
 
-# Full disks and kills.
-
-WRITER = """
-import sys
-from pathlib import Path
-import torch
-from llava_fn import llava, spec
-from llava_fn.checkpoint import boxes
-from llava_fn.checkpoint import folder as checkpoint
-source, folder = map(Path, sys.argv[1:])
-loaded = checkpoint.load(source, moments=True)
-print("ready", flush=True)
-for step in range(100_000):
-    params = spec.init(llava.spec(loaded.manifest.model), step)
-    checkpoint.save(folder, loaded.manifest, params, loaded.moments, loaded.tokenizer)
-"""
+# Full disks and interrupts. Kills: test_boxes.py, tests/runs and tests/campaigns.
 
 
 @pytest.mark.parametrize("limit", ["params.safetensors", "optim.safetensors", 700])
@@ -346,25 +327,6 @@ def test_a_checkpoint_half_removed_is_never_found(saved, tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == []
     checkpoint.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_kills_leave_whole_checkpoints(saved, tmp_path):
-    folder = copy(saved, tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", WRITER, saved, folder], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    time.sleep(0.3)
-    for _ in range(40):  # stop it at instants of its own, look, and let it go on
-        process.send_signal(signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)
-        seen = Path(shutil.copytree(tmp_path, tmp_path.with_name("seen")))
-        checkpoint.clean(seen)
-        assert [p.name for p in seen.iterdir()] == ["000007"]
-        checkpoint.load(seen / "000007", moments=True)
-        shutil.rmtree(seen)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.011)
-    process.kill()
-    process.wait()
 
 
 # Bases.

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import urllib.request
+from string import Template
 
 import layouts
 import pages
@@ -18,6 +19,7 @@ from mindspeed_files import mindspeed_json
 from pages import ROOT, SETUP, blocks, lines
 from PIL import Image
 from serving import start
+from torch.distributed import run as torchrun
 
 from llava_fn import config, llava, lora, spec
 from llava_fn.checkpoint import folder as checkpoint
@@ -112,21 +114,19 @@ ENV = pages.ENV | {"NODES": "1", "CARDS": "2", "HEAD": "127.0.0.1"}
 
 @pytest.fixture(scope="module")
 def run(clone, warm):
-    """A command in the clone. Python and torchrun on one machine start from a warm process, the rest from a shell."""
+    """A command in the clone, from a warm process. Torchrun only reads its options here; a slow test starts it."""
 
     def call(command: str) -> subprocess.CompletedProcess:
         command += next((f" {more}" for start, more in SHORTER.items() if re.fullmatch(start, command)), "")
         if command.startswith("python "):
             done = warm.run(command, clone, ENV)
-        elif command.startswith(standalone := "torchrun --standalone --nproc-per-node 2 recipes/"):
-            argv = ["recipes/" + (words := shlex.split(command.removeprefix(standalone)))[0], *words[1:]]
+        else:
+            told = torchrun.parse_args(shlex.split(Template(command.partition("torchrun ")[2]).substitute(ENV)))
+            assert told.nnodes in ("1", "1:1") and told.nproc_per_node == "2", command
+            argv = [told.training_script, *told.training_script_args]
             pids = warm.start_ranks(2, lambda _: argv, clone, ENV, lambda rank: clone / f"rank{rank}.log")
             status, logs = max(map(abs, warm.statuses(pids))), [(clone / f"rank{r}.log").read_text() for r in (0, 1)]
             done = subprocess.CompletedProcess(command, status, logs[0], "".join(logs))
-        else:
-            streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
-            command = command.replace("$HEAD:29500", "$HEAD:0")  # a free port: other tests may run on this machine
-            done = subprocess.run(["bash", "-ec", command], cwd=clone, env=ENV, text=True, **streams)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         return done
 
@@ -151,7 +151,10 @@ def test_layers_of_the_architecture_are_those_that_the_linter_holds():
     assert "```\n" + "\n".join(re.findall(r'"(.*)"', contract)) + "\n```" in text
 
 
-@pytest.mark.parametrize("page", PAGES)
+SLOW = ("docs/reliability.md",)  # tests/campaigns tests each campaign
+
+
+@pytest.mark.parametrize("page", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in PAGES])
 def test_every_command_runs_in_the_order_of_the_page(page, clone, run):
     for command in commands(page):
         done = run(command)
