@@ -1,13 +1,12 @@
 """The Chinese pages say what the English ones do: the same commands, and tables with the same codes, links and numbers.
 
-The tables of docs/npu.md follow the code: variables of launch/ascend.py, and every op that kernels/ calls.
+The tables of docs/npu.md follow the code: the variables launch/ascend.py, the ops npu_contract/limits.py.
 """
 
 import re
 import sys
 from collections import Counter
 
-import pytest
 from pages import ROOT, lines
 
 from llava_fn.launch.ascend import ASCEND_VARIABLES
@@ -15,6 +14,7 @@ from llava_fn.launch.ascend import ASCEND_VARIABLES
 sys.path.append(str(ROOT / "tests/kernels/npu_contract"))
 
 from calls import calls  # noqa: E402
+from limits import CARDS, LIMITS  # noqa: E402
 
 NPU, NPU_ZH = ((ROOT / f"docs/npu{end}.md").read_text() for end in ("", ".zh"))
 
@@ -69,7 +69,13 @@ def test_the_table_of_variables_is_that_of_the_code():
     assert sum(row[1] == "yes" for row in rows.values()) == 9  # of MindSpeed-MM's guide
 
 
-@pytest.mark.parametrize("page", [NPU, NPU_ZH], ids=["en", "zh"])
-def test_every_op_that_is_called_is_in_a_table(page):
-    named = {name for table in tables(page) for row in table for name in re.findall(r"`(npu_\w+)`", "|".join(row))}
-    assert {call.op for call in calls()} <= named
+def test_the_table_of_ops_is_that_of_their_limits():
+    (table,) = (table for table in tables(NPU) if table[0][0] == " op ")
+    rows = {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in table[2:]}
+    assert list(rows) == list(LIMITS)
+    for op, limit in LIMITS.items():
+        meaning, cards, page, risk, checked = rows[op]
+        assert (meaning, cards, risk) == (limit.contract, ", ".join(limit.cards[c] for c in CARDS), limit.risk), op
+        assert page.endswith(f"]({limit.source})"), op
+        assert checked == "without memory" + ", and emulated" * ("emulation" in limit.reach), op
+    assert {f"npu::{call.op}" for call in calls()} <= set(LIMITS)
