@@ -80,6 +80,11 @@ class Studied:
     lora: Lora | None
     run: llava.Execution = llava.Execution()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.params["projector", "w1"].device
+
 
 def sites(model: Studied, parts: Sequence[str]) -> list[Site]:
     """The linear layers that lie in the parts, but not the patch embedding and the head.

@@ -1,0 +1,140 @@
+"""Which training records made a run's model say an answer: projected gradients in stores, influences, and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_fn import lora
+from llava_fn.batch import Sample
+from llava_fn.checkpoint.folder import Checkpoint
+from llava_fn.config import plain
+from llava_fn.data import records, text
+from llava_fn.data.records import Record
+from llava_fn.data.templates import MARK
+from llava_fn.generate import decode
+from llava_fn.generate.types import Model
+from llava_fn.runs import page
+from llava_fn.runs.answers import prompt, spans
+from llava_fn.study import influence
+from llava_fn.study.gradients import Projection, Studied, per_sample, sites
+from llava_fn.study.gradients import size as numbers
+from llava_fn.study.options import Gradients, Method
+from llava_fn.study.store import Figures, Store
+from llava_fn.study.subject import Subject, batches, digest
+
+TOP = 10  # records of each kind on the page
+SIDE = 256  # pixels of a picture's longer side
+
+
+def gradients(model: Studied, samples: Sequence[Sample], c: Gradients) -> tuple[list[str], Tensor, Tensor]:
+    """Names of the samples, their losses fp32[n] in nats, and their projected gradients f[n, d]."""
+    chosen, by = sites(model, c.parts), Projection(c.rank, c.seed)
+    taken = [per_sample(model, batch, chosen, by) for batch in batches(samples, c.batch, model.device)]
+    names = [name for some in taken for name in some.records]
+    return names, torch.cat([t.loss for t in taken]), torch.cat([t.flat() for t in taken])
+
+
+def store(subject: Subject, opened: Checkpoint, c: Gradients, folder: Path) -> Store:
+    """Where the gradients of all training records at one checkpoint are."""
+    key = {"checkpoint": opened.fingerprint, "data": opened.manifest.data, **plain(c)}
+    del key["batch"]  # it changes nothing
+    return Store(folder / opened.folder.name, key, subject.count)
+
+
+def chunk(subject: Subject, model: Studied, c: Gradients, chosen: range) -> Figures:
+    """Figures of one chunk: gradients f[n, d], loss fp32[n], digest int64[n]; zeros for a record that is left out."""
+    samples, _ = subject.samples(chosen)
+    d = numbers(sites(model, c.parts), Projection(c.rank, c.seed))
+    out = {"gradients": torch.zeros(len(chosen), d), "loss": torch.zeros(len(chosen)),
+           "digest": torch.zeros(len(chosen), dtype=torch.int64)}  # fmt: skip
+    if samples:
+        names, loss, taken = gradients(model, samples, c)
+        rows = torch.tensor([int(name) - chosen.start for name in names])
+        out["gradients"][rows], out["loss"][rows] = taken.cpu(), loss.cpu()
+        out["digest"][[int(s.record) - chosen.start for s in samples]] = torch.tensor([digest(s) for s in samples])
+    return out
+
+
+def question(images: Sequence[Path], asked: str, answer: str) -> Record:
+    """What is asked as a training record: the prompt of the run's template, and the answer that is looked into."""
+    marks = "".join(f"{MARK}\n" for _ in images) if MARK not in asked else ""
+    turns = [{"from": "human", "value": marks + asked}, {"from": "gpt", "value": answer}]
+    paths = [str(path.resolve()) for path in images]
+    return Record("the question", Path(), {"image": paths, "conversations": turns})
+
+
+def answered(subject: Subject, model: Studied, record: Record, limit: int = 128) -> str:
+    """The model's own answer, greedily."""
+    s = records.sample(record, subject.preparation)
+    before = prompt(s, spans(s)[-1][0], model.config.vision.patches)
+    before = replace(before, pixels=before.pixels.to(model.device))
+    with torch.no_grad():
+        params = lora.attach(model.params, model.lora)
+        (ids,) = decode.greedy(Model(params, model.config), [before], s.ids[-1], limit)
+    return subject.tokenizer.decode(ids).strip()
+
+
+def influences(
+    stores: Sequence[Store], queries: Sequence[Tensor], rates: Sequence[float], method: Method, damping: float
+) -> Tensor:
+    """Over all checkpoints, fp32[q, records]. queries: the gradients of the answers, f[q, d], for each checkpoint.
+
+    rates: the learning rate of each checkpoint, for tracin alone.
+    """
+    out = []
+    for kept, q, rate in zip(stores, queries, rates, strict=True):
+
+        def chunks(kept: Store = kept) -> Iterator[Tensor]:
+            return (figures["gradients"] for figures in kept.read())
+
+        if method == "tracin":
+            out.append(rate * influence.tracin(chunks, q.cpu()))
+        else:
+            out.append(influence.gauss_newton(chunks, q.cpu(), damping) / len(stores))
+    return torch.stack(out).sum(0)
+
+
+@dataclass(frozen=True)
+class Influential:
+    """One training record on the page. share: its influence over the largest of any record; text: its turns."""
+
+    name: str
+    share: float
+    text: list[tuple[str, str]]
+    pictures: list[str]
+
+
+def influential(subject: Subject, kept: Store, scores: Tensor) -> tuple[list[Influential], list[Influential]]:
+    """The TOP records that raised the answer most, and those that lowered it most. scores: fp32[records].
+
+    ValueError if one of them is not what its gradient was taken of.
+    """
+    order = scores.argsort(descending=True).tolist()
+    top = max(float(scores.abs().max()), 1e-30)
+    digests = torch.cat([figures["digest"] for figures in kept.read()])
+    raised = [i for i in order if scores[i] > 0][:TOP]
+    lowered = [i for i in order[::-1] if scores[i] < 0][:TOP]
+
+    def one(number: int) -> Influential:
+        (s,), _ = subject.samples([number])
+        record = subject.record(number)
+        if digest(s) != int(digests[number]):
+            raise ValueError(f"{record.name} has changed since its gradient was taken; delete {kept.folder}")
+        return Influential(record.name, float(scores[number]) / top, turns(record), pictures(record))
+
+    return [one(i) for i in raised], [one(i) for i in lowered]
+
+
+def turns(record: Record) -> list[tuple[str, str]]:
+    """Who says what."""
+    return [(turn["from"], turn["value"]) for turn in record.value["conversations"]]
+
+
+def pictures(record: Record) -> list[str]:
+    """The record's images, as data URLs."""
+    return [page.small((record.images / name).read_bytes(), SIDE) for name in text.images_of(record.value)]
