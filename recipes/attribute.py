@@ -9,7 +9,7 @@ take seconds. The page shows the ten records that raised the answer's probabilit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ class Attribute:
     answer: str = ""  # instead of the model's own
     steps: tuple[int, ...] = ()  # of the run's checkpoints; all that it has, unless given
     method: Method = "gauss_newton"
-    damping: float = 0.1  # of gauss_newton, in mean eigenvalues of the matrix that is inverted
+    damping: float = 1.0  # of gauss_newton, in mean eigenvalues of the matrix that is inverted
     gradients: Gradients = Gradients()
     store: Path | None = None  # gradients/ in the run's folder, unless given
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
@@ -53,6 +53,7 @@ def main(c: Attribute) -> None:
 
     device, subject, g = pick_device(c.device), open_run(c.run, c.steps), c.gradients
     asked = attribution.question(c.image, c.prompt, c.answer or "?")
+    records.encode(asked, subject.preparation)  # a question that the run's template cannot take is refused now
     models = subject.models(device)
     with replicas(device) as axis:
         folder = c.store or c.run / "gradients"
@@ -66,7 +67,9 @@ def main(c: Attribute) -> None:
     answer = c.answer or attribution.answered(subject, models[-1], asked)
     queries, loss = [], 0.0
     for model in models:
-        sample = records.sample(attribution.question(c.image, c.prompt, answer), subject.preparation)
+        sample = replace(
+            records.sample(attribution.question(c.image, c.prompt, answer), subject.preparation), record="0"
+        )
         _, losses, taken = attribution.gradients(model, [sample], g)
         queries, loss = [*queries, taken], float(losses[0])
     (scores,) = attribution.influences(stores, queries, subject.rates, c.method, c.damping)

@@ -31,12 +31,12 @@ TOP = 10  # records of each kind on the page
 SIDE = 256  # pixels of a picture's longer side
 
 
-def gradients(model: Studied, samples: Sequence[Sample], c: Gradients) -> tuple[list[str], Tensor, Tensor]:
-    """Names of the samples, their losses fp32[n] in nats, and their projected gradients f[n, d]."""
+def gradients(model: Studied, samples: Sequence[Sample], c: Gradients) -> tuple[list[int], Tensor, Tensor]:
+    """Numbers of the samples, their losses fp32[n] in nats, and their projected gradients f[n, d], on the CPU."""
     chosen, by = sites(model, c.parts), Projection(c.rank, c.seed)
     taken = [per_sample(model, batch, chosen, by) for batch in batches(samples, c.batch, model.device)]
-    names = [name for some in taken for name in some.records]
-    return names, torch.cat([t.loss for t in taken]), torch.cat([t.flat() for t in taken])
+    found = [int(name) for some in taken for name in some.records]
+    return found, torch.cat([t.loss for t in taken]).cpu(), torch.cat([t.flat() for t in taken]).cpu()
 
 
 def store(subject: Subject, opened: Checkpoint, c: Gradients, folder: Path) -> Store:
@@ -47,17 +47,14 @@ def store(subject: Subject, opened: Checkpoint, c: Gradients, folder: Path) -> S
 
 
 def chunk(subject: Subject, model: Studied, c: Gradients, chosen: range) -> Figures:
-    """Figures of one chunk: gradients f[n, d], loss fp32[n], digest int64[n]; zeros for a record that is left out."""
+    """Figures of one chunk: gradients f[n, d], and digest int64[n]; zeros for a record that is left out."""
     samples, _ = subject.samples(chosen)
-    d = numbers(sites(model, c.parts), Projection(c.rank, c.seed))
-    out = {"gradients": torch.zeros(len(chosen), d), "loss": torch.zeros(len(chosen)),
-           "digest": torch.zeros(len(chosen), dtype=torch.int64)}  # fmt: skip
+    taken = torch.zeros(len(chosen), numbers(sites(model, c.parts), Projection(c.rank, c.seed)))
+    digests = torch.zeros(len(chosen), dtype=torch.int64)
     if samples:
-        names, loss, taken = gradients(model, samples, c)
-        rows = torch.tensor([int(name) - chosen.start for name in names])
-        out["gradients"][rows], out["loss"][rows] = taken.cpu(), loss.cpu()
-        out["digest"][[int(s.record) - chosen.start for s in samples]] = torch.tensor([digest(s) for s in samples])
-    return out
+        found, _, taken[torch.tensor(found) - chosen.start] = gradients(model, samples, c)
+        digests[[int(s.record) - chosen.start for s in samples]] = torch.tensor([digest(s) for s in samples])
+    return {"gradients": taken, "digest": digests}
 
 
 def question(images: Sequence[Path], asked: str, answer: str) -> Record:

@@ -149,7 +149,7 @@ def per_sample(
     zero = torch.zeros((), dtype=dtype, device=device)
     deltas = tree.build((path, zero.expand(n, *shape)) for path, shape in shapes.items())
     probes = {site.path: _probe(site, batch, model.config, projection, zero) for site in chosen}
-    owner = _samples(batch.labelled, batch.stream.read_segments.queries)
+    owner = owners(batch)
     count = torch.bincount(owner, minlength=n)
 
     def loss(deltas: TensorDict) -> tuple[Tensor, Tensor]:
@@ -159,6 +159,11 @@ def per_sample(
 
     (_, losses), gradients = value_and_grad(loss)(deltas)
     return Taken(batch.records, losses, count, gradients)
+
+
+def owners(batch: Batch) -> Tensor:
+    """The sample of each labelled token, counted in the order of the stream, int64[labelled]."""
+    return _samples(batch.labelled, batch.stream.read_segments.queries)
 
 
 def _samples(rows: Tensor, lengths: Sequence[int]) -> Tensor:

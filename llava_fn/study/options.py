@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Method = Literal["gauss_newton", "tracin"]
-ORDERS = ("worst_token", "loss", "mean_loss", "gradient_norm", "forgotten")
+Order = Literal["worst_token", "loss", "mean_loss", "gradient_norm", "forgotten"]
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,10 @@ class Subject:
     def models(self, device: torch.device) -> list[Studied]:
         """The models of the checkpoints in fp32; what the run did not train is in memory once."""
         last = checkpoint.load_model(self.checkpoints[-1].folder, device)
-        _, rest = tree.split(last.params, lambda path: under(path, last.manifest.parts))
+        whole = tree.cast(last.params, torch.float32)
+        _, rest = tree.split(whole, lambda path: under(path, last.manifest.parts))
         trees = [tree.merge(rest, checkpoint.load(c.folder, device=device).params) for c in self.checkpoints[:-1]]
-        return [Studied(params, last.manifest.model, last.manifest.lora) for params in (*trees, last.params)]
+        return [Studied(params, last.manifest.model, last.manifest.lora) for params in (*trees, whole)]
 
     def samples(self, numbers: Sequence[int]) -> tuple[list[Sample], list[records.Bad]]:
         """The usable records of these numbers, each named by its number, and those that cannot be used.
