@@ -70,8 +70,9 @@ def main(c: ScoreData) -> None:
     bars = [page.histogram("Loss of the worst token", "times the median record's", [row.worst_token for row in rows])]
     bars.append(page.histogram("Norm of the gradient", "per record", [row.gradient_norm for row in rows]))
     text = page.render(
-        "study/signals.html", run=c.run, steps=subject.steps, count=len(rows), order=c.order, histograms=bars, title=TITLES[c.order],
-        top=max(getattr(rows[0], c.order), 1e-30), suspects=[signals.suspect(subject, row) for row in rows[: c.most]],
+        "study/signals.html", run=c.run, steps=subject.steps, count=len(rows), order=c.order, title=TITLES[c.order],
+        histograms=bars, top=max(getattr(rows[0], c.order), 1e-30),
+        suspects=[signals.suspect(subject, row) for row in rows[: c.most]],
     )  # fmt: skip
     html.write_text(text, encoding="utf-8")
     for row in rows[:10]:

@@ -42,6 +42,7 @@ EMOJI = r".*pretrain\.py .*--data\.epochs 0\.1( .*)?"
 SHORTER = {  # commands that take minutes, and options that make them short
     r"python recipes/(pretrain|finetune)\.py --config published .*": "--data.workers 0",
     r"python recipes/finetune\.py --config task .*": "--data.workers 0 --heldout.answers 2",
+    r".*--run-dir runs/emoji-kept .*": "--source few.json runs/emoji-data --heldout.records few.json --data.workers 0",
     r"python recipes/finetune\.py": "--data.epochs 0.01 --heldout.most 16 --heldout.answers 8",
     EMOJI: "--heldout.records few.json --heldout.images runs/emoji-data",
     r".*recipes/infer\.py --tp 2 .*": "--tokens 16",
@@ -185,6 +186,7 @@ def made_answers(clone):
 def made_pictures(clone):
     for name in ("integrated", "lens", "patch"):
         assert (clone / f"{name}.png").exists() and (clone / f"{name}.npz").exists()
+    assert "Raised its probability" in (clone / "why.html").read_text() and (clone / "scores.tsv").exists()
 
 
 def made_scores(clone):
