@@ -31,6 +31,7 @@ from llava_fn.generate import decode
 from llava_fn.generate.assistant import Assistant, vocabulary, with_stop
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Answer, PartialAnswer, Prompt
+from llava_fn.kernels.transfer import to_device
 
 KEPT = 256  # images that are not asked about now whose features are kept
 WINDOW = 8  # tokens at the end of an answer whose text may still change, at most
@@ -101,7 +102,7 @@ def features(a: Assistant, pictures: Sequence[Picture], known: Mapping[str, Tens
     new = {s.key: s.pixels for s in pictures if s.key not in known}
     computed = {}
     if new:
-        pixels = torch.stack(list(new.values())).to(a.model.embed.device)
+        pixels = to_device(torch.stack(list(new.values())), a.model.embed.device)
         parts = decode.features(a.model, pixels).split(a.config.vision.patches)
         computed = dict(zip(new, parts, strict=True))
     wanted = {s.key for s in pictures}

@@ -3,7 +3,7 @@
 torch_npu is linked against six libraries that only CANN brings. What it needs of them is read off its own binaries: the
 names of the libraries with readelf, the functions with nm. From that one C file is written and compiled into one shared
 object a library. Every function answers 100039, CANN's own code for "you are linked against a stub"; but for the few
-that keep books (which device is current, streams) or give memory of the host, so that the dispatcher, the autograd
+that keep books (the current device, streams, events) or give memory of the host, so that the dispatcher, the autograd
 formulas and the shape rules of torch_npu work. There is no memory of a device and no kernel behind it: a real NPU
 tensor cannot be made, and nothing can pretend to compute. Needs gcc and binutils. Nothing of CANN is copied.
 """
@@ -40,6 +40,11 @@ int aclrtDestroyStreamForce(void *s) { return 0; }
 int aclrtSynchronizeStream(void *s) { return 0; }
 int aclrtMallocHost(void **p, unsigned long size) { *p = malloc(size); return *p == 0; }
 int aclrtFreeHost(void *p) { free(p); return 0; }
+int aclrtCreateEventExWithFlag(void **e, unsigned flag) { *e = handles; return 0; }
+int aclrtCreateEventWithFlag(void **e, unsigned flag) { *e = handles; return 0; }
+int aclrtRecordEvent(void *e, void *stream) { return 0; }
+int aclrtSynchronizeEvent(void *e) { return 0; }
+int aclrtDestroyEvent(void *e) { return 0; }
 int aclSetCompileopt(int option, const char *value) { return 0; }
 int aclmdlInitDump(void) { return 0; }
 int aclmdlFinalizeDump(void) { return 0; }
