@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import penalise
 from llava_fn.generate.types import DecodeState, Vocabulary
+from llava_fn.kernels.transfer import to_device
 
 Step = Callable[[DecodeState, Tensor], DecodeState]  # appends a token to each row
 Hypothesis = tuple[tuple[int, ...], bool, float]  # ids, whether it ended by itself, score
@@ -34,7 +35,7 @@ def _empty(b: int, d: Decoding, fill: int, device: torch.device) -> Beams:
     """Before the first token. All hypotheses of a prompt are equal then, so all but one score -inf."""
     ids = torch.full((b, d.beams, d.tokens), fill, device=device)
     none = torch.full((b, d.beams), -torch.inf, device=device)
-    return Beams(ids, none.index_fill(1, torch.tensor([0], device=device), 0.0), ids, none,
+    return Beams(ids, none.index_fill(1, torch.zeros(1, dtype=torch.long, device=device), 0.0), ids, none,
                  torch.ones(b, 1, dtype=torch.bool, device=device))  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def extend(
     b, k, v = logprobs.shape
     best, flat = (s.scores[..., None] + logprobs).flatten(1).topk(min((1 + len(ends)) * k, k * v))
     parent, token = flat // v, flat % v
-    ids = _take(s.ids, parent).index_copy(2, torch.tensor([t], device=flat.device), token[..., None])
+    ids = _take(s.ids, parent).index_copy(2, torch.full((1,), t, device=flat.device), token[..., None])
     end = torch.isin(token, ends) | (t + 1 == s.ids.shape[2])
     end = end | stops(ids[:, :, : t + 1]) if stops else end
     scores, on = best.masked_fill(end, -torch.inf).topk(k)
@@ -79,7 +80,7 @@ def search(
     b, k = len(state.hidden), d.beams
     start = int(state.cache.lengths.min())
     first, state = torch.arange(b, device=state.hidden.device)[:, None] * k, state.repeat(k)
-    ends = torch.tensor(vocabulary.ends, device=first.device)
+    ends = to_device(torch.tensor(vocabulary.ends), first.device)
     s = _empty(b, d, vocabulary.ends[0], first.device)
 
     def stopped(ids: Tensor) -> Tensor:

@@ -252,7 +252,8 @@ FUSED = (
 )  # fmt: skip
 
 INDEX = "int32 int64"
-ANY = "fp16 bf16 fp32 int8 uint8 int16 int32 int64 bool"
+NUMBERS = "fp16 bf16 fp32 int8 uint8 int16 int32 int64"
+ANY = NUMBERS + " bool"
 ATEN = (
     Limit(
         "aten::_fused_adamw_", "one AdamW update of all leaves",
@@ -304,6 +305,41 @@ ATEN = (
         alike=("self", "src"),
     ),
     Limit(
+        "aten::scatter.value", "one value written along a dim", {"self": ANY, "index": INDEX},
+        NN + "index/scatter_elements_v2/docs/aclnnScatterValue%26aclnnInplaceScatterValue.md",
+    ),
+    Limit(
+        "aten::index_copy", "rows replaced by others", {"self": ANY, "index": INDEX, "source": ANY},
+        NN + "index/scatter_update/docs/aclnnIndexCopy%26aclnnInplaceIndexCopy.md", alike=("self", "source"),
+    ),
+    Limit(
+        "aten::index_copy_", "the same, in place", {"self": ANY, "index": INDEX, "source": ANY},
+        NN + "index/scatter_update/docs/aclnnIndexCopy%26aclnnInplaceIndexCopy.md", alike=("self", "source"),
+    ),
+    Limit(
+        "aten::index_fill.int_Scalar", "rows set to 0: the gradient of rows replaced", {"self": ANY, "index": INDEX},
+        NN + "index/index_fill_d/docs/aclnnIndexFill%26aclnnInplaceIndexFill.md",
+        risk="with a CANN that lacks aclnnInplaceIndexFill torch_npu reads the numbers of the rows one by one on the "
+        "host (op-plugin, IndexFillKernelNpuOpApi.cpp)",
+    ),
+    Limit(
+        "aten::repeat_interleave.self_int", "rows repeated", {"self": ANY},
+        NN + "index/repeat_interleave/docs/aclnnRepeatInterleaveIntWithDim.md",
+    ),
+    Limit("aten::mm", "product of two matrices", {"self": FLOAT, "mat2": FLOAT},
+          NN + "matmul/mat_mul_v3/docs/aclnnMm.md", ranks={"self": (2, 2), "mat2": (2, 2)}, alike=("self", "mat2")),
+    Limit("aten::matmul", "product of rows and a matrix", {"self": FLOAT, "other": FLOAT},
+          NN + "matmul/mat_mul_v3/docs/aclnnMatmul.md", ranks={"self": (1, 6), "other": (1, 6)},
+          alike=("self", "other")),
+    Limit("aten::addmm", "product of two matrices, and a bias", {"self": FLOAT, "mat1": FLOAT, "mat2": FLOAT},
+          NN + "matmul/mat_mul_v3/docs/aclnnAddmm%26aclnnInplaceAddmm.md", ranks={"mat1": (2, 2), "mat2": (2, 2)},
+          alike=("self", "mat1", "mat2")),
+    Limit("aten::_foreach_norm.Scalar", "norms of all gradients", {"self": FLOAT},
+          NN + "foreach/foreach_norm/docs/aclnnForeachNorm.md"),
+    Limit("aten::linalg_vector_norm", "norm of these norms", {"self": FLOAT},
+          NN + "norm/lp_norm_v2/docs/aclnnLinalgVectorNorm.md"),
+    Limit("aten::amax", "largest value", {"self": ANY}, MATH + "math/reduce_max/docs/aclnnAmax.md"),
+    Limit(
         "aten::gather", "entries read along a dim", {"self": ANY, "index": INDEX},
         NN + "index/gather_elements_v2/docs/aclnnGather.md", {"A2": "yes", "A3": "yes", "950": "no"},
     ),
@@ -316,15 +352,15 @@ ATEN = (
         risk="whether a sum of numbers that are not negative never falls is not said: sampling does not rely on it",
     ),
     Limit(
-        "aten::sort", "sorted values, and where they were", {"self": FLOAT}, MATH + "math/sort/docs/aclnnSort.md",
+        "aten::sort", "sorted values, and where they were", {"self": ANY}, MATH + "math/sort/docs/aclnnSort.md",
         ranks={"self": (1, 8)},
     ),
     Limit(
-        "aten::topk", "the largest values", {"self": FLOAT}, MATH + "math/topk/docs/aclnnTopk.md",
+        "aten::topk", "the largest values", {"self": NUMBERS}, MATH + "math/topk/docs/aclnnTopk.md",
         ranks={"self": (1, 8)}, sizes=(("sorted", lambda a: a.sorted),),
     ),
     Limit(
-        "aten::argmax", "place of the largest value", {"self": FLOAT}, MATH + "math/arg_max_v2/docs/aclnnArgMax.md",
+        "aten::argmax", "place of the largest value", {"self": NUMBERS}, MATH + "math/arg_max_v2/docs/aclnnArgMax.md",
         ranks={"self": (0, 8)}, risk="which of several largest values is not said",
     ),
     Limit(
@@ -343,6 +379,18 @@ ATEN = (
         MATH + "math/select/docs/aclnnSWhere.md", ranks={"condition": (0, 8)},
     ),
 )  # fmt: skip
+
+# Views, memory, arithmetic and comparisons number by number, sums, collectives: their pages were not looked up.
+PLAIN = frozenset(
+    """
+    _foreach_mul_ _local_scalar_dense _pin_memory _to_copy _unsafe_view add alias any arange bitwise_and
+    bitwise_not bitwise_or cat clamp clone copy_ cos detach div empty empty_like eq exp expand floor_divide full
+    ge gt is_pinned isin le lift_fresh log lt masked_fill matmul_backward min mul ne neg new_zeros ones ones_like
+    permute pow promote_types reciprocal remainder repeat scalar_tensor select select_backward sin slice
+    slice_backward split squeeze stack sub sum t triu unbind unsqueeze view zeros zeros_like device
+    all_gather_into_tensor all_reduce reduce_scatter_tensor wait_tensor broadcast
+    """.split()
+)
 
 LIMITS: Mapping[str, Limit] = {row.op: row for row in (*FUSED, *ATEN)}
 

@@ -30,12 +30,6 @@ MISTAKES = {  # what went wrong -> (file, text, the mistake in its place, case o
     "keys and values swapped": (
         "attention", "k.contiguous(), v.contiguous()", "v.contiguous(), k.contiguous()", "causal attention",
     ),
-    "more segments than one call takes": (
-        "attention", "SEGMENTS = 1024", "SEGMENTS = 2048", "attention of 1,030 segments",
-    ),
-    "segments cut at other places": (
-        "attention", "q.split(rows)", "q.flip(0).split(rows)", "attention of 1,030 segments",
-    ),
     "a strided tensor": ("attention", "q.contiguous()", "q", "attention of strided rows"),
     "the tuple not taken apart": ("attention", "    )[0]  # fmt: skip", "    )[1]  # fmt: skip", "causal attention"),
     "eps dropped": ("rms_norm", "(x, gain, eps)[0]", "(x, gain)[0]", "RMSNorm"),

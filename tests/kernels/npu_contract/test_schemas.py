@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_npu
 from calls import Call, calls
+from limits import LIMITS
 
 OTHERS = [Path(path) for path in os.environ.get("LLAVA_FN_TORCH_NPU_OTHERS", "").split(os.pathsep) if path]
 CALLS = calls()
@@ -55,6 +56,17 @@ def test_the_kernels_call_fused_ops():
         "npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_scatter_pa_kv_cache", "npu_swiglu",
         "npu_weight_quant_batchmatmul",
     }  # fmt: skip
+
+
+def test_every_op_that_is_called_has_its_limits_with_names_of_its_schema():
+    assert {f"npu::{c.op}" for c in CALLS} <= LIMITS.keys()
+    for row in LIMITS.values():
+        space, _, name = row.op.partition("::")
+        op = getattr(getattr(torch.ops, space), name.partition(".")[0])
+        names = {a.name for a in getattr(op, name.partition(".")[2] or "default")._schema.arguments}
+        given = {*row.dtypes, *row.ranks, *row.contiguous, *row.alike}
+        assert {"self" if x == "input" and "self" in names else x for x in given} <= names, row.op
+        assert row.source.startswith("https://") and set(row.cards) == {"A2", "A3", "950"}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: f"{c.where}:{c.op}")
