@@ -1,5 +1,6 @@
-"""Runs of several processes as a person starts them: figures, resuming on another mesh, signals, hangs, wrong input."""
+"""Runs of several processes as a person starts them: figures, resuming on another mesh, kills, hangs, wrong input."""
 
+import json
 import os
 import re
 import signal
@@ -79,6 +80,16 @@ def runs(launcher, small, tmp_path_factory):
     return get
 
 
+def one_epoch(c, folder):
+    """A config of as many updates as `c`, in one epoch of six times its records, whose bad images have names each."""
+    (source,) = c.data.sources
+    *good, bad = json.loads(source.records.read_text())
+    names = [f"none{j}.png" for j in range(6)]
+    records = [*good * 6, *(bad | {"id": name, "image": str(folder / name)} for name in names)]
+    (folder / "six.json").write_text(json.dumps(records))
+    return replace(c, data=replace(c.data, sources=(replace(source, records=folder / "six.json"),), epochs=1.0))
+
+
 def saved(folder, step):
     """A checkpoint of a run, on one process."""
     return checkpoint.load(checkpoint.at(folder / "run" / "checkpoints", step), moments=True)
@@ -120,9 +131,39 @@ def test_a_run_goes_on_on_another_mesh(launcher, small, alone, runs, tmp_path, b
     close(figures(tmp_path), figures(alone)[6:])
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_update(launcher, small, runs, tmp_path):
+@pytest.mark.slow
+def test_after_a_kill_the_same_mesh_has_the_same_figures_to_the_bit(launcher, small, tmp_path):
+    """With tensor parallelism: tests/campaigns/kills.py."""
+    c, world = many(one_epoch(small, tmp_path), "dp2 zero3")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    statuses, logs = run(launcher, whole, c, world)
+    assert statuses == [0] * world, logs
+    waits = next(row["record"] for row in rows(whole, "skipped.jsonl") if 6 <= row["step"] <= 10)
+    held = tmp_path / waits.rpartition(" ")[2]
+    os.mkfifo(held)  # whose reader waits for ever, so that the run does not end before it is killed
+    children = start(launcher, tmp_path, c, world)
+    assert until((tmp_path / "run" / "checkpoints" / "000004").is_dir, *children)
+    os.kill(children[1], signal.SIGKILL)
+    statuses = []
+    for child in children:
+        time.sleep(0.2)
+        os.kill(child, signal.SIGKILL)  # as torchrun does with the others
+        statuses.append(launcher.wait(child))
+    assert -signal.SIGKILL in statuses
+    held.unlink()
+    statuses, logs = run(launcher, tmp_path, c, world)
+    assert statuses == [0] * world, logs
+    assert figures(tmp_path) == figures(whole)
+    one, two = saved(tmp_path, STEPS), saved(whole, STEPS)
+    same(one.params, two.params)
+    same(one.moments[1], two.moments[1])
+
+
+@pytest.mark.parametrize("kind", ["dp2 zero3", "tp2"])
+def test_a_signal_to_one_process_stops_all_after_the_same_update(launcher, small, runs, tmp_path, kind):
     """The rest of the run saves in the background, which must leave the same checkpoints."""
-    c, world = many(small, "tp2")
+    c, world = many(small, kind)
     children = start(launcher, tmp_path, c, world, "--saving.save-interval", "1000")
     assert until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and rows(tmp_path), *children)
     os.kill(children[1], signal.SIGTERM)
@@ -130,9 +171,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(launcher, small
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [len(rows(tmp_path))] < [STEPS]
     statuses, logs = run(launcher, tmp_path, replace(c, saving=replace(c.saving, background=True)), world)
     assert statuses == [0] * world, logs
-    assert figures(tmp_path) == figures(runs("tp2")[0])
+    assert figures(tmp_path) == figures(runs(kind)[0])
     for step in (8, 12):
-        same(saved(tmp_path, step).params, saved(runs("tp2")[0], step).params)
+        same(saved(tmp_path, step).params, saved(runs(kind)[0], step).params)
 
 
 def test_the_watchdog_names_the_process_that_hangs_and_ends_the_others(launcher, small, tmp_path):
