@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_fn.config import Llama
-from llava_fn.kernels import Held, Places, empty_cache
+from llava_fn.kernels import Held, empty_cache
 from llava_fn.kernels.transfer import to_device
 
 
@@ -66,11 +66,11 @@ class Cache:
         """What the rows hold, for attention."""
         return Held.of(self.lengths, self.size, self.table, self.numbers)
 
-    def places(self, rows: Tensor, at: Tensor) -> Places:
-        """Where tokens stand. rows, at: int64[t], the row of each token and its place there."""
+    def slots(self, rows: Tensor, at: Tensor) -> Tensor:
+        """Where tokens stand, counted through all pages: int64[t]. rows, at: int64[t], their rows and places there."""
         if self.table is None:
-            return Places.of(rows, at, self.page)
-        return Places.of(self.table[rows, at // self.page].long(), at % self.page, self.page)
+            return rows * self.page + at
+        return self.table[rows, at // self.page] * self.page + at % self.page
 
     def repeat(self, n: int, into: Cache | None = None) -> Cache:
         """n copies of each row, one after another, in the tensors of `into` or in new ones."""

@@ -115,38 +115,34 @@ def decode(p: TensorDict, x: Tensor, stream: Stream, c: Llama, tp: TP = TP(), bl
     return tp.enter(rms_norm(x, p["norm"], c.eps))
 
 
-def prefill(
-    p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP(), to: Sequence[int] | None = None
-) -> tuple[Tensor, Cache]:
+def prefill(p: TensorDict, x: Tensor, stream: Stream, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
     """`decode` that also writes the keys and values of its tokens into the cache. x: t d -> r d and the cache.
 
-    Segment j of the stream belongs to row to[j] of the cache, or to row j. Where the cache holds a prefix of the row
-    already, the stream was made with `held`, and the segment's keys count the prefix too. tp must not shard the
-    sequence. The lengths of the cache are those of the segments.
+    Segment j of the stream belongs to row j of the cache. Where the cache holds a prefix of the row already, the stream
+    was made with `held`, and the segment's keys count the prefix too. tp must not shard the sequence.
     """
     queries, lengths = stream.segments.queries, stream.segments.keys
-    to = range(len(lengths)) if to is None else to
-    new, held = cache.places(to_device(_rows(queries, to), x.device), stream.positions), None
+    slots, held = cache.slots(to_device(_rows(queries), x.device), stream.positions), None
     if queries != lengths:
         at = to_device(torch.cat([torch.arange(n) for n in lengths]), x.device)
-        held = cache.places(to_device(_rows(lengths, to), x.device), at)
+        held = cache.slots(to_device(_rows(lengths), x.device), at)
     rot = rotary_tables(stream.positions, c.head, c.theta)
     for i in range(c.blocks):
         last = i == c.blocks - 1
         segments, read = (stream.read_segments, stream.read) if last else (stream.segments, None)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, segments: Segments = segments) -> Tensor:
-            write_kv(cache.k[i], cache.v[i], k, v, new)
+            write_kv(cache.k[i], cache.v[i], k, v, slots)
             if held is not None:
-                k, v = cache.k[i][held.page, held.at], cache.v[i][held.page, held.at]
+                k, v = cache.k[i].flatten(0, 1)[held], cache.v[i].flatten(0, 1)[held]
             return attention(q, k, v, segments, causal=True)
 
         x = block_with(p["blocks"][str(i)], x, rot, read, attend, c, tp)
     return tp.enter(rms_norm(x, p["norm"], c.eps)), cache.holding(lengths)
 
 
-def _rows(counts: Sequence[int], to: Sequence[int]) -> Tensor:
-    return torch.cat([torch.full((n,), j) for j, n in zip(to, counts, strict=True)])
+def _rows(counts: Sequence[int]) -> Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP()) -> tuple[Tensor, Cache]:
@@ -155,12 +151,12 @@ def decode_step(p: TensorDict, ids: Tensor, cache: Cache, c: Llama, tp: TP = TP(
     Shapes do not depend on the lengths. The caller makes sure that every row of the cache has room.
     """
     x = vocab.embed(p["embed"], ids, tp.axis)
-    new, after = cache.places(torch.arange(len(ids), device=x.device), cache.lengths), cache.longer()
+    slots, after = cache.slots(torch.arange(len(ids), device=x.device), cache.lengths), cache.longer()
     held, rot = after.held(), rotary_tables(cache.lengths, c.head, c.theta)
     for i in range(c.blocks):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
-            write_kv(cache.k[i], cache.v[i], k, v, new)
+            write_kv(cache.k[i], cache.v[i], k, v, slots)
             return decode_attention(q, cache.k[i], cache.v[i], held)
 
         x = block_with(p["blocks"][str(i)], x, rot, None, attend, c, tp)

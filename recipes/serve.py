@@ -2,7 +2,7 @@
 
     python recipes/serve.py --weights runs/emoji
 
-Requests are answered side by side, each in a slot of one cache. After SIGINT or SIGTERM the server accepts no more,
+Requests are answered side by side, from one cache. After SIGINT or SIGTERM the server accepts no more,
 gives the requests under way `--grace` seconds to finish, and ends with exit status 0.
 """
 
@@ -35,11 +35,14 @@ class Serve:
     port: int = 8000  # 0: one that is free
     api_key: str | None = None  # requests without it are refused
     strict: bool = False  # refuse fields of requests that this server does not know; else they are logged and named
-    slots: int = 8  # answers at a time; each has room for a whole context
+    slots: int = 8  # answers at a time
+    cache_tokens: int | None = None  # of all answers together; unless given, --context for each slot
     limits: Limits = Limits()
     grace: float = 10.0  # seconds for requests under way after a signal
 
     def __post_init__(self) -> None:
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ValueError(f"cache_tokens={self.cache_tokens}: must be at least 1")
         if self.api_key == "":
             raise ValueError("--api-key is empty; give one, or leave it out")
         names = [text.partition("=")[0] for text in self.adapters]
@@ -83,8 +86,8 @@ def main(c: Serve) -> None:
     name = c.name or c.model.weights[-1].resolve().name
     if name in f.adapters:
         raise ValueError(f"the base and an adapter are both called {name}; give the base another --name")
-    worker = Worker(f, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    app = build(Service(Offer(f, name, c.limits, c.strict), worker, c.api_key), c.web)
+    worker = Worker(f, c.slots, c.limits, lambda: os.kill(os.getpid(), signal.SIGTERM), c.cache_tokens)
+    app = build(Service(Offer(f, name, c.limits, c.strict, worker.room), worker, c.api_key), c.web)
     config = uvicorn.Config(app, log_level="warning", ws="none", server_header=False)
     config.timeout_graceful_shutdown = c.grace  # pyright: ignore[reportAttributeAccessIssue]  # it is for asyncio
     server = uvicorn.Server(config)

@@ -57,7 +57,8 @@ class Running:
     def free(self, slots, waiting=0):
         """Wait until so many slots are free."""
         for _ in range(1000):
-            if self.service.worker.figures() == {"slots": 4, "free": slots, "waiting": waiting}:
+            figures = self.service.worker.figures()
+            if (figures["free"], figures["waiting"]) == (slots, waiting):
                 return True
             time.sleep(0.02)
         return False

@@ -65,19 +65,17 @@ def features(m: Model, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prefill(
-    m: Model, prompts: Sequence[Prompt], cache: Cache, vocabulary: Vocabulary, cached: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-) -> DecodeState:  # fmt: skip
-    """All tokens of the prompts in one pass; prompt j goes to row rows[j] of the cache, whose tensors are written.
+    m: Model, prompts: Sequence[Prompt], cache: Cache, vocabulary: Vocabulary, cached: Sequence[int] | None = None
+) -> DecodeState:
+    """All tokens of the prompts in one pass; prompt j goes to row j of the cache, whose tensors are written.
 
     cached: length of each prompt's prefix that the cache holds already, less than the prompt's; None for none.
-    rows: unless given, prompt j goes to row j. The state and the lengths of its cache are of the prompts.
     """
     cached = cached if cached is not None else [0] * len(prompts)
     new = [_without_prefix(s, n) for s, n in zip(prompts, cached, strict=True)]
     x = embed(m, new)
     stream = Stream.of([len(s.ids) for s in new], [1] * len(new), cached).to(x.device)
-    hidden, cache = llama.prefill(m.params["llama"], x, stream, cache, m.config.llama, m.tp, rows)
+    hidden, cache = llama.prefill(m.params["llama"], x, stream, cache, m.config.llama, m.tp)
     seen = torch.zeros(len(prompts), vocabulary.size, dtype=torch.bool)
     for row, s in zip(seen, prompts, strict=True):
         row[[i for i in s.ids if 0 <= i < vocabulary.size]] = True

@@ -75,7 +75,7 @@ class Graphs:
         """`step(m, x)`. Both results are overwritten by the next call of this shape."""
         k = x.state.cache.k
         place = (k.untyped_storage()._cdata, k.storage_offset(), k.shape, k.stride())
-        key = (id(m.params), *place, x.options.used, x.options.most, x.logprobs)
+        key = (id(m.params), *place, x.state.cache.rows, x.state.cache.size, x.options.used, x.options.most, x.logprobs)
         captured = self._steps.pop(key, None)
         if captured is None or captured.cache.expired():
             captured = self._capture(step, m, x)

@@ -136,14 +136,17 @@ class StepInputs:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All but the cache's keys and values."""
+        """All but the cache's keys and values, and the tokens that occur in a row where no penalty reads them."""
         s = self.state
-        return s.hidden, s.cache.lengths, s.seen, self.ids, self.uniform, self.options.values
+        table = () if s.cache.table is None else (s.cache.table,)
+        seen = (s.seen,) if "penalty" in self.options.used else ()
+        return s.hidden, s.cache.lengths, self.ids, self.uniform, self.options.values, *table, *seen
 
     def on(self, tensors: Sequence[Tensor]) -> StepInputs:
         """The same cache's keys and values with other `tensors`."""
-        hidden, lengths, seen, ids, uniform, values = tensors
-        state = DecodeState(hidden, replace(self.state.cache, lengths=lengths), seen)
+        hidden, lengths, ids, uniform, values, *more = tensors
+        table = None if self.state.cache.table is None else more.pop(0)
+        state = DecodeState(hidden, replace(self.state.cache, lengths=lengths, table=table), *more or [self.state.seen])
         return StepInputs(state, ids, uniform, replace(self.options, values=values), self.logprobs)
 
 

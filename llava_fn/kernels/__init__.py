@@ -15,10 +15,10 @@ from llava_fn.kernels.quick_gelu import quick_gelu
 from llava_fn.kernels.rms_norm import rms_norm
 from llava_fn.kernels.rotary import rotary, rotary_tables
 from llava_fn.kernels.swiglu import swiglu, swiglu_joined, swiglu_products
-from llava_fn.kernels.write_kv import Places, write_kv
+from llava_fn.kernels.write_kv import write_kv
 
 __all__ = [
-    "Coefficients", "Held", "Places", "Segments", "adamw", "add_rms_norm", "attention", "column_linear",
+    "Coefficients", "Held", "Segments", "adamw", "add_rms_norm", "attention", "column_linear",
     "cross_entropy", "decode_attention", "empty_cache", "gelu", "int8_linear", "layer_norm", "linear", "page_size",
     "patch_embedding", "quick_gelu", "rms_norm", "rotary", "rotary_tables", "row_linear", "swiglu", "swiglu_joined",
     "swiglu_products", "write_kv",

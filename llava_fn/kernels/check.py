@@ -28,7 +28,6 @@ from llava_fn.kernels.adamw import Coefficients
 from llava_fn.kernels.attention import Segments
 from llava_fn.kernels.decode import Held
 from llava_fn.kernels.rotary import rotary_tables
-from llava_fn.kernels.write_kv import Places
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}  # of an error, as a share of the largest reference value
 Work = tuple[int, int]  # of one forward pass: numbers read and written, and floating-point operations
@@ -92,8 +91,7 @@ def attention_cases(s: Sizes) -> list[Case]:
         return form(q, k, v, Held.of(torch.tensor(held, device=q.device), pages // b * size, table, held))
 
     def write(form: Callable, k: Tensor, v: Tensor, *new: Tensor) -> tuple[Tensor, Tensor]:
-        at = torch.arange(b, device=k.device)
-        form(k := k.clone(), v := v.clone(), *new, Places.of(at, at * 9 % s.cache, s.cache))
+        form(k := k.clone(), v := v.clone(), *new, torch.arange(b, device=k.device) * (s.cache + 1))
         return k, v
 
     clip = ((t, s.heads, 64),) * 3

@@ -32,14 +32,17 @@ class Held:
     """The keys that each of b rows sees, for the attention of all blocks of a step.
 
     lengths: int64[b], on the device of the cache: row j sees its tokens 0 .. lengths[j]-1, the new one included.
-    table: int32[b, n], the pages of each row in order; page j is row j if None. numbers: the lengths on the host, which
-    a CPU and an NPU read. stream: for CUDA, int32[b], the lengths, and int32[b + 1] twice, the starts of the queries
-    and of the rows' room in a stream.
+    table: int32[b, n], the pages of each row in order; page j is row j if None.
+    numbers: the lengths on the host, which a CPU and an NPU read.
+    runs: for a CPU with a table. Of each row the place of its first token, counted through all pages, or of all of its
+    tokens, int32[t], where its pages do not follow one another.
+    stream: for CUDA, int32[b], the lengths, and int32[b + 1] twice, starts of the queries and of the rows' room.
     """
 
     lengths: Tensor
     table: Tensor | None = None
     numbers: tuple[int, ...] | None = None
+    runs: tuple[int | Tensor, ...] = ()
     stream: tuple[Tensor, Tensor, Tensor] | None = None
 
     @staticmethod
@@ -48,9 +51,24 @@ class Held:
         match lengths.device.type:
             case "npu":
                 return Held(lengths, table, numbers)
+            case "cpu" if torch.compiler.is_compiling():
+                return Held(lengths, table)
             case "cpu":
-                return Held(lengths, table, None if torch.compiler.is_compiling() else tuple(lengths.tolist()))
+                numbers = tuple(lengths.tolist())
+                return Held(lengths, table, numbers, () if table is None else _runs(numbers, room, table))
         return Held(lengths, table, stream=streamed(lengths, room))
+
+
+def _runs(lengths: tuple[int, ...], room: int, table: Tensor) -> tuple[int | Tensor, ...]:
+    """See `Held.runs`."""
+    size, runs = room // table.shape[1], []
+    for n, pages, row in zip(lengths, table.tolist(), table, strict=True):
+        used = -(-n // size)
+        if pages[:used] == list(range(pages[0], pages[0] + used)):
+            runs.append(pages[0] * size)
+        else:
+            runs.append((row[:used, None] * size + torch.arange(size)).flatten()[:n])
+    return tuple(runs)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, held: Held) -> Tensor:
@@ -80,26 +98,23 @@ def page_size(like: Tensor) -> int:
 def empty_cache(like: Tensor, blocks: int, pages: int, size: int, heads: int, head: int) -> Tensor:
     """Zeros in the dtype and on the device of `like`, l p s m h.
 
-    In memory l p m s h, so that the keys of a head are contiguous; l p s m h where the fused op needs that.
+    In memory l m p s h, so that the keys of a head are contiguous; l p s m h where the fused op needs that.
     """
     if like.device.type == "npu" or (like.device.type == "cuda" and flash(like.dtype)):
         return like.new_zeros(blocks, pages, size, heads, head)
-    return like.new_zeros(blocks, pages, heads, size, head).transpose(2, 3)
+    return like.new_zeros(blocks, heads, pages, size, head).permute(0, 2, 3, 1, 4)
 
 
 def in_rows(k: Tensor, v: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values of each row, b (n s) m h, in the memory order of the cache; copies where there is a table."""
     if table is None:
         return k, v
-    b, (m, h) = len(table), k.shape[2:]
+    (b, n), pages = table.shape, table.flatten()
     if k.is_contiguous():
-        k, v = (x.index_select(0, table.flatten()).view(b, -1, m, h) for x in (k, v))
-        return k, v
-    at = (table[:, None] * m + torch.arange(m, device=table.device)[:, None]).flatten()  # b m n: pages of one head
-    k, v = (
-        x.transpose(1, 2).flatten(0, 1).index_select(0, at).view(b, m, -1, h).transpose(1, 2) for x in (k, v)
-    )  # fmt: skip
-    return k, v
+        k, v = (x.index_select(0, pages) for x in (k, v))
+    else:
+        k, v = (x.permute(2, 0, 1, 3).index_select(1, pages).permute(1, 2, 0, 3) for x in (k, v))
+    return k.unflatten(0, (b, n)).flatten(1, 2), v.unflatten(0, (b, n)).flatten(1, 2)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, held: Held) -> Tensor:
@@ -113,6 +128,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, held: Held) -> Tensor:
 def cpu(q: Tensor, k: Tensor, v: Tensor, held: Held) -> Tensor:
     """Two batched products over the keys of the longest row, or, for grouped heads of equally long rows, torch's own.
 
+    With pages torch's own row by row: to copy the pages of all rows together takes as long as their attention.
     The reference in half precision, whose products would round the scores, and in a compiled graph, in which no shape
     may depend on a length.
     """
@@ -121,14 +137,23 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, held: Held) -> Tensor:
         return reference(q, k, v, held)
     s, (m, h) = max(seen), k.shape[2:]
     if held.table is not None:
-        k, v = in_rows(k, v, held.table[:, : -(-s // k.shape[1])])
-    q, k, v = q.unflatten(1, (m, -1)), k[:, :s].transpose(1, 2), v[:, :s].transpose(1, 2)  # b m g h, b m s h
+        rows = zip(q.unflatten(1, (m, -1)).split(1), held.runs, seen, strict=True)
+        k, v = (x.view(-1, m, h).transpose(0, 1)[None] for x in (k, v))  # 1 m (p s) h
+        parts = [F.scaled_dot_product_attention(x, _row(k, run, n), _row(v, run, n)) for x, run, n in rows]
+        return torch.cat(parts).flatten(1, 2)
+    q = q.unflatten(1, (m, -1)).transpose(0, 1).contiguous()  # m b g h; products of other orders are slow
+    k, v = k[:, :s].permute(2, 0, 1, 3), v[:, :s].permute(2, 0, 1, 3)  # m b s h
     if min(seen) == s and q.shape[2] > 1:
-        return F.scaled_dot_product_attention(q, k, v).flatten(1, 2)
-    scores = (k @ (q * h**-0.5).mT).mT  # b m g s; matrix times vector without groups
+        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2)
+    scores = (k @ (q * h**-0.5).mT).mT  # m b g s; matrix times vector without groups
     if min(seen) < s:
-        scores = scores.masked_fill(torch.arange(s) >= held.lengths[:, None, None, None], -torch.inf)
-    return (scores.softmax(-1) @ v).flatten(1, 2)
+        scores = scores.masked_fill(torch.arange(s) >= held.lengths[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1, 2)
+
+
+def _row(x: Tensor, run: int | Tensor, n: int) -> Tensor:
+    """The first n tokens of a row, of x: 1 m (p s) h. run: where it begins, or where its tokens are."""
+    return x.narrow(2, run, n) if isinstance(run, int) else x.index_select(2, run)
 
 
 def flash(dtype: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +27,16 @@ COMPLETION_TOKENS = 16  # of a text completion without max_tokens, as in OpenAI'
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server has for requests. name: of the base. strict: whether it refuses fields that it does not know."""
+    """What a server has for requests. name: of the base. strict: whether it refuses fields that it does not know.
+
+    room: tokens of its cache.
+    """
 
     family: Family
     name: str
     limits: Limits
     strict: bool = False
+    room: float = math.inf
 
     def adapter(self, wanted: str) -> str:
         """The adapter that a model's name means; "" for the base. Raises Refused."""
@@ -88,7 +93,7 @@ def chat(body: bytes, o: Offer, name: str) -> Asked:
         _check_room(len(keys), o.limits)
     except BadRecord as error:
         raise Refused(400, str(error), "messages") from error
-    d = _decoding(values, tokens or min(o.limits.tokens, a.context - len(keys)), bool(values.logprobs))
+    d = _decoding(values, tokens or _most(len(keys), a, o), bool(values.logprobs))
     answer = AnswerRequest(
         (name, 0), prompt.ids, keys, whole.pictures, with_stop(a, d), vocabulary(a), values.top_logprobs, goes_on
     )
@@ -175,6 +180,11 @@ def _check_samples(values: Fields, limits: Limits) -> None:
 def _check_room(tokens: int, limits: Limits) -> None:
     if tokens > limits.prompt:
         raise BadRecord(f"the prompt has {tokens} tokens, over this server's limit of {limits.prompt}; shorten it")
+
+
+def _most(prompt: int, a: Assistant, o: Offer) -> int:
+    """The tokens of an answer for which there is room behind a prompt of so many."""
+    return int(max(1, min(o.limits.tokens, a.context - prompt, o.room - prompt)))
 
 
 def _continues(values: Fields, chat: Chat) -> bool:

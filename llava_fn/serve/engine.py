@@ -1,15 +1,15 @@
-"""Continuous batching: requests come and go in the slots of one cache.
+"""Continuous batching: requests come and go in slots, whose keys and values are in pages of one cache.
 
     Desk -> admit -> Desk -> step -> Desk, deltas -> release -> Desk
 
 A step decodes a token for each answer, and prefills up to `chunk` tokens of the prompts that wait for that, so that the
 time between two tokens of an answer is bounded. On an accelerator the host reads what a step has chosen while the next
-one runs; a slot whose answer has ended then computes one token that nobody reads.
+one runs; a slot whose answer has ended then computes one token that nobody reads. As long as the same answers are under
+way, a step sends the device nothing.
 
-A Desk is a value but for the tensors of its state, which are written: only the newest Desk may be continued. A slot
-keeps its keys and values when its answer is done, so that a later prompt with the same prefix computes only the rest:
-the next turn of a conversation, another sample of the same question, the same system prompt. An answer does not depend
-on the other slots.
+A Desk is a value but for the tensors of its state, which are written: only the newest Desk may be continued. A later
+prompt with a prefix that the cache holds computes only the rest: the next turn of a conversation, another sample of the
+same question, the same system prompt. An answer does not depend on the other slots.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_fn.batch import IMAGE
 from llava_fn.cache import Cache
 from llava_fn.generate import conversation, decode
 from llava_fn.generate.assistant import Assistant, vocabulary
-from llava_fn.generate.conversation import GrowingText, Key, Picture, common_prefix
+from llava_fn.generate.conversation import GrowingText, Picture, common_prefix
 from llava_fn.generate.family import Family
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.sampling import RowOptions, uniforms
 from llava_fn.generate.types import DecodeState, Eager, Model, Prompt, StepInputs
+from llava_fn.kernels import page_size
 from llava_fn.kernels.transfer import to_device
+from llava_fn.serve.pages import Pages, Stored
 from llava_fn.serve.seat import AnswerRequest, Delta, Seat, grow
 
 CHUNK = 1024  # tokens
@@ -55,11 +58,14 @@ class Flight:
 
 @dataclass(frozen=True)
 class Rows:
-    """What rows of a batch need as long as the same requests are in them."""
+    """What rows of a batch need as long as the same requests are in them, on the device."""
 
     requests: tuple[AnswerRequest | None, ...]
     model: Model
-    options: RowOptions  # on the device
+    options: RowOptions
+    cache: Cache  # of these rows
+    uniform: Tensor  # f32[b, t], random numbers for the tokens to come
+    steps: int = 0  # since it was made
 
     @property
     def logprobs(self) -> bool:
@@ -74,12 +80,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Desk:
-    """b slots. state: of all slots. ids: int64[b], the newest token of each. kept: the keys that free slots hold."""
+    """b slots. state: of all slots, with the cache's pages. ids: int64[b], the newest token of each."""
 
     state: DecodeState
     ids: Tensor
     seats: tuple[Seat | None, ...]
-    kept: tuple[tuple[Key, ...], ...]
+    pages: Pages
+    width: int  # pages of a slot at most
     feats: Mapping[str, Tensor]  # of the newest pictures, key -> f[p, d]
     chunk: int  # tokens of prompts that a step prefills
     late: bool  # the host reads what a step chooses after it has launched the next one
@@ -97,25 +104,39 @@ class Desk:
         return self.state.cache.k.nbytes + self.state.cache.v.nbytes
 
     @property
-    def cached(self) -> tuple[tuple[Key, ...], ...]:
-        """The keys of the positions that each slot holds."""
-        return tuple(seat.keys if seat else keys for seat, keys in zip(self.seats, self.kept, strict=True))
+    def running(self) -> tuple[Stored, ...]:
+        """What is in the pages of the slots that are not free."""
+        return tuple(seat.stored for seat in self.seats if seat)
 
 
-def empty(f: Family, slots: int, chunk: int = CHUNK, late: bool | None = None) -> Desk:
-    """A desk whose every slot has room for the assistant's whole context. ValueError without a slot.
+def pages_for(f: Family, slots: int, tokens: int | None = None) -> Pages:
+    """The pages of a cache for so many tokens in all; unless given, for the whole context in each slot.
 
-    late: on an accelerator, unless given.
+    ValueError without a slot, or with fewer pages than slots.
     """
+    like = f.base.model.embed
+    size = page_size(like)
+    pages = Pages(size, -(-tokens // size) if tokens else slots * -(-f.base.context // size), like.device.type != "cpu")
     if slots < 1:
         raise ValueError(f"slots={slots}: must be at least 1")
-    a = f.base
+    if pages.count < slots:
+        raise ValueError(
+            f"cache_tokens={tokens} are {pages.count} pages of {size} tokens, fewer than the {slots} slots, each of "
+            "which needs one; give more tokens or fewer slots"
+        )
+    return pages
+
+
+def empty(f: Family, slots: int, chunk: int = CHUNK, late: bool | None = None, pages: Pages | None = None) -> Desk:
+    """A desk without requests. late: on an accelerator, unless given. pages: as many as `pages_for`, unless given."""
+    a, pages = f.base, pages or pages_for(f, slots)
     like = a.model.embed
     seen = torch.zeros(slots, vocabulary(a).size, dtype=torch.bool, device=like.device)
-    state = DecodeState(like.new_zeros(slots, a.config.llama.width), a.model.cache(slots, a.context), seen)
+    cache = a.model.cache(pages.count + 1, pages.size)
+    state = DecodeState(like.new_zeros(slots, a.config.llama.width), cache, seen)
     ids = torch.zeros(slots, dtype=torch.long, device=like.device)
     late = like.device.type != "cpu" if late is None else late
-    return Desk(state, ids, (None,) * slots, ((),) * slots, {}, chunk, late)
+    return Desk(state, ids, (None,) * slots, pages, pages.needed(a.context), {}, chunk, late)
 
 
 def warm(f: Family, desk: Desk) -> Desk:
@@ -128,29 +149,39 @@ def warm(f: Family, desk: Desk) -> Desk:
     ways = [Decoding(tokens=2), Decoding(tokens=2, temperature=1.0), Decoding(tokens=2, temperature=1.0, top_p=0.9)]
     ways.append(Decoding(tokens=2, temperature=1.0, top_k=2))
     black = torch.zeros(3, *[a.config.vision.image] * 2, dtype=torch.uint8)
-    image = [IMAGE] * a.config.vision.patches
-    ids = (*image, a.tokenizer.bos) if len(image) + 3 <= a.context else (a.tokenizer.bos,)
-    keys = tuple("warm" if i == IMAGE else i for i in ids)
-    shots = (Picture(black, "warm"),) if IMAGE in ids else ()
-    for n, d in product(sizes, ways if _captures(a.model) else ways[:1]):
-        for j in range(n if a.context >= 3 else 0):
-            desk = admit(f, desk, AnswerRequest(("warm", j), ids, keys, shots, d, vocabulary(a)))
+    image = (IMAGE,) * a.config.vision.patches
+    text = AnswerRequest(("warm", 0), (a.tokenizer.bos,), (a.tokenizer.bos,), (), ways[0], vocabulary(a))
+    shown = replace(
+        text, ids=image + text.ids, keys=("warm",) * len(image) + text.keys, pictures=(Picture(black, "warm"),)
+    )
+    rounds = [[replace(text, decoding=d)] * n for n, d in product(sizes, ways if _captures(a.model) else ways[:1])]
+    for requests in ([shown], *rounds):
+        for request in requests:
+            if fits(desk, request) and len(request.ids) + 2 <= a.context:
+                desk = admit(f, desk, request)
         while desk.free < slots:
             desk, _ = step(f, desk)
-        desk = replace(desk, kept=((),) * slots, rows=None)
+        desk = replace(desk, pages=replace(desk.pages, kept=()), rows=None)
     return replace(desk, feats={})
 
 
+def fits(desk: Desk, request: AnswerRequest) -> bool:
+    """Whether all pages together have room for a request."""
+    return desk.pages.needed(len(request.ids) + request.decoding.tokens - 1) <= desk.pages.count
+
+
 def takes(desk: Desk, request: AnswerRequest) -> bool:
-    """Whether to admit a request now: there is a slot, and the next step has tokens left for its prompt.
+    """Whether to admit a request now: there is a slot, and pages, and the next step has tokens left for its prompt.
 
     A prompt waits for another one that is being prefilled, if it will find there most of what it would compute.
     """
     waiting = [seat for seat in desk.seats if seat and seat.left]
     if not desk.free or sum(seat.left for seat in waiting) >= desk.chunk:
         return False
+    if not desk.pages.fits(desk.running, request.keys, request.decoding.tokens):
+        return False
     keys = request.keys[:-1]
-    held = max(common_prefix(keys, cached) for cached in desk.cached)
+    held, _ = desk.pages.best(desk.running, request.keys)
     soon = max((common_prefix(keys, seat.request.keys) for seat in waiting), default=0)
     return soon - held <= (len(keys) - held) // 2
 
@@ -158,34 +189,25 @@ def takes(desk: Desk, request: AnswerRequest) -> bool:
 def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
     """Takes a request into a free slot; steps prefill its prompt.
 
-    The caller makes sure that a slot is free and that the context has room for the answer.
+    The caller makes sure that a slot and enough pages are free.
     """
-    cached = desk.cached
-    common = [common_prefix(request.keys[:-1], keys) for keys in cached]
-    best = max(range(len(common)), key=lambda j: (common[j], desk.seats[j] is None))
-    slot = best
-    if desk.seats[best] or common[best] < len(cached[best]) // 2:  # else most of what a free slot holds would be lost
-        slot = min((j for j, seat in enumerate(desk.seats) if seat is None), key=lambda j: (len(cached[j]), j))
-    if slot != best and common[best]:
-        _copy(desk.state.cache, best, slot, common[best])
     d, turn = request.decoding, max((seat.turn for seat in desk.seats if seat), default=0) + 1
+    pages, claim = desk.pages.claim(desk.running, request.keys, d.tokens)
+    source, target = (to_device(torch.tensor(x, dtype=torch.long), desk.ids.device) for x in claim.copied)
+    for x in (desk.state.cache.k, desk.state.cache.v) if len(source) else ():
+        x[:, target] = x[:, source]
     text = GrowingText(f.member(request.adapter).tokenizer, request.goes_on)
-    seat = Seat(request, turn, common[best], tuple(uniforms([d.seed], d.tokens)[0].tolist()), text)
-    return replace(desk, seats=_put(desk.seats, slot, seat))
-
-
-def _copy(cache: Cache, source: int, target: int, n: int) -> None:
-    for x in (cache.k, cache.v):
-        x[:, target, :n] = x[:, source, :n]
+    seat = Seat(request, turn, claim.common, claim.pages, uniforms([d.seed], d.tokens)[0], text)
+    return replace(desk, seats=_put(desk.seats, desk.seats.index(None), seat), pages=pages)
 
 
 def release(desk: Desk, request: str) -> Desk:
     """Frees the slots of an HTTP request. request: its name."""
-    seats, kept = list(desk.seats), list(desk.kept)
+    seats, pages = list(desk.seats), desk.pages
     for j, seat in enumerate(desk.seats):
         if seat and seat.request.name[0] == request:
-            seats[j], kept[j] = None, seat.keys
-    return replace(desk, seats=tuple(seats), kept=tuple(kept))
+            seats[j], pages = None, pages.keep(seat.stored)
+    return replace(desk, seats=tuple(seats), pages=pages)
 
 
 @torch.no_grad()
@@ -194,40 +216,39 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
     before = desk.flights
     desk = _prefill(f, _decode(f, replace(desk, flights=())))
     now, later = (before, desk.flights) if desk.late and desk.flights else ((*before, *desk.flights), ())
-    seats, kept, deltas = list(desk.seats), list(desk.kept), []
+    seats, pages, deltas = list(desk.seats), desk.pages, []
     for flight in now:
         told = flight.read()
         for j, row, request in flight.requests:
             seat = seats[j]
             if seat and seat.request is request:
                 seats[j], delta = grow(seat, told[row])
-                kept[j] = kept[j] if seats[j] else seat.keys
+                pages = pages if seats[j] else pages.keep(seat.stored)
                 deltas.append(delta)
-    return replace(desk, seats=tuple(seats), kept=tuple(kept), flights=later), deltas
+    return replace(desk, seats=tuple(seats), pages=pages, flights=later), deltas
 
 
 def _decode(f: Family, desk: Desk) -> Desk:
     """Launches a step of decoding, for all rows up to the last that decodes.
 
-    Others among them compute too. They write behind the positions that they hold, and nobody reads what they write.
+    Others among them compute too. They write into page 0, of which they hold no more than the others of theirs, and
+    nobody reads it.
     """
-    busy = [j for j, seat in enumerate(desk.seats) if seat and seat.decodes]
+    busy = {j: seat for j, seat in enumerate(desk.seats) if seat and seat.decodes}
     if not busy:
         return desk
-    n = _launched(f.base.model, busy[-1] + 1, len(desk.seats))
+    n = _launched(f.base.model, max(busy) + 1, len(desk.seats))
     rows = _rows(f, desk, n)
-    held = [seat.held if seat else len(keys) for seat, keys in zip(desk.seats[:n], desk.kept, strict=False)]
-    size = _reach(desk.state.cache, max(held) + 1)
-    c = desk.state.cache
-    cache = replace(c, k=c.k[:, :n, :size], v=c.v[:, :n, :size]).holding([min(h, size - 1) for h in held])
+    cache = _reach(rows.cache, max(seat.held for seat in busy.values()) + 1)
     state = DecodeState(desk.state.hidden[:n], cache, desk.state.seen[:n])
-    numbers = [seat.uniform[seat.chosen] if seat and seat.decodes else 0.0 for seat in desk.seats[:n]]
-    uniform = _send(numbers, torch.float32, desk.ids.device)
+    uniform = rows.uniform[:, rows.steps]
     told, after = _launch(rows, StepInputs(state, desk.ids[:n], uniform, rows.options, rows.logprobs))
     desk.ids[:n].copy_(after.ids)
     if "penalty" in rows.options.used:
         desk.state.seen[:n].copy_(after.state.seen)
-    return _fly(replace(desk, rows=rows), dict(zip(busy, busy, strict=True)), told)
+    cache = replace(after.state.cache, table=rows.cache.table)
+    rows = replace(rows, cache=cache, steps=rows.steps + 1)
+    return _fly(replace(desk, rows=rows), {j: j for j in busy}, told)
 
 
 def _launch(rows: Rows, x: StepInputs) -> tuple[Tensor, StepInputs]:
@@ -259,9 +280,16 @@ def _fly(desk: Desk, rows: Mapping[int, int], told: Tensor) -> Desk:
 
 def _rows(f: Family, desk: Desk, n: int) -> Rows:
     """Of the first n slots: those of the last step, if the same requests are in them."""
-    requests = tuple(seat.request if seat and seat.decodes else None for seat in desk.seats[:n])
+    seats = [seat if seat and seat.decodes else None for seat in desk.seats[:n]]
+    requests = tuple(seat and seat.request for seat in seats)
     if desk.rows and list(map(id, desk.rows.requests)) == list(map(id, requests)):
         return desk.rows
+    cache = _pages(desk, [seat.pages if seat else () for seat in seats]).holding(
+        [seat.held if seat else 0 for seat in seats]
+    )
+    uniform = pad_sequence(
+        [seat.uniform[seat.chosen :] if seat else torch.zeros(0) for seat in seats], batch_first=True
+    )
     who = [r.adapter if r else "" for r in requests]
     m = f.model(who)
     if len(set(who)) > 1:
@@ -269,7 +297,14 @@ def _rows(f: Family, desk: Desk, n: int) -> Rows:
     options = RowOptions.of([r.decoding if r else Decoding() for r in requests])
     if _captures(m):
         options = replace(options, used=next(s for s in USED if options.used <= s), most=max(MOST, options.most))
-    return Rows(requests, m, options.to(desk.ids.device))
+    device = desk.ids.device
+    return Rows(requests, m, options.to(device), cache, to_device(uniform, device))
+
+
+def _pages(desk: Desk, rows: Sequence[tuple[int, ...]]) -> Cache:
+    """The cache of rows with these pages; page 0 stands behind them."""
+    table = torch.tensor([(*pages, *[0] * (desk.width - len(pages))) for pages in rows], dtype=torch.int32)
+    return replace(desk.state.cache, table=to_device(table, desk.ids.device))
 
 
 def _prefill(f: Family, desk: Desk) -> Desk:
@@ -291,8 +326,8 @@ def _prefill_member(a: Assistant, desk: Desk, ends: Mapping[int, int]) -> Desk:
     pictures = [p for seat in seats.values() for p in seat.request.pictures]
     feats = conversation.features(a, pictures, desk.feats)
     prompts = [_part(a, seat.request, ends[j], feats) for j, seat in seats.items()]
-    held = [seat.filled for seat in seats.values()]
-    new = decode.prefill(a.model, prompts, desk.state.cache, vocabulary(a), held, list(ends))
+    cache = _pages(desk, [seat.pages for seat in seats.values()])
+    new = decode.prefill(a.model, prompts, cache, vocabulary(a), [seat.filled for seat in seats.values()])
     filled = {j: replace(seat, filled=ends[j]) for j, seat in seats.items()}
     desk = replace(desk, seats=tuple(filled.get(j, s) for j, s in enumerate(desk.seats)), feats=feats)
     done = [i for i, seat in enumerate(filled.values()) if not seat.left]
@@ -307,18 +342,18 @@ def _part(a: Assistant, request: AnswerRequest, end: int, feats: Mapping[str, Te
 
 
 def _picked(state: DecodeState, rows: Sequence[int]) -> DecodeState:
-    at = _send(rows, torch.long, state.hidden.device)
+    at = to_device(torch.tensor(rows), state.hidden.device)
     return DecodeState(state.hidden[at], state.cache, state.seen[at])
 
 
 def _first(m: Model, desk: Desk, slots: Sequence[int], state: DecodeState) -> Desk:
     """Chooses the first tokens of prompts that are prefilled. state: of these slots."""
-    requests = tuple(seat.request for j in slots if (seat := desk.seats[j]))
-    uniform = _send([seat.uniform[0] for j in slots if (seat := desk.seats[j])], torch.float32, desk.ids.device)
-    options = RowOptions.of([r.decoding for r in requests])
-    rows = Rows(requests, m, options.to(desk.ids.device))
-    ids, told = decode.choose(m, state, uniform, rows.options, rows.logprobs)
-    at = _send(slots, torch.long, desk.ids.device)
+    seats, device = [seat for j in slots if (seat := desk.seats[j])], desk.ids.device
+    uniform = to_device(torch.stack([seat.uniform[:1] for seat in seats]), device)
+    options = RowOptions.of([seat.request.decoding for seat in seats]).to(device)
+    rows = Rows(tuple(seat.request for seat in seats), m, options, state.cache, uniform)
+    ids, told = decode.choose(m, state, uniform[:, 0], rows.options, rows.logprobs)
+    at = to_device(torch.tensor(slots), device)
     desk.ids.index_copy_(0, at, ids)
     desk.state.seen.index_copy_(0, at, state.seen)
     told = _with_top(m, state, told, rows.top) if rows.top else told
@@ -335,19 +370,13 @@ def _launched(m: Model, rows: int, slots: int) -> int:
     return min(1 << (rows - 1).bit_length(), slots) if _captures(m) else rows
 
 
-def _reach(cache: Cache, tokens: int) -> int:
-    """How many positions of each row a step is given: one of few sizes, so that its cost follows the rows' lengths.
+def _reach(cache: Cache, tokens: int) -> Cache:
+    """Of each row as many pages as a step is given: one of few numbers, so that its cost follows the rows' lengths.
 
-    All where fused attention stops at each row's length by itself and needs the whole buffer, as its order tells.
+    All where fused attention stops at each row's length by itself, as the cache's order in memory tells.
     """
-    size = 64
-    while size < tokens:
-        size *= 2
-    return cache.size if cache.k.is_contiguous() else min(size, cache.size)
-
-
-def _send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return to_device(torch.tensor(values, dtype=dtype), device)
+    pages = 1 << (-(-tokens // cache.page) - 1).bit_length()
+    return cache if cache.table is None or cache.k.is_contiguous() else replace(cache, table=cache.table[:, :pages])
 
 
 def _put(items: tuple, j: int, item: object) -> tuple:

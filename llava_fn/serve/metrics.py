@@ -39,6 +39,9 @@ class ServerMetrics:
         )
         self.waiting = Gauge("llava_fn_requests_waiting", "Requests that have no slot yet", registry=r)
         self.slots = Gauge("llava_fn_slots", "Slots for answers", ("state",), registry=r)
+        self.pages = Gauge(
+            "llava_fn_cache_pages", "Pages of the cache; kept: of finished answers alone", ("state",), registry=r
+        )
 
     def ended(self, endpoint: str, status: int) -> None:
         """Count a request."""
@@ -54,6 +57,9 @@ class ServerMetrics:
         self.waiting.set(figures["waiting"])
         self.slots.labels("free").set(figures["free"])
         self.slots.labels("busy").set(figures["slots"] - figures["free"])
+        busy, kept = figures["busy_pages"], figures["kept_pages"]
+        for state, pages in (("free", figures["pages"] - busy - kept), ("busy", busy), ("kept", kept)):
+            self.pages.labels(state).set(pages)
         return generate_latest(self.registry)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from llava_fn.generate.conversation import GrowingText, Key, Picture, visible
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import PartialAnswer, Vocabulary
+from llava_fn.serve.pages import Stored
 
 AnswerName = tuple[str, int]  # of the HTTP request, and the number of the answer
 Ranking = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, most likely first
@@ -54,7 +57,8 @@ class Seat:
     request: AnswerRequest
     turn: int  # seats with lower numbers came earlier
     filled: int  # positions of the prompt that the cache holds
-    uniform: tuple[float, ...]  # a random number for each token
+    pages: tuple[int, ...]  # of the cache, for the prompt and the answer
+    uniform: Tensor  # f32[tokens] on the host, a random number for each token
     text: GrowingText  # of the answer so far
     chosen: int = 0  # tokens that the device has chosen, or was told to choose
     read: int = 0  # of these
@@ -80,6 +84,11 @@ class Seat:
     def keys(self) -> tuple[Key, ...]:
         """Of the positions that the cache holds, as far as the host knows them."""
         return (*self.request.keys[: self.filled], *self.row.ids)[: self.held]
+
+    @property
+    def stored(self) -> Stored:
+        """What is in its pages."""
+        return Stored(self.keys, self.pages)
 
 
 def grow(seat: Seat, told: Sequence[float]) -> tuple[Seat | None, Delta]:

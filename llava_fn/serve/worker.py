@@ -39,10 +39,13 @@ class Ticket:
 class Worker:
     """Owns the model's thread. `submit` and `cancel` may be called from any other, and return at once."""
 
-    def __init__(self, f: Family, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None) -> None:
-        """on_crash: called if the thread ends by an error, which is then in `error`."""
+    def __init__(
+        self, f: Family, slots: int, limits: Limits, on_crash: Callable[[], None] = lambda: None,
+        cache_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        """cache_tokens: of engine.pages_for. on_crash: called if the thread ends by an error, which is in `error`."""
         self._family, self._limits, self._on_crash = f, limits, on_crash
-        self._desk = engine.empty(f, slots, limits.chunk)
+        self._desk = engine.empty(f, slots, limits.chunk, pages=engine.pages_for(f, slots, cache_tokens))
         self._inbox: queue.SimpleQueue[Ticket | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[str] = set()  # names of requests that have no slot yet
@@ -58,15 +61,28 @@ class Worker:
         start = time.perf_counter()
         self._desk = engine.warm(self._family, self._desk)
         seconds, slots = time.perf_counter() - start, len(self._desk.seats)
-        room = f"{slots} slots of {self._family.base.context} tokens: {self._desk.bytes / 2**30:.2f} GiB"
+        room = f"{slots} slots, a cache of {self.room} tokens: {self._desk.bytes / 2**30:.2f} GiB"
         return f"{room}; warmed up in {seconds:.1f} s"
+
+    @property
+    def room(self) -> int:
+        """Tokens of the cache."""
+        return self._desk.pages.count * self._desk.pages.size
 
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Answer a request. Raises Refused if too many wait already, or if the thread has ended."""
+        """Answer a request. Raises Refused if it never fits, if too many wait already, or if the thread has ended."""
+        for answer in ticket.answers:
+            if not engine.fits(self._desk, answer):
+                prompt, tokens = len(answer.ids), answer.decoding.tokens
+                what = f"the prompt has {prompt} tokens; with {tokens} for the answer that is over"
+                raise Refused(
+                    400, f"{what} this server's cache of {self.room} (--cache-tokens); shorten it or ask for fewer",
+                    "max_tokens",
+                )  # fmt: skip
         with self._lock:
             if not self._open:
                 raise Refused(503, "the server is stopping, or its model has failed", code="stopped")
@@ -86,8 +102,10 @@ class Worker:
         self._thread.join()
 
     def figures(self) -> dict[str, int]:
-        """Numbers of slots, of free slots, and of requests that wait for a slot."""
-        return {"slots": len(self._desk.seats), "free": self._desk.free, "waiting": len(self._waiting)}
+        """Numbers of slots, of free slots, of requests that wait for a slot, and of the cache's pages."""
+        desk = self._desk
+        figures = {"slots": len(desk.seats), "free": desk.free, "waiting": len(self._waiting)}
+        return figures | desk.pages.figures(desk.running)
 
     def _run(self) -> None:
         why = Refused(503, "the server is stopping", code="stopped")

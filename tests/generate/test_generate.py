@@ -203,7 +203,7 @@ def test_a_cache_keeps_its_order_in_memory():
     caches = [first, first.grown(20), first.repeat(3), first.repeat(1), first.reorder(torch.tensor([1, 0]), 2)]
     assert [c.k.shape[1:3] for c in caches] == [(2, 8), (2, 20), (6, 8), (2, 8), (2, 8)]
     for c in caches:
-        assert c.k.transpose(2, 3).is_contiguous() and c.v.transpose(2, 3).is_contiguous()
+        assert c.k.permute(0, 3, 1, 2, 4).is_contiguous() and c.v.permute(0, 3, 1, 2, 4).is_contiguous()
 
 
 def test_decode_step_is_one_graph_for_all_lengths(params):

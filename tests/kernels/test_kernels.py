@@ -110,7 +110,7 @@ def test_decode_attention_ignores_the_rest_of_the_cache():
 def test_decode_attention_in_any_order_in_memory_equals_the_reference(lengths, dtype):
     q, lengths = rand(2, 4, 8).to(dtype), held(lengths)
     k, v = (kernels.empty_cache(q, 1, 2, 7, 2, 8)[0].copy_(rand(2, 7, 2, 8, seed=s)) for s in (1, 2))
-    assert k.transpose(1, 2).is_contiguous()
+    assert k.permute(2, 0, 1, 3).is_contiguous()
     want = decode.reference(q, k.contiguous(), v.contiguous(), lengths)
     torch.testing.assert_close(kernels.decode_attention(q, k, v, lengths), want)
 

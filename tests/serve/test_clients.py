@@ -56,6 +56,8 @@ def test_metrics_count_what_was_asked_and_answered(a, images, monkeypatch):
     with serving(a, prompt=300, tokens=100, samples=4) as server:
         before = figures(server)
         assert before["llava_fn_slots", "free"] == 4 and before["llava_fn_requests_waiting",] == 0
+        pages = [before["llava_fn_cache_pages", state] for state in ("free", "busy", "kept")]
+        assert sum(pages) == 4 * 512 // 64 and pages[1] == 0
         usage = []
         shots = user(*[part(i.read_bytes()) for i in images], text("What?"))
         for body in (BODY, BODY | {"messages": [shots], "n": 2, "temperature": 1}):

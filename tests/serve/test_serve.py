@@ -546,7 +546,7 @@ def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weig
             assert list(stream)[-1].choices[0].finish_reason
             status, out, err = ended.result(60)
             assert (status, out) == (0, server.told + "\n")
-            assert re.fullmatch(r"8 slots of 4096 tokens: \d+\.\d\d GiB; warmed up in \d+\.\d s\n", err)
+            assert re.fullmatch(r"8 slots, a cache of 32768 tokens: \d+\.\d\d GiB; warmed up in \d+\.\d s\n", err)
 
 
 def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):

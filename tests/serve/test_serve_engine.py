@@ -14,6 +14,7 @@ from llava_fn.generate.graph import Graphs
 from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 from llava_fn.serve.options import Limits
+from llava_fn.serve.pages import Claim, Pages, Stored
 from llava_fn.serve.refused import Refused
 from llava_fn.serve.seat import AnswerRequest
 from llava_fn.serve.worker import Ticket, Worker
@@ -76,10 +77,10 @@ class Collected:
 
 
 def serve(a, jobs, slots, desk=None, every=1):
-    """A new job every so many steps, if a slot is free."""
+    """A new job every so many steps, if there is room for it."""
     desk, got, waiting, t = desk or engine.empty(Family(a), slots), Collected(), list(jobs), 0
     while waiting or desk.free < slots:
-        if waiting and desk.free and t % every == 0:
+        if waiting and t % every == 0 and engine.takes(desk, waiting[0]):
             desk = engine.admit(Family(a), desk, waiting.pop(0))
         desk, pieces = engine.step(Family(a), desk)
         got.add(pieces)
@@ -93,12 +94,19 @@ def captured(a):
     return dataclasses.replace(a, model=dataclasses.replace(a.model, launcher=launcher))
 
 
-@pytest.mark.parametrize("slots, every, chunk, late", [(1, 1, 1024, False), (3, 2, 11, True), (16, 1, 64, True)])
-def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every, chunk, late, monkeypatch):
-    """Prompts in one piece or in chunks, tokens read at once or while the next ones are chosen."""
+@pytest.mark.parametrize(
+    "slots, every, chunk, late, pages",
+    [(1, 1, 1024, False, None), (3, 2, 11, True, Pages(8, 45, True)), (16, 1, 64, True, Pages(8, 52, False))],
+)
+def test_each_answer_is_what_its_prompt_alone_gives(a, chats, slots, every, chunk, late, pages, monkeypatch):
+    """Prompts in one piece or in chunks, tokens read at once or while the next ones are chosen.
+
+    In fewer pages than the context of each slot has: rows that share them, and rows that do not.
+    """
     rows = rows_computed(monkeypatch)
     served = captured(a) if slots == 3 else a
-    desk = engine.empty(Family(served), slots, chunk, late)
+    desk = engine.empty(Family(served), slots, chunk, late, pages)
+    assert pages is None or pages.count < slots * a.context // pages.size
     asked = {(f"{i}-{j}", 0): (chat, d) for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)}
     _, got = serve(served, [job(a, chat, d, *name) for name, (chat, d) in asked.items()], slots, desk, every)
     assert 0 < max(rows) <= chunk
@@ -164,7 +172,7 @@ def test_warming_up_captures_every_step_that_requests_lead_to(a, chats):
     f = Family(dataclasses.replace(a, model=dataclasses.replace(a.model, launcher=launcher)))
     desk = engine.warm(f, engine.empty(f, slots))
     assert len(captures) == 3 * len(engine.USED)  # 1, 2 and 3 rows
-    assert desk.free == slots and not any(desk.cached) and not desk.feats
+    assert desk.free == slots and not desk.pages.kept and not desk.feats
     jobs = [job(f.base, chat, d, f"{i}-{j}") for i, chat in enumerate(chats) for j, d in enumerate(OPTIONS)]
     serve(f.base, [j for j in jobs if not j.decoding.logprobs], slots, desk)
     assert len(captures) == 3 * len(engine.USED)
@@ -186,7 +194,12 @@ def test_a_step_on_a_card_does_not_make_the_host_wait(a, chats, monkeypatch):
         sent.clear()
         desk, pieces = engine.step(f, desk)
         counts.append((len(pieces), len(sent)))
-    assert counts == [(0, 5), (2, 3), (2, 2), (2, 2)]  # the options once more, when the requests change
+    assert counts == [
+        (0, 6),
+        (2, 4),
+        (2, 0),
+        (2, 0),
+    ]  # pages, lengths, options, random numbers: when the requests change
 
 
 def test_a_long_prompt_does_not_hold_up_the_answers_under_way(a, chats, monkeypatch):
@@ -225,15 +238,6 @@ def test_the_next_turn_computes_only_what_is_new(a, chats, monkeypatch):
     assert rows[0] <= len(again.ids) - len(job(a, chats[0], d).ids)
 
 
-def test_a_slot_keeps_a_long_conversation_when_a_short_beginning_is_all_that_is_common(a, chats):
-    long = job(a, ask(Chat(system="Be brief."), "What is the name of this and of that? " * 3), Decoding(tokens=20))
-    desk, _ = serve(a, [long], 2)
-    other = job(a, ask(Chat(system="Be brief."), "Why?"), Decoding(tokens=3), "y")
-    assert 0 < conversation.common_prefix(other.keys, long.keys) < len(long.keys) / 2
-    desk, _ = serve(a, [other], 2, desk)
-    assert desk.cached[0][: len(long.keys)] == long.keys and desk.cached[1][: len(other.keys)] == other.keys
-
-
 def test_a_released_slot_is_free_and_the_others_go_on(a, chats):
     desk, got = engine.empty(Family(a), 2), Collected()
     for j in range(2):
@@ -254,9 +258,80 @@ def test_features_of_a_picture_are_computed_once(a, chats, monkeypatch):
     assert counts == [1, 2]
 
 
-def test_a_desk_has_a_slot(a):
+def test_a_desk_has_a_slot_and_each_slot_a_page(a):
     with pytest.raises(ValueError, match="slots=0"):
         engine.empty(Family(a), 0)
+    with pytest.raises(ValueError, match="cache_tokens=150 are 3 pages of 64 tokens, fewer than the 4 slots"):
+        engine.pages_for(Family(a), 4, 150)
+    assert (engine.pages_for(Family(a), 4).count, engine.pages_for(Family(a), 3, 150).count) == (4 * a.context // 64, 3)
+
+
+def test_prompts_share_the_pages_of_what_they_have_in_common(a, chats, monkeypatch):
+    """While the first answer is under way, and after it: whole pages are shared, and the one where they part copied."""
+    d, rows = Decoding(tokens=12, temperature=1.5), rows_computed(monkeypatch)
+    jobs = [job(a, chats[2], dataclasses.replace(d, seed=s), f"{s}") for s in range(3)]
+    whole = (len(jobs[0].ids) - 1) // 8
+    desk = engine.admit(Family(a), engine.empty(Family(a), 2, pages=Pages(8, 40, True)), jobs[0])
+    desk, _ = engine.step(Family(a), desk)
+    desk = engine.admit(Family(a), desk, jobs[1])
+    first, second = (seat.pages for seat in desk.seats)
+    assert first[:whole] == second[:whole] and not {*first[whole:]} & {*second[whole:]}
+    desk, got = serve(a, [], 2, desk)
+    desk, more = serve(a, jobs[2:], 2, desk)
+    assert rows == [len(jobs[0].ids), 1, 1] and len(desk.pages.kept) == 3
+    assert len({page for row in desk.pages.kept for page in row.pages}) < 2 * len(first)
+    for (s, _), ids in (got.ids | more.ids).items():
+        assert ids == alone(a, chats[2], dataclasses.replace(d, seed=int(s)))[0][-len(ids) :]
+
+
+def test_a_prompt_waits_until_pages_are_free_and_takes_none_from_an_answer(a, chats):
+    long, short = (job(a, chats[i], Decoding(tokens=20, temperature=2.0), f"{i}") for i in (0, 1))
+    needed = Pages(8, 1, False).needed(len(long.ids) + 19)
+    desk = engine.admit(Family(a), engine.empty(Family(a), 2, pages=Pages(8, needed + 2, False)), long)
+    assert desk.free and engine.fits(desk, short) and not engine.takes(desk, short)
+    desk, got = serve(a, [short], 2, desk)
+    assert {*got.ids} == {("0", 0), ("1", 0)}
+    for i in (0, 1):
+        assert got.ids[f"{i}", 0] == alone(a, chats[i], Decoding(tokens=20, temperature=2.0))[0]
+
+
+def stored(keys, *pages):
+    return Stored(tuple(keys), pages)
+
+
+def test_pages_of_finished_answers_are_taken_in_the_order_of_their_last_use():
+    pages = Pages(2, 6, True).keep(stored("abc", 1, 2, 6)).keep(stored("xyz", 3, 4))
+    assert pages.kept[0].pages == (1, 2)  # as far as they hold something
+    used, claim = pages.claim([], tuple("abd"), 1)
+    assert claim == Claim((1, 5), 2, ((), ())) and used.kept == (pages.kept[1], pages.kept[0])
+    running = [stored("ab", *claim.pages)]
+    assert used.figures(running) == {"pages": 6, "busy_pages": 2, "kept_pages": 3}
+    assert used.fits(running, tuple("klmn"), 5) and not used.fits(running, tuple("klmn"), 6)
+    used, claim = used.claim(running, tuple("klmn"), 1)
+    assert claim == Claim((3, 4), 0, ((), ())) and [row.pages for row in used.kept] == [(1, 2)]
+    used, claim = used.claim(running, tuple("xyzx"), 5)  # what it might have shared is gone
+    assert claim == Claim((2, 3, 4, 6), 0, ((), ())) and not used.kept
+
+
+def test_pages_in_which_prompts_part_are_copied_or_all_where_none_are_shared():
+    for shares, claim in ((True, Claim((1, 5, 6), 3, ((2,), (5,)))), (False, Claim((4, 5, 6), 3, ((1, 2), (4, 5))))):
+        pages = Pages(2, 6, shares).keep(stored("abcd", 1, 2)).keep(stored("q", 3 if not shares else 4))
+        pages = dataclasses.replace(pages, kept=(*pages.kept, *([stored("r", 3)] if shares else [])))
+        assert pages.claim([], tuple("abcxy"), 1)[1] == claim
+
+
+def test_a_finished_answer_replaces_the_rows_that_it_goes_on_from():
+    pages = Pages(2, 9, True).keep(stored("abc", 1, 2)).keep(stored("x", 3)).keep(stored("abcde", 1, 4, 5))
+    assert [row.keys for row in pages.kept] == [("x",), tuple("abcde")] and pages.keep(stored("")) == pages
+
+
+def test_a_request_that_never_fits_is_refused_with_the_numbers(a, chats):
+    w = Worker(Family(a), 1, Limits(), cache_tokens=64)
+    asked = job(a, chats[1], Decoding(tokens=100))
+    with pytest.raises(
+        Refused, match=rf"{len(asked.ids)} tokens; with 100 .* this server's cache of 64 \(--cache-tokens"
+    ):
+        Client(w, [asked], "x")
 
 
 class Client:
@@ -308,7 +383,7 @@ def test_requests_wait_for_a_slot_and_are_all_answered(a, chats, worker):
     clients = [Client(w, [job(a, chats[i % 5], OPTIONS[1], f"{i}")], f"{i}") for i in range(12)]
     want = [alone(a, chat, OPTIONS[1])[1] for chat in chats]
     assert [text_of(c.all()) for c in clients] == [want[i % 5] for i in range(12)]
-    assert w.figures() == {"slots": 2, "free": 2, "waiting": 0}
+    assert w.figures() | {"slots": 2, "free": 2, "waiting": 0, "busy_pages": 0} == w.figures()
 
 
 def test_too_long_a_queue_is_refused(a, chats, worker, monkeypatch):

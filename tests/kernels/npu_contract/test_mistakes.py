@@ -146,7 +146,7 @@ def test_planted_mistake_in_decoding_from_pages_goes_red(right, wrong):
     [
         ("k.contiguous(), v.contiguous(), k_cache", "v.contiguous(), k.contiguous(), k_cache"),
         ("k.contiguous(), v.contiguous(), k_cache", "k, v, k_cache"),
-        ("places.slot", "places.at"),
+        ("slots, cache_mode", "slots + 1, cache_mode"),
         (', cache_mode="Norm"', ""),
     ],
 )
