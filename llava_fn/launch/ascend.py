@@ -4,6 +4,7 @@ The libraries stop at some illegal values, parse others up to the first bad char
 illegal value is an error before anything starts. What they only warn of, or overrule, is a warning here too.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -190,6 +191,11 @@ def doubtful(environ: Mapping[str, str]) -> list[str]:
             f"for one process a card start the recipe with `torchrun --nproc-per-node {cards} RECIPE ...`"
         )
     return found
+
+
+def hccl_buffer(environ: Mapping[str, str] = os.environ) -> int:
+    """HCCL_BUFFSIZE: MB of each of the two buffers of a communicator."""
+    return int(environ.get("HCCL_BUFFSIZE", "200"))
 
 
 def hccl_seconds(environ: Mapping[str, str]) -> float:

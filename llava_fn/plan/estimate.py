@@ -46,6 +46,12 @@ class Traffic:
     seconds: float
 
 
+def hccl_buffers(dp: int, tp: int, size: int) -> int:
+    """Bytes of HCCL's buffers on an NPU: two of `size` MB for each communicator of a mesh of dp x tp."""
+    communicators = 3 if dp > 1 and tp > 1 else int(dp * tp > 1)  # of dp, tp and all, which may be the same
+    return communicators * 2 * size * 2**20
+
+
 def traffic(calls: Iterable[Call], tp: int, machine: int, device: Device, assumed: Assumed) -> tuple[Traffic, ...]:
     """The traffic of each kind of collective over each axis. tp: size of the tp axis; machine: devices a machine."""
     groups: dict[tuple[str, str, int], list[Call]] = {}

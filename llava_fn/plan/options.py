@@ -23,12 +23,15 @@ class Assumed:
     arithmetic: float = 0.45  # share of the peak FLOP/s that a whole step reaches, elementwise operations included
     links: float = 0.8  # share of the rated bandwidth that a collective reaches
     hop: float = 5e-6  # latency in seconds from one rank to the next
-    memory: float = 0.9  # share of the memory for tensors; the rest is for communication buffers and fragmentation
+    memory: float = 0.9  # share of the memory for tensors and HCCL; the rest is for NCCL, the driver and fragmentation
+    hccl: int = 200  # MB, HCCL_BUFFSIZE: on NPUs every communicator takes two such buffers
 
     def __post_init__(self) -> None:
         for name in ("arithmetic", "links", "memory"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"assumed.{name}={getattr(self, name)}; it is a share, above 0 and at most 1")
+        if self.hccl < 1:
+            raise ValueError(f"assumed.hccl={self.hccl}; HCCL_BUFFSIZE is at least 1")
 
 
 @dataclass(frozen=True)

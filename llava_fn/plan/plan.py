@@ -19,7 +19,7 @@ from llava_fn.data.options import Data
 from llava_fn.parallel.mesh import check_world
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, trace
-from llava_fn.plan.estimate import DEVICES, GIB, Traffic
+from llava_fn.plan.estimate import DEVICES, GIB, Traffic, hccl_buffers
 from llava_fn.plan.options import DataSizes, PlanOptions
 from llava_fn.plan.trace import KINDS, REST, Call, Product, Traced, Workload
 
@@ -31,6 +31,7 @@ counted: the real train step, with the CPU's operators and reference kernels (fu
 estimated, never measured: {device} {peak:.0f} TFLOP/s in {dtype} x {a.arithmetic} (arithmetic)
   {memory:.0f} GiB x {a.memory} (memory); GB/s per device: {inside:.0f} inside a machine of {machine}, {outside:.0f} \
 outside, x {a.links} (links)
+  of the memory {buffers:.2f} GiB are HCCL's: two buffers of {a.hccl} MB for each communicator, on NPUs alone
   {hop:g} us per hop; no time for data, checkpoints, or waiting for the slowest rank"""
 Log = Callable[[str], None]
 
@@ -199,7 +200,11 @@ def fitting(c: PlanOptions, model: Llava, report: Report, log: Log = lambda line
 
 def _limit(c: PlanOptions) -> float:
     """Bytes of a device that tensors can occupy."""
-    return DEVICES[c.device].memory * c.assumed.memory
+    return DEVICES[c.device].memory * c.assumed.memory - _buffers(c)
+
+
+def _buffers(c: PlanOptions) -> int:
+    return hccl_buffers(c.dp, c.parallel.tp, c.assumed.hccl) if c.device == "910B" else 0
 
 
 def _variants(c: PlanOptions, model: Llava) -> Iterator[PlanOptions]:
@@ -280,6 +285,7 @@ def assumptions(c: PlanOptions) -> str:
     return COUNTED.format(
         device=c.device, peak=getattr(d, c.dtype) / 1e12, dtype=c.dtype, a=c.assumed, memory=d.memory / GIB,
         inside=d.inside / 1e9, outside=d.outside / 1e9, machine=c.machine, hop=c.assumed.hop * 1e6,
+        buffers=_buffers(c) / GIB,
     )  # fmt: skip
 
 

@@ -15,10 +15,11 @@ import torch
 from llava_fn.batch import IMAGE, Sample, collate
 from llava_fn.config import Recompute
 from llava_fn.data.options import Data
+from llava_fn.launch.ascend import hccl_buffer
 from llava_fn.launch.processes import World
 from llava_fn.parallel.collectives import total
 from llava_fn.plan import trace
-from llava_fn.plan.estimate import GIB
+from llava_fn.plan.estimate import GIB, hccl_buffers
 from llava_fn.plan.options import Assumed
 from llava_fn.plan.trace import Workload
 
@@ -39,7 +40,9 @@ def decide(
         return "off"
     needed = 0
     if world.first:
-        memory = torch.get_device_module(world.device).mem_get_info()[1]
+        memory = Assumed().memory * torch.get_device_module(world.device).mem_get_info()[1]
+        if world.device.type == "npu":
+            memory -= hccl_buffers(world.mesh.dp.size, world.mesh.tp.size, hccl_buffer())
         needed = int(_needed(w, micro_batch(data, world.mesh.dp.size, longest()), memory))
     if world.mesh.all.size > 1:
         needed = int(total(torch.tensor([needed], device=world.device), world.mesh.all))
@@ -55,11 +58,10 @@ def micro_batch(data: Data, dp: int, longest: int) -> tuple[int, int]:
 def _needed(w: Workload, micro: tuple[int, int], memory: float) -> bool:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # this process belongs to a group already
         peak = pool.submit(peak_memory, w, *micro).result()
-    share = Assumed().memory
-    needed = peak > share * memory
+    needed = peak > memory
     print(
         f"recompute: {'on' if needed else 'off'}; without it an update takes about {peak / GIB:.3g} GiB of the "
-        f"{share * memory / GIB:.3g} GiB that tensors can have ({micro[0]} samples of {micro[1]} tokens at a time); "
+        f"{memory / GIB:.3g} GiB that tensors can have ({micro[0]} samples of {micro[1]} tokens at a time); "
         "--recompute on or off overrules this", file=sys.stderr,
     )  # fmt: skip
     return needed

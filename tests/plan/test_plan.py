@@ -14,7 +14,7 @@ from llava_fn.config import STAGES, Parallel
 from llava_fn.launch import cli
 from llava_fn.parallel.zero import Zero
 from llava_fn.plan import estimate, options, plan, trace
-from llava_fn.plan.estimate import GIB, Device
+from llava_fn.plan.estimate import DEVICES, GIB, Device
 from llava_fn.plan.options import Assumed, DataSizes, PlanOptions
 from llava_fn.plan.trace import FROZEN, GRADIENTS, MASTERS, MOMENTS, REST, WEIGHTS, Call
 
@@ -336,8 +336,25 @@ def test_too_few_samples_are_a_verdict_with_a_plan_that_runs():
     assert "A plan that fits:\n" in plan.text(report) and "dp 8 x tp 2" in plan.text(report)
 
 
+def test_a_plan_knows_the_buffers_of_hccl():
+    """Two for each communicator, of which a mesh of one axis has one."""
+    assert [estimate.hccl_buffers(*mesh, 200) / 2**20 for mesh in ((1, 1), (8, 1), (1, 8), (4, 2))] == [
+        0,
+        400,
+        400,
+        1200,
+    ]
+    c = replace(SMALL, world=4, machine=4, parallel=Parallel(tp=2), assumed=Assumed(hccl=300))
+    limits = [plan._limit(replace(c, device=name)) for name in ("910B", "A100")]
+    assert limits == [0.9 * DEVICES["910B"].memory - 1800 * 2**20, 0.9 * DEVICES["A100"].memory]
+    assert "1.76 GiB are HCCL's: two buffers of 300 MB" in plan.assumptions(c)
+    with pytest.raises(ValueError, match="assumed.hccl=0"):
+        Assumed(hccl=0)
+
+
 def small_device(monkeypatch, mib):
-    monkeypatch.setitem(plan.DEVICES, "910B", Device(1e12, 1e11, mib * 2**20 / 0.9, 1e9, 1e8))
+    """It has room for this much beside the buffers of a communicator."""
+    monkeypatch.setitem(plan.DEVICES, "910B", Device(1e12, 1e11, (mib + 400) * 2**20 / 0.9, 1e9, 1e8))
 
 
 def test_a_plan_that_does_not_fit_names_the_first_that_does(monkeypatch):

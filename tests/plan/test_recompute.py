@@ -11,6 +11,7 @@ from llava_fn import config
 from llava_fn.config import Parallel
 from llava_fn.data.options import Data
 from llava_fn.launch.processes import World
+from llava_fn.parallel.mesh import Axis, Mesh
 from llava_fn.plan import recompute
 from llava_fn.plan.estimate import GIB
 from llava_fn.plan.trace import Workload
@@ -40,12 +41,19 @@ def test_what_needs_no_trace_is_decided_without_one(choice, zero, world, want):
 
 def test_a_card_recomputes_only_where_an_update_does_not_fit_it(monkeypatch, capsys):
     peak = recompute.peak_memory(W, 3, 90)
-    for memory, want in ((peak / 0.9 * 1.01, "off"), (peak / 0.9 * 0.99, "on")):
+    npu = World(SimpleNamespace(type="npu"), Mesh(dp=Axis("dp", 2)))  # whose HCCL takes 400 MiB
+    with_hccl = peak + 400 * 2**20
+    for world, memory, want in (
+        (CARD, peak / 0.9 * 1.01, "off"), (CARD, peak / 0.9 * 0.99, "on"), (npu, with_hccl / 0.9 * 0.99, "on"),
+        (npu, with_hccl / 0.9 * 1.01, "off"),
+    ):  # fmt: skip
         if want == "on":  # one real process is enough
             monkeypatch.setattr(recompute, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
         card = SimpleNamespace(mem_get_info=lambda memory=memory: (0, memory))
         monkeypatch.setattr(torch, "get_device_module", lambda device, card=card: card)
-        assert recompute.decide("auto", W, Data(samples=5, accumulate=2), lambda: 90, CARD) == want
+        assert (
+            recompute.decide("auto", W, Data(samples=5, accumulate=2 // world.mesh.dp.size), lambda: 90, world) == want
+        )
         said = capsys.readouterr().err
         assert said.startswith(f"recompute: {want}; without it an update takes about {peak / GIB:.3g} GiB")
         assert "3 samples of 90 tokens" in said and "--recompute on or off" in said
