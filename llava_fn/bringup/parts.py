@@ -53,6 +53,7 @@ def operation(name: str, device: torch.device) -> Iterator[Row]:
     )
     for dtype in DTYPES:
         row = check.measure(small, large, device, dtype, 3)
+        del row["operation"]
         yield {"what": (what := row.pop("dtype")), "limit": check.LIMITS[what], **row}
 
 
