@@ -15,9 +15,11 @@ from warm import ENV, recipe
 
 from llava_fn import llava, tree
 from llava_fn.batch import collate
+from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.grad import value_and_grad
 from llava_fn.parallel.mesh import Axis
 from llava_fn.study import attribution, influence, signals
+from llava_fn.study.gradients import Studied
 from llava_fn.study.options import Gradients
 from llava_fn.study.store import Store
 from llava_fn.study.subject import open_run
@@ -80,7 +82,7 @@ def test_gauss_newton_solves_with_the_damped_mean_of_outer_products():
         influence.gauss_newton(lambda: [], torch.zeros(1, 8193), 1.0)
 
 
-def test_two_processes_fill_the_stores_of_one_and_a_stopped_one_goes_on(folder, asked, warm):
+def test_two_processes_fill_the_stores_of_one_and_a_stopped_one_goes_on(folder, asked, warm, monkeypatch):
     done = asked("--store", "one")
     assert done.returncode == 0, done.stderr
     page = (folder / "why.html").read_text()
@@ -95,6 +97,12 @@ def test_two_processes_fill_the_stores_of_one_and_a_stopped_one_goes_on(folder, 
         one, two = (load_file(folder / store / file) for store in ("one", "two"))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert (folder / "two.html").read_text() == page
+    monkeypatch.chdir(folder)
+    (model,) = (subject := open_run(Path("run"), [6])).models(torch.device("cpu"))
+    for number in (0, 7):
+        _, _, (alone,) = attribution.gradients(model, subject.samples([number])[0], Gradients())
+        row = load_file(folder / "one/000006/000000.safetensors")["gradients"][number]
+        torch.testing.assert_close(row, alone, rtol=1e-3, atol=1e-5)
     (folder / "one" / files[1]).unlink()
     first = (folder / "one" / files[0]).stat().st_mtime_ns
     assert asked("--store", "one").returncode == 0 and (folder / "why.html").read_text() == page
@@ -143,7 +151,8 @@ def test_scores_are_those_of_each_record_alone(folder, monkeypatch):
     main.main(main.ScoreData(Path("run"), Path("scores"), parts=("projector", "llama"), device="cpu"))
     rows = list(csv.DictReader(Path("scores.tsv").open(), delimiter="\t"))
     subject = open_run(Path("run"))
-    models, (samples, bad) = subject.models(torch.device("cpu")), subject.samples(range(265))
+    whole = [checkpoint.load_model(Path(f"run/checkpoints/00000{step}")) for step in (2, 4, 6)]
+    models, (samples, bad) = [Studied(m.params, m.manifest.model, None) for m in whole], subject.samples(range(265))
     assert len(rows) == 264 and len(bad) == 1 and "Suspicious" in Path("scores.html").read_text()
     tokens = [[llava.nll(m.params, collate([s]), m.config) for m in models] for s in samples[:12]]  # then copies
     top = torch.tensor([[float(x.max()) for x in each] for each in tokens])
