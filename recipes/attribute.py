@@ -65,13 +65,9 @@ def main(c: Attribute) -> None:
             return
 
     answer = c.answer or attribution.answered(subject, models[-1], asked)
-    queries, loss = [], 0.0
-    for model in models:
-        sample = replace(
-            records.sample(attribution.question(c.image, c.prompt, answer), subject.preparation), record="0"
-        )
-        _, losses, taken = attribution.gradients(model, [sample], g)
-        queries, loss = [*queries, taken], float(losses[0])
+    sample = records.sample(attribution.question(c.image, c.prompt, answer), subject.preparation)
+    taken = [attribution.gradients(model, [replace(sample, record="0")], g) for model in models]
+    queries, loss = [gradient for _, _, gradient in taken], float(taken[-1][1])
     (scores,) = attribution.influences(stores, queries, subject.rates, c.method, c.damping)
     raised, lowered = attribution.influential(subject, stores[-1], scores)
     text = page.render(
