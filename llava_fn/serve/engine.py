@@ -178,10 +178,10 @@ def takes(desk: Desk, request: AnswerRequest) -> bool:
     waiting = [seat for seat in desk.seats if seat and seat.left]
     if not desk.free or sum(seat.left for seat in waiting) >= desk.chunk:
         return False
-    if not desk.pages.fits(desk.running, request.keys, request.decoding.tokens):
+    running, keys = desk.running, request.keys[:-1]
+    held, source = desk.pages.best(running, keys)
+    if not desk.pages.fits(running, len(request.ids) + request.decoding.tokens - 1, held, source):
         return False
-    keys = request.keys[:-1]
-    held, _ = desk.pages.best(desk.running, request.keys)
     soon = max((common_prefix(keys, seat.request.keys) for seat in waiting), default=0)
     return soon - held <= (len(keys) - held) // 2
 
@@ -192,10 +192,11 @@ def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
     The caller makes sure that a slot and enough pages are free.
     """
     d, turn = request.decoding, max((seat.turn for seat in desk.seats if seat), default=0) + 1
-    pages, claim = desk.pages.claim(desk.running, request.keys, d.tokens)
-    source, target = (to_device(torch.tensor(x, dtype=torch.long), desk.ids.device) for x in claim.copied)
-    for x in (desk.state.cache.k, desk.state.cache.v) if len(source) else ():
-        x[:, target] = x[:, source]
+    pages, claim = desk.pages.claim(desk.running, request.keys[:-1], len(request.ids) + d.tokens - 1)
+    for x in (desk.state.cache.k, desk.state.cache.v):
+        held = [x[:, source].clone() for source in claim.copied[0]]  # a page may be a source and then a target
+        for target, values in zip(claim.copied[1], held, strict=True):
+            x[:, target] = values
     text = GrowingText(f.member(request.adapter).tokenizer, request.goes_on)
     seat = Seat(request, turn, claim.common, claim.pages, uniforms([d.seed], d.tokens)[0], text)
     return replace(desk, seats=_put(desk.seats, desk.seats.index(None), seat), pages=pages)

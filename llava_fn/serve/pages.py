@@ -50,26 +50,29 @@ class Pages:
         """The number of pages for so many tokens."""
         return -(-tokens // self.size)
 
-    def fits(self, running: Sequence[Stored], keys: Sequence[Key], tokens: int) -> bool:
-        """Whether a prompt and all but the last of its tokens have room beside what is running."""
-        shared = self._shared(*self.best(running, keys))
+    def fits(self, running: Sequence[Stored], tokens: int, common: int, source: Stored) -> bool:
+        """Whether so many positions have room beside what is running. common, source: what is `best` for them."""
+        shared = self._shared(common, source)
         held = {*shared, *(page for row in running for page in row.pages)}
-        return self.needed(len(keys) + tokens - 1) - len(shared) <= self.count - len(held)
+        return self.needed(tokens) - len(shared) <= self.count - len(held)
 
     def _shared(self, common: int, source: Stored) -> tuple[int, ...]:
         return source.pages[: common // self.size if self.shares else 0]
 
     def best(self, running: Sequence[Stored], keys: Sequence[Key]) -> tuple[int, Stored]:
-        """The row with the longest prefix in common with all keys but the last, and the length of that."""
-        rows = [(common_prefix(keys[:-1], row.keys), row) for row in (*running, *self.kept)]
+        """The length of the longest prefix that any row has in common with these keys, and that row."""
+        rows = [(common_prefix(keys, row.keys), row) for row in (*running, *self.kept)]
         return max(rows, key=lambda item: item[0], default=(0, Stored((), ())))
 
     def claim(self, running: Sequence[Stored], keys: Sequence[Key], tokens: int) -> tuple[Pages, Claim]:
-        """Pages for an answer that `fits`. Rows of finished answers go as far as their pages are needed."""
+        """Pages for so many positions, which `fits`. Rows of finished answers go as far as their pages are needed.
+
+        keys: of the positions that need not be computed where a row has them.
+        """
         common, source = self.best(running, keys)
         shared = self._shared(common, source)
         kept = sorted(self.kept, key=lambda row: row is source)  # which is used now
-        own = self.needed(len(keys) + tokens - 1) - len(shared)
+        own = self.needed(tokens) - len(shared)
         held = {*shared, *(page for row in running for page in row.pages)}
         while len(free := self._free(held, kept)) < own:
             del kept[0]

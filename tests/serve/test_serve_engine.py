@@ -299,25 +299,31 @@ def stored(keys, *pages):
     return Stored(tuple(keys), pages)
 
 
+def fits(pages, running, keys, tokens):
+    return pages.fits(running, tokens, *pages.best(running, keys))
+
+
 def test_pages_of_finished_answers_are_taken_in_the_order_of_their_last_use():
     pages = Pages(2, 6, True).keep(stored("abc", 1, 2, 6)).keep(stored("xyz", 3, 4))
     assert pages.kept[0].pages == (1, 2)  # as far as they hold something
-    used, claim = pages.claim([], tuple("abd"), 1)
+    used, claim = pages.claim([], tuple("ab"), 3)
     assert claim == Claim((1, 5), 2, ((), ())) and used.kept == (pages.kept[1], pages.kept[0])
     running = [stored("ab", *claim.pages)]
     assert used.figures(running) == {"pages": 6, "busy_pages": 2, "kept_pages": 3}
-    assert used.fits(running, tuple("klmn"), 5) and not used.fits(running, tuple("klmn"), 6)
-    used, claim = used.claim(running, tuple("klmn"), 1)
+    assert fits(used, running, tuple("klm"), 8) and not fits(used, running, tuple("klm"), 9)
+    assert fits(used, running, tuple("abk"), 10) and not fits(used, running, tuple("abk"), 11)  # a page is shared
+    used, claim = used.claim(running, tuple("klm"), 4)
     assert claim == Claim((3, 4), 0, ((), ())) and [row.pages for row in used.kept] == [(1, 2)]
-    used, claim = used.claim(running, tuple("xyzx"), 5)  # what it might have shared is gone
+    used, claim = used.claim(running, tuple("xyz"), 8)  # what it might have shared is gone
     assert claim == Claim((2, 3, 4, 6), 0, ((), ())) and not used.kept
 
 
-def test_pages_in_which_prompts_part_are_copied_or_all_where_none_are_shared():
-    for shares, claim in ((True, Claim((1, 5, 6), 3, ((2,), (5,)))), (False, Claim((4, 5, 6), 3, ((1, 2), (4, 5))))):
-        pages = Pages(2, 6, shares).keep(stored("abcd", 1, 2)).keep(stored("q", 3 if not shares else 4))
-        pages = dataclasses.replace(pages, kept=(*pages.kept, *([stored("r", 3)] if shares else [])))
-        assert pages.claim([], tuple("abcxy"), 1)[1] == claim
+@pytest.mark.parametrize(
+    "shares, claim", [(True, Claim((1, 5, 6), 3, ((2,), (5,)))), (False, Claim((5, 6, 7), 3, ((1, 2), (5, 6))))]
+)
+def test_pages_in_which_prompts_part_are_copied_or_all_where_none_are_shared(shares, claim):
+    pages = Pages(2, 8, shares).keep(stored("abcd", 1, 2)).keep(stored("q", 4))
+    assert pages.claim([stored("", 8)], tuple("abcx"), 5)[1] == claim  # page 3 is free, but stands alone
 
 
 def test_a_finished_answer_replaces_the_rows_that_it_goes_on_from():
