@@ -178,8 +178,12 @@ def appearing(target: Path) -> Iterator[Path]:
         raise
     if target.exists():
         target.rename(aside)
-    part.rename(target)
-    _flush(target.parent)
+    parent = os.open(target.parent, os.O_RDONLY)  # now: rank 0 may move a folder of shares once the last has appeared
+    try:
+        part.rename(target)
+        os.fsync(parent)
+    finally:
+        os.close(parent)
     remove(aside)
 
 

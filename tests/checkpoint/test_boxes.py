@@ -616,6 +616,19 @@ def test_an_export_holds_few_tensors_at_a_time(saved, tmp_path, monkeypatch):
 # Kills.
 
 
+def test_the_folder_of_shares_may_be_moved_as_soon_as_the_last_has_appeared(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def seen_at_once(path, target):
+        rename(path, target)
+        if Path(target).name == "share-00000.json":
+            rename(Path(target).parent, tmp_path / "moved")
+
+    monkeypatch.setattr(Path, "rename", seen_at_once)
+    shares.write_share(tmp_path / "000004", 0, [], None)
+    assert (tmp_path / "moved/share-00000.json").exists()
+
+
 def test_kills_leave_whole_checkpoints_only(tmp_path):
     script = Path(__file__).with_name("checkpoint_kills.py")
     done = subprocess.run([sys.executable, script, tmp_path, "10"], capture_output=True, text=True, timeout=120)
