@@ -30,10 +30,14 @@ def probed(x: Tensor, y: Tensor, probe: TensorDict, bias: bool) -> Tensor:
 
 class _Probe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, delta, inp, out, rows, bias):
-        ctx.save_for_backward(x, inp, out)
-        ctx.rows, ctx.bias, ctx.dtype = rows, bias, delta.dtype
+    def forward(y, x, delta, inp, out, rows, bias):
         return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, x, delta, inp, out, ctx.rows, ctx.bias = inputs
+        ctx.save_for_backward(x, inp, out)
+        ctx.dtype = delta.dtype
 
     @staticmethod
     def backward(ctx, *gs: Tensor):

@@ -22,6 +22,7 @@ from llava_fn import llava, lora, tree
 from llava_fn.batch import Batch
 from llava_fn.config import Llava, Lora
 from llava_fn.grad import value_and_grad
+from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.spec import under
 
 BIASES = {"w1": "b1", "w2": "b2", "wq": "bq", "wk": "bk", "wv": "bv", "wo": "bo", "w_up": "b_up", "w_down": "b_down"}
@@ -137,16 +138,16 @@ class Taken:
 def per_sample(
     model: Studied, batch: Batch, chosen: Sequence[Site], projection: Projection | None = None, mean: bool = False
 ) -> Taken:
-    """Loss and gradients of each sample. batch: on the model's device, without padding.
+    """Loss and gradients of each sample. batch: on the model's device.
 
     mean: the loss of a sample is the mean over its labelled tokens instead of their sum. Memory beside that of an
-    ordinary step: n times `size` numbers. Dropout of adapters is off.
+    ordinary step: n times `size` numbers. Dropout of adapters is off. ValueError if the batch has padding.
     """
-    n, device = len(batch.records), batch.ids.device
+    n = len(batch.records)
+    if n != len(batch.stream.segments.queries):
+        raise ValueError("the batch has a segment of padding, which is no sample; collate it with multiple=1")
     shapes = {site.path: projection.shape(site) if projection else site.shape for site in chosen}
-    dtype = model.params["projector", "w1"].dtype
-    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    zero = torch.zeros((), dtype=dtype, device=device)
+    zero = at_least_fp32(model.params["projector", "w1"].new_zeros(()))
     deltas = tree.build((path, zero.expand(n, *shape)) for path, shape in shapes.items())
     probes = {site.path: _probe(site, batch, model.config, projection, zero) for site in chosen}
     owner = owners(batch)

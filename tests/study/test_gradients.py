@@ -68,6 +68,9 @@ def test_projected_gradients_are_those_of_the_loop_projected(tiny, samples):
     assert small.flat().shape[1] == gradients.size(chosen, projection) < gradients.size(chosen, None)
 
 
-def test_a_part_without_a_linear_layer_is_named(tiny):
+def test_a_part_without_a_linear_layer_and_padding_are_refused(tiny, samples):
+    model = studied(tiny, torch.float32)
+    with pytest.raises(ValueError, match="a segment of padding"):
+        per_sample(model, collate(samples, multiple=64), sites(model, ["projector"]))
     with pytest.raises(ValueError, match="llama/embed, none: no part .* there are vision, projector, llama, lora"):
-        sites(studied(tiny, torch.float32), ["projector", "llama/embed", "none"])
+        sites(model, ["projector", "llama/embed", "none"])
