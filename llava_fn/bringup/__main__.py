@@ -35,15 +35,11 @@ def check(part: str, c: Options) -> dict:
         why = run(command, limit, lambda line: rows.append(json.loads(line)), log)
         log.seek(0)
         end = log.read().splitlines()[-LINES:]
-    wrong = [row for row in rows if row.get("ok") is False]
+    why = f"{why}: {end[-1]}" if why.startswith("exit") and end else why
+    wrong = [f"beyond its limit: {row['what']}" for row in rows if row.get("ok") is False]
     skipped = [row["skipped"] for row in rows if "skipped" in row]
-    why = (
-        "; ".join(row["raised"] for row in rows if "raised" in row)
-        or why
-        or ", ".join(f"beyond its limit: {row['what']}" for row in wrong)
-        or ", ".join(skipped)
-    )
-    state = "skipped" if skipped else "failed" if why else "passed"
+    failure = "; ".join(row["raised"] for row in rows if "raised" in row) or why or ", ".join(wrong)
+    state, why = "failed" if failure else "skipped" if skipped else "passed", failure or ", ".join(skipped)
     entry = {"part": part, "state": state, "seconds": round(time.monotonic() - began, 1), "rows": rows}
     return entry | ({"why": why} if why else {}) | ({"log": end} if state == "failed" else {})
 

@@ -76,6 +76,13 @@ def run(main: Callable[[C], object], config: C) -> None:
         main(config)
     except (ValueError, OSError, NonFinite) as error:
         sys.exit(f"error{rank}: {error}")
+    except RuntimeError as error:
+        if "backend extension: torch_npu" not in str(error):  # which `import torch` itself loads
+            raise
+        sys.exit(
+            f"error{rank}: torch_npu does not load ({error.__cause__}); run `source set_env.sh` of CANN in this shell, "
+            "/usr/local/Ascend/ascend-toolkit/set_env.sh where it was installed as usual"
+        )
 
 
 def read(kind: type[C], path: Path) -> C:

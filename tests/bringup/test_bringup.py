@@ -90,6 +90,7 @@ def test_the_report_is_whole_after_every_part_and_a_failure_is_the_exit_status(t
         "environment": ("", {"what": "versions", "torch": "2"}),
         "rotary": ("", {"what": "fp32", "error": 0.5, "ok": False}),
         "swiglu": ("exit status 1", {"what": "an error", "raised": "ValueError: no"}),
+        "adamw": ("exit status 1", None),
         "gelu": ("killed by SIGSEGV", None),
         "two-ranks": ("", {"what": "two ranks", "skipped": "one card"}),
     }
@@ -107,12 +108,13 @@ def test_the_report_is_whole_after_every_part_and_a_failure_is_the_exit_status(t
     with pytest.raises(SystemExit) as ended:
         command.main(c)
     report = json.loads(c.out.read_text())
-    assert ended.value.code == 1 and [p["state"] for p in report["parts"]] == ["passed", *["failed"] * 3, "skipped"]
-    assert [p.get("log") for p in report["parts"]] == [None, *[["Fatal: here"]] * 3, None]
+    assert ended.value.code == 1 and [p["state"] for p in report["parts"]] == ["passed", *["failed"] * 4, "skipped"]
+    assert [p.get("log") for p in report["parts"]] == [None, *[["Fatal: here"]] * 4, None]
     out = capsys.readouterr().out
     assert (
         "beyond its limit: fp32" in out
         and "swiglu: ValueError: no\n" in out
+        and "adamw: exit status 1: Fatal: here\n" in out
         and "gelu: killed by SIGSEGV\nFatal: here" in out
     )
-    assert out.endswith(f"1 passed, 3 failed, 1 skipped. Attach {c.out} to an issue.\n")
+    assert out.endswith(f"1 passed, 4 failed, 1 skipped. Attach {c.out} to an issue.\n")

@@ -307,6 +307,18 @@ def test_versions_that_do_not_go_together_are_named_before_torch_is_imported(mon
         versions.check_versions()
 
 
+def test_a_torch_npu_without_cann_is_said_where_it_first_shows(monkeypatch):
+    monkeypatch.setattr(cli, "check_versions", lambda: None)
+
+    def fails(message):
+        raise RuntimeError(message) from ImportError("libhccl.so: cannot open shared object file")
+
+    with pytest.raises(SystemExit, match=r"does not load \(libhccl.so: .*set_env.sh` of CANN"):
+        cli.run(fails, "Failed to load the backend extension: torch_npu. You can disable")
+    with pytest.raises(RuntimeError, match="another"):
+        cli.run(fails, "another")
+
+
 def test_the_versions_that_are_admitted_are_those_of_the_package():
     assert f'"torch>={versions.OLDEST},<{versions.BELOW}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
     lines = ["cuda: Optional[str] = '12.6'", "cuda = '13.0'", "cuda: Optional[str] = None"]
