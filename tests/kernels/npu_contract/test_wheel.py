@@ -147,7 +147,7 @@ MISTAKES = {  # -> name here, what stands in its place, the test that sees it
         "ASCEND_VARIABLES", [replace(row, legal=row.legal.replace("0, 1, 2", "0, 1")) for row in ASCEND_VARIABLES],
         "values_are_legal",
     ),
-    "a switch too few": ("AFFINITY_SWITCHES", AFFINITY_SWITCHES[:-1], "switches_of_the_affinity"),
+    "a switch too few": ("AFFINITY_SWITCHES", (), "switches_of_the_affinity"),
     "a switch too many": ("AFFINITY_SWITCHES", (*AFFINITY_SWITCHES, "numa"), "some_wheel"),
     "a key too many": ("ALLOCATOR_KEYS", {"expandable_segmets": None}, "some_wheel"),
 }  # fmt: skip
