@@ -68,7 +68,7 @@ def main(c: ScoreData) -> None:
     table, html = c.out.with_name(c.out.name + ".tsv"), c.out.with_name(c.out.name + ".html")
     table.write_text(signals.table(rows), encoding="utf-8")
     bars = [page.histogram("Loss of the worst token", "times the median record's", [row.worst_token for row in rows])]
-    bars.append(page.histogram("Norm of the gradient", "per record", [row.gradient_norm for row in rows]))
+    bars.append(page.histogram("Norm of the gradient", "nats per unit of weight", [row.gradient_norm for row in rows]))
     text = page.render(
         "study/signals.html", run=c.run, steps=subject.steps, count=len(rows), order=c.order, title=TITLES[c.order],
         histograms=bars, top=max(getattr(rows[0], c.order), 1e-30),
