@@ -72,6 +72,13 @@ class Cache:
             return rows * self.page + at
         return self.table[rows, at // self.page] * self.page + at % self.page
 
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Each page onto its target, in place; a page may be a target and a source, of what it held before."""
+        for x in (self.k, self.v):
+            held = [x[:, source].clone() for source in sources]
+            for target, values in zip(targets, held, strict=True):
+                x[:, target] = values
+
     def repeat(self, n: int, into: Cache | None = None) -> Cache:
         """n copies of each row, one after another, in the tensors of `into` or in new ones."""
         k, v = (into.k, into.v) if into else (_like(x, self.rows * n, self.size) for x in (self.k, self.v))

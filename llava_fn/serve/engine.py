@@ -193,10 +193,7 @@ def admit(f: Family, desk: Desk, request: AnswerRequest) -> Desk:
     """
     d, turn = request.decoding, max((seat.turn for seat in desk.seats if seat), default=0) + 1
     pages, claim = desk.pages.claim(desk.running, request.keys[:-1], len(request.ids) + d.tokens - 1)
-    for x in (desk.state.cache.k, desk.state.cache.v):
-        held = [x[:, source].clone() for source in claim.copied[0]]  # a page may be a source and then a target
-        for target, values in zip(claim.copied[1], held, strict=True):
-            x[:, target] = values
+    desk.state.cache.copy_pages(*claim.copied)
     text = GrowingText(f.member(request.adapter).tokenizer, request.goes_on)
     seat = Seat(request, turn, claim.common, claim.pages, uniforms([d.seed], d.tokens)[0], text)
     return replace(desk, seats=_put(desk.seats, desk.seats.index(None), seat), pages=pages)

@@ -198,6 +198,14 @@ def test_a_cache_that_grew_holds_what_it_held(params):
     same_but_rounded(a.hidden, b.hidden)
 
 
+def test_pages_are_copied_as_they_were_before():
+    cache = Cache.empty(C.llama, 5, 2, torch.zeros(1))
+    cache.k.copy_(torch.rand(cache.k.shape))
+    before = cache.k.clone()
+    cache.copy_pages((0, 2, 3), (2, 3, 4))
+    assert torch.equal(cache.k, before[:, [0, 1, 0, 2, 3]]) and not cache.v.any()
+
+
 def test_a_cache_keeps_its_order_in_memory():
     first = Cache.empty(C.llama, 2, 8, torch.empty(0))
     caches = [first, first.grown(20), first.repeat(3), first.repeat(1), first.reorder(torch.tensor([1, 0]), 2)]
