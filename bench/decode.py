@@ -204,13 +204,13 @@ def with_llama_cpp(c: Bench) -> list[dict]:
 
 def speeds(peers: dict[str, Callable], tokenizer: PreTrainedTokenizerBase, c: Bench, prompt: int) -> list[dict]:
     """Tokens/s of each, in turns, and how many characters of its answer equal the first one's."""
+    rounds = [{name: answer() for name, answer in peers.items()} for _ in range(c.rounds)]
     said = [tokens if isinstance(tokens, str) else tokenizer.decode([int(t) for (t,) in tokens])
-            for tokens, _ in (answer() for answer in peers.values())]  # fmt: skip
-    rounds = [{name: answer()[1] for name, answer in peers.items()} for _ in range(c.rounds)]
+            for tokens, _ in rounds[0].values()]  # fmt: skip
     out = []
     for name, text in zip(peers, said, strict=True):
         prefill, one = (statistics.median(x) for x in zip(*(
-            (b - a, (end - b) / (c.new - 1)) for a, b, end in (r[name] for r in rounds)
+            (b - a, (end - b) / (c.new - 1)) for a, b, end in (r[name][1] for r in rounds)
         ), strict=True))  # fmt: skip
         same = len(os.path.commonprefix([text, said[0]]))
         out.append({"who": name, "prefill tokens/s": prompt / prefill, "tokens/s": 1 / one, "step ms": 1e3 * one,

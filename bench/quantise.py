@@ -42,8 +42,8 @@ Score = Callable[[TensorDict], Tensor]  # -> logits f[n, v]
 class Bench:
     """emoji: a run's folder or a checkpoint. rows, tokens: pieces of the text, and their length.
 
-    chunk: tokens of the text that pass the model at a time. Up to 16 a CPU takes the product that int8 has of its own
-    for steps of decoding; with more it makes each weight whole.
+    chunk: tokens of the text that pass the model at a time. A CPU takes the product that int8 has for steps of decoding
+    up to 16, or up to 7 if it has VNNI; with more it makes each weight whole, or with VNNI multiplies integers.
     """
 
     emoji: Path | None = None

@@ -280,7 +280,8 @@ def test_activations_follow_their_formulas():
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 24), (8, 24), (9, 24), (2, 3, 24), (24,), (0, 24)])
-def test_linear_of_few_rows_without_a_gradient_equals_the_product(shape, biased):
+def test_linear_without_a_gradient_equals_the_product(shape, biased, monkeypatch):
+    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 24)
     x, w, bias = (rand(*s, seed=j).detach() for j, s in enumerate([shape, (5, 24), (5,)]))
     want = x @ w.t() + (bias if biased else 0)
     for dtype in (torch.float32, torch.float64):
@@ -291,6 +292,8 @@ def test_linear_of_few_rows_without_a_gradient_equals_the_product(shape, biased)
         assert (y.shape, y.dtype) == (want.shape, dtype) and y.is_contiguous()
         torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
         assert all(map(torch.equal, before, args))
+        args[0].requires_grad_()
+        assert type(kernels.linear(*args).grad_fn) is type(torch.nn.functional.linear(*args).grad_fn)
     args = [z.requires_grad_() for z in ((x, w, bias) if biased else (x, w))]
     assert x.numel() == 0 or gradcheck(kernels.linear, args)
 
