@@ -55,7 +55,8 @@ SHORTER = {  # commands that take minutes, and options that make them short
 }
 
 
-SNIPPETS = [(page, block) for page in PAGES for block in blocks(page, "python") if "openai" not in block]
+# of a page together, as one notebook
+SNIPPETS = {page: code for page in PAGES if (code := "\n".join(blocks(page, "python"))) and "openai" not in code}
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +238,17 @@ def test_servers_of_the_docs_answer_and_end_when_told_to(clone, warm, monkeypatc
     assert [server.end(signal.SIGINT)[0] for server in (first, adapters, proxied)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
-def test_snippet_runs(page, snippet, capsys):
-    exec(compile(snippet, page, "exec"), {})
-    said = re.findall(r"print\(.*\) +# (.+)", snippet)
-    assert capsys.readouterr().out.split() == said
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_snippets_of_a_page_run_as_one_notebook(page, clone, monkeypatch, capsys):
+    monkeypatch.chdir(clone)
+    exec(compile(SNIPPETS[page], page, "exec"), {})
+    said = re.findall(r"print\(.*\) +# (.+)", SNIPPETS[page])
+    assert capsys.readouterr().out.split() == " ".join(said).split()
+
+
+def test_examples_of_trees_as_values_have_at_most_ten_lines():
+    cells = blocks("docs/study.md", "python")[-7:]  # what stands before them prepares models and data
+    assert max(len([line for line in cell.splitlines() if line]) for cell in cells) <= 10
 
 
 @pytest.mark.parametrize("page", PAGES)
