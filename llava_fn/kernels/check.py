@@ -74,11 +74,27 @@ class Case:
 
 
 def attention_cases(s: Sizes) -> list[Case]:
-    """Attention: causal, causal as in the last block, full with CLIP's heads of 64, and one token to a cache."""
-    stream, last, t, b = Segments.of(s.lengths), Segments(s.tails, s.lengths), sum(s.lengths), len(s.lengths)
-    q, kv, cache = (t, s.heads, s.head), (t, s.kv_heads, s.head), (b, s.cache, s.kv_heads, s.head)
+    """Attention: causal, causal as in the last block, and full with CLIP's heads of 64."""
+    stream, last, t = Segments.of(s.lengths), Segments(s.tails, s.lengths), sum(s.lengths)
+    q, kv = (t, s.heads, s.head), (t, s.kv_heads, s.head)
     pairs = s.heads * s.head * sum(n * n for n in s.lengths)
     numbers = 2 * t * (s.heads + s.kv_heads) * s.head
+    clip = ((t, s.heads, 64),) * 3
+    kinds: list[tuple[str, tuple[tuple[int, ...], ...], Segments, bool, int]] = [
+        ("attention, causal", (q, kv, kv), stream, True, 2 * pairs),
+        ("attention, last rows", ((sum(s.tails), *q[1:]), kv, kv), last, True, 0),
+        ("attention, full", clip, stream, False, 4 * pairs * 64 // s.head),
+    ]
+    return [
+        Case(name, "attention", "attention", shapes, _attend(segments, causal), (numbers, flops))
+        for name, shapes, segments, causal, flops in kinds
+    ]
+
+
+def cache_cases(s: Sizes) -> list[Case]:
+    """A step of decoding: one token of each row to a cache of rows and to one in pages, and its keys and values."""
+    b = len(s.lengths)
+    cache, new = (b, s.cache, s.kv_heads, s.head), (b, s.kv_heads, s.head)
     lengths = tuple(max(1, s.cache - 9 * j) for j in range(b))
 
     def decode(form: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,24 +110,12 @@ def attention_cases(s: Sizes) -> list[Case]:
         form(k := k.clone(), v := v.clone(), *new, torch.arange(b, device=k.device) * (s.cache + 1))
         return k, v
 
-    clip = ((t, s.heads, 64),) * 3
-    kinds: list[tuple[str, tuple[tuple[int, ...], ...], Segments, bool, int]] = [
-        ("attention, causal", (q, kv, kv), stream, True, 2 * pairs),
-        ("attention, last rows", ((sum(s.tails), *q[1:]), kv, kv), last, True, 0),
-        ("attention, full", clip, stream, False, 4 * pairs * 64 // s.head),
-    ]
-    out = [
-        Case(name, "attention", "attention", shapes, _attend(segments, causal), (numbers, flops))
-        for name, shapes, segments, causal, flops in kinds
-    ]
-    shapes = ((b, s.heads, s.head), cache, cache)
+    q = (b, s.heads, s.head)
     read = 2 * sum(lengths) * s.kv_heads * s.head
     pages = (b * -(-s.cache // 256), 256, s.kv_heads, s.head)
-    new = (b, s.kv_heads, s.head)
     return [
-        *out,
-        Case("decoding", "decode", "decode_attention", shapes, decode, (read, 0), gradients=False),
-        Case("decoding, in pages", "decode", "decode_attention", (shapes[0], pages, pages), paged, (read, 0), False),
+        Case("decoding", "decode", "decode_attention", (q, cache, cache), decode, (read, 0), gradients=False),
+        Case("decoding, in pages", "decode", "decode_attention", (q, pages, pages), paged, (read, 0), False),
         Case("keys and values", "write_kv", "write_kv", (cache, cache, new, new), write, (0, 0), gradients=False),
     ]
 
@@ -173,7 +177,7 @@ def adamw_case(s: Sizes) -> Case:
 
 def cases(s: Sizes) -> list[Case]:
     """Every operation of kernels/ that has more than one form, at these sizes."""
-    return [*attention_cases(s), *other_cases(s), adamw_case(s)]
+    return [*attention_cases(s), *cache_cases(s), *other_cases(s), adamw_case(s)]
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, gradients: bool) -> list[Tensor]:

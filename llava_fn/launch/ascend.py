@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+HCCL_MARGIN = 68  # seconds that what waits for a collective waits longer, as the default of HCCL_EVENT_TIMEOUT does
 HCCL_SECONDS = 1836  # default of HCCL_EXEC_TIMEOUT on Atlas A2, A3 and Ascend 950
 AFFINITY_SWITCHES = ("force", "npu_affine", "lazy_bind", "bind_irq")  # of CPU_AFFINITY_CONF; each is 0 or 1
 
@@ -173,7 +174,7 @@ def doubtful(environ: Mapping[str, str]) -> list[str]:
     found = []
     wait, event = hccl_seconds(environ), environ.get("HCCL_EVENT_TIMEOUT", "0")
     if int(event) and (wait == 0 or int(event) <= wait):  # an event of 0 never ends
-        longest = f"HCCL_EVENT_TIMEOUT={int(wait) + 68}" if wait else "HCCL_EVENT_TIMEOUT=0"
+        longest = f"HCCL_EVENT_TIMEOUT={int(wait) + HCCL_MARGIN}" if wait else "HCCL_EVENT_TIMEOUT=0"
         found.append(
             f"HCCL_EVENT_TIMEOUT={event} is not greater than HCCL_EXEC_TIMEOUT={wait:g}{'' if wait else ' (for ever)'}"
             f": the wait for a collective may end before the collective does; set {longest}"

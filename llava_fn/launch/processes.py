@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from llava_fn.launch.ascend import hccl_seconds, is_integer
+from llava_fn.launch.ascend import HCCL_MARGIN, hccl_seconds, is_integer
 from llava_fn.parallel.collectives import total
 from llava_fn.parallel.mesh import Axis, Mesh, check_world, gloo, make_mesh
 
@@ -97,11 +97,11 @@ def processes(tp: int, device: torch.device, logs: Path | None = None, alone: bo
 
 
 def collective_limit(device: torch.device, environ: Mapping[str, str] = os.environ) -> timedelta:
-    """The time limit of the process group. On NPUs HCCL's own, HCCL_EXEC_TIMEOUT, holds: the group's is 68 s longer."""
+    """The time limit of the process group. On NPUs HCCL's own, HCCL_EXEC_TIMEOUT, holds: the group's is longer."""
     if device.type != "npu":
         return WAIT
     seconds = hccl_seconds(environ)
-    return timedelta(seconds=seconds + 68) if seconds else LONG_WAIT
+    return timedelta(seconds=seconds + HCCL_MARGIN) if seconds else LONG_WAIT
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What pages of results share: how a template becomes one file without any other, small pictures, histograms.
 
-page.css and page.html have the style and the parts in common.
+head.html begins every page; page.css and page.html have the style and the parts in common.
 """
 
 from __future__ import annotations

@@ -229,8 +229,7 @@ def step(f: Family, desk: Desk) -> tuple[Desk, list[Delta]]:
 def _decode(f: Family, desk: Desk) -> Desk:
     """Launches a step of decoding, for all rows up to the last that decodes.
 
-    Others among them compute too. They write into page 0, of which they hold no more than the others of theirs, and
-    nobody reads it.
+    The others among them compute too. All their pages are page 0, which they write and no answer reads.
     """
     busy = {j: seat for j, seat in enumerate(desk.seats) if seat and seat.decodes}
     if not busy:

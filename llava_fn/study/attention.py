@@ -23,7 +23,7 @@ from llava_fn.config import Llama
 from llava_fn.generate.types import Model
 from llava_fn.grad import scan
 from llava_fn.kernels import Segments, attention
-from llava_fn.study.exchange import Exchange, inputs
+from llava_fn.study.exchange import Exchange, in_picture, inputs
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ class Look:
     @property
     def patches(self) -> Tensor:
         """f32[w, l, n, i, rows, columns]: the attention to each patch, as the patches lie in the pictures."""
-        return self.maps[..., self.at].unflatten(-1, (int(self.at.shape[1] ** 0.5), -1))
+        return in_picture(self.maps[..., self.at])
 
     def shares(self) -> dict[str, Tensor]:
         """f32[w, l, n] each: attention to the images, to the first token (an attention sink), and to all other text."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,10 +86,7 @@ def influences(
     """
     out = []
     for kept, q, rate in zip(stores, queries, rates, strict=True):
-
-        def chunks(kept: Store = kept) -> Iterator[Tensor]:
-            return (figures["gradients"] for figures in kept.read())
-
+        chunks = partial(kept.read, "gradients")
         if method == "tracin":
             out.append(rate * influence.tracin(chunks, q.cpu()))
         else:
@@ -113,7 +111,7 @@ def influential(subject: Subject, kept: Store, scores: Tensor) -> tuple[list[Inf
     """
     order = scores.argsort(descending=True).tolist()
     top = max(float(scores.abs().max()), 1e-30)
-    digests = torch.cat([figures["digest"] for figures in kept.read()])
+    digests = torch.cat(list(kept.read("digest")))
     raised = [i for i in order if scores[i] > 0][:TOP]
     lowered = [i for i in order[::-1] if scores[i] < 0][:TOP]
 

@@ -124,6 +124,11 @@ def inputs(m: Model, e: Exchange) -> Tensor:
     return decode.embed(m, [e.prompt])
 
 
+def in_picture(x: Tensor) -> Tensor:
+    """... p -> ... rows columns, as the patches lie in a picture."""
+    return x.unflatten(-1, (int(x.shape[-1] ** 0.5), -1))
+
+
 def piece(tokenizer: Tokenizer, token: int) -> str:
     """A token for a label: quoted where nothing of it can be seen."""
     if token in (tokenizer.bos, tokenizer.eos):

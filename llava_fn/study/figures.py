@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_fn.data.tokenizer import Tokenizer
 from llava_fn.study.attention import Look
 from llava_fn.study.drawing import ACROSS, LEGIBLE, Selection, beside, maps_figure, overlay, table
-from llava_fn.study.exchange import Exchange, piece
+from llava_fn.study.exchange import Exchange, in_picture, piece
 from llava_fn.study.lens import Lens
 
 WIDEST = 100.0  # inches: Matplotlib refuses pictures of 2**16 pixels
@@ -64,10 +64,10 @@ def lens(seen: Lens, e: Exchange, tokenizer: Tokenizer, answer: str, chosen: Sel
     _table_of_tokens(above.subplots(), seen, [(j, piece(tokenizer, e.answer[j])) for j in tokens], tokenizer)
     below.suptitle("\u2026 and the probability that it would say a token of the answer at a patch of the picture")
     distinct = list({e.answer[j]: j for j in tokens}.values())
-    maps = patches(seen.answer[:, e.at][..., distinct].sum(-1))
+    maps = in_picture(seen.answer[:, e.at][..., distinct].sum(-1))
     texts: list[list[list[str]]] = [[]] * n
     if maps.shape[-1] <= LEGIBLE:
-        tops = torch.cat(patches(seen.top[:, e.at, 0]).unbind(1), -1).tolist()
+        tops = torch.cat(in_picture(seen.top[:, e.at, 0]).unbind(1), -1).tolist()
         texts = [[[piece(tokenizer, i) for i in row] for row in x] for x in tops]
     names = [f"{name}, up to {x.max():.1%}" for name, x in zip(states(n), maps, strict=True)]
     _panels(below, beside(e.pixels), [(names[j], maps[j], texts[j]) for j in panels])
@@ -97,11 +97,6 @@ def _panels(figure: Figure | SubFigure, images: np.ndarray, panels: Sequence[Pan
         cell.set_title(name, fontsize=9)
 
 
-def patches(x: Tensor) -> Tensor:
-    """... p -> ... rows columns, as the patches lie in a picture."""
-    return x.unflatten(-1, (int(x.shape[-1] ** 0.5), -1))
-
-
 def patched_table(
     gains: Tensor, rows: Sequence[str], columns: Sequence[str], gap: float, title: str, pixels: Sequence[Tensor]
 ) -> Figure:
@@ -124,7 +119,7 @@ def patched_table(
 
 def patched_maps(gains: Tensor, pixels: Tensor, rows: Sequence[str], title: str) -> Figure:
     """The gain of each patch, f32[rows, (i p)], as maps over the clean images, uint8[i, 3, h, w], in one scale."""
-    chosen, maps = Selection().panels(len(rows)), patches(gains.unflatten(1, (len(pixels), -1)))
+    chosen, maps = Selection().panels(len(rows)), in_picture(gains.unflatten(1, (len(pixels), -1)))
     across = min(ACROSS, len(chosen))
     size = max(2.4 * across * len(pixels), 7), 2.8 * -(-len(chosen) // across) + 0.8
     figure = Figure(figsize=size, layout="constrained")

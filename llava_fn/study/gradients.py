@@ -25,8 +25,6 @@ from llava_fn.grad import value_and_grad
 from llava_fn.kernels.precision import at_least_fp32
 from llava_fn.spec import under
 
-BIASES = {"w1": "b1", "w2": "b2", "wq": "bq", "wk": "bk", "wv": "bv", "wo": "bo", "w_up": "b_up", "w_down": "b_down"}
-
 
 @dataclass(frozen=True)
 class Site:
@@ -95,7 +93,7 @@ def sites(model: Studied, parts: Sequence[str]) -> list[Site]:
     found = []
     for path, leaf in zip(tree.paths(model.params), tree.values(model.params), strict=True):
         if _is_linear(path):
-            bias = (*path[:-1], BIASES.get(path[-1], "")) in model.params and path[0] != lora.PART
+            bias = path[0] != lora.PART and (*path[:-1], bias_of(path[-1])) in model.params
             out, inp = leaf.shape
             found.append(Site(path, out, inp, bias))
     empty = [part for part in parts if not any(under(site.path, [part]) for site in found)]
@@ -105,6 +103,11 @@ def sites(model: Studied, parts: Sequence[str]) -> list[Site]:
             f"{', '.join(empty)}: no part of the model with a linear layer; there are {known}, and paths in them"
         )
     return [site for site in found if under(site.path, parts)]
+
+
+def bias_of(weight: str) -> str:
+    """The name of a weight's bias: b1 of w1, b_up of w_up."""
+    return f"b{weight[1:]}"
 
 
 def _is_linear(path: tree.Path) -> bool:
@@ -172,9 +175,7 @@ def _samples(rows: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.bucketize(rows, torch.tensor(lengths, device=rows.device).cumsum(0), right=True)
 
 
-def _probe(
-    site: Site, batch: Batch, c: Llava, projection: Projection | None, like: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
+def _probe(site: Site, batch: Batch, c: Llava, projection: Projection | None, like: Tensor) -> dict[str, Tensor]:
     """The leaves of a probe but `delta`."""
     matrices = projection.matrices(site) if projection else {}
     return {"rows": _rows(site, batch, c), **{name: m.to(like) for name, m in matrices.items()}}

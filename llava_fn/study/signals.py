@@ -74,8 +74,7 @@ def chunk(subject: Subject, models: Sequence[Studied], parts: Sequence[str], siz
 
 def signals(subject: Subject, kept: Store, order: str) -> list[Signals]:
     """Of all records that could be used, the largest `order`, a field of Signals, first."""
-    figures = list(kept.read())
-    said, norm = (torch.cat([f[name] for f in figures]) for name in ("told", "norm"))
+    said, norm = (torch.cat(list(kept.read(name))) for name in ("told", "norm"))
     loss, worst, right = said.unbind(2)
     worst = worst / worst.nanmedian(0).values.clamp(min=FLOOR)
     forgotten = ((right[:, :-1] == 1) & (right[:, 1:] == 0)).sum(1)

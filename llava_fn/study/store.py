@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_fn import fields
@@ -78,12 +78,14 @@ class Store:
             show(numbers[i].stop, "records")
         meet(axis)
 
-    def read(self) -> Iterator[dict[str, Tensor]]:
-        """The chunks, in the order of the records. ValueError if one is missing or damaged."""
+    def read(self, name: str) -> Iterator[Tensor]:
+        """One array, a chunk at a time, in the order of the records. ValueError if a chunk is missing or damaged."""
         for i in range(len(self.chunks())):
             try:
-                yield load_file(self.file(i))
+                with safe_open(self.file(i), "pt") as figures:
+                    x = figures.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{self.file(i)}: {error}; delete it, and the same command computes it again"
                 ) from error
+            yield x

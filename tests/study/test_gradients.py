@@ -38,7 +38,7 @@ def looped(model, s, chosen):
     (loss, _), grads = value_and_grad(fn)(model.params, collate([s]))
     rows = []
     for site in chosen:
-        bias = [grads[(*site.path[:-1], gradients.BIASES[site.path[-1]])][:, None]] if site.bias else []
+        bias = [grads[(*site.path[:-1], gradients.bias_of(site.path[-1]))][:, None]] if site.bias else []
         rows.append(torch.cat([grads[site.path], *bias], 1).flatten())
     return loss, torch.cat(rows)
 
