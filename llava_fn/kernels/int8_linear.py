@@ -21,6 +21,7 @@ from llava_fn.kernels.dispatch import choose, npu_op, require
 
 ROWS = 16  # above it a CPU without VNNI is faster with the weight made whole (bench/RESULTS.md)
 VNNI_ROWS = 7  # above it `digits` is faster than the product in bf16
+LARGE = 2**17  # values of a weight from which `digits` is faster than the weight made whole
 BASE = 254  # a step of the first digit in steps of the second: half a step to either side are 127
 CUDA_ROWS = 64  # the same on CUDA: above it the product is no longer bound by reading the codes
 TOP = 127  # of a digit and of a code
@@ -51,7 +52,7 @@ def cpu(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return reference(x, codes, scale)
     graph = torch.is_grad_enabled() or torch.compiler.is_compiling()  # in training both passes have the whole weight
-    if rows > VNNI_ROWS and k * TOP**2 < 2**31 and not graph and vnni():
+    if rows > VNNI_ROWS and n * k >= LARGE and k * TOP**2 < 2**31 and not graph and vnni():
         return digits(x.reshape(rows, k).float(), codes, scale).to(x.dtype).view(*x.shape[:-1], n)
     if rows > ROWS or k % LANES:
         return reference(x, codes, scale)

@@ -324,16 +324,19 @@ def test_int8_linear_is_the_product_with_the_weight_that_it_stands_for(shape, dt
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_linear_in_digits_rounds_each_row_by_a_65000th_of_its_largest_value(dtype):
+def test_int8_linear_in_digits_rounds_each_row_by_a_65000th_of_its_largest_value(dtype, monkeypatch):
     op = import_module("llava_fn.kernels.int8_linear")
     if not op.vnni():
         pytest.skip("this CPU has no VNNI")
     x = rand(9, 48).detach().to(dtype) * torch.logspace(-30, 8, 9)[:, None].to(dtype)
     x[3], x[5, 2] = 0, float("nan")
     codes, scale = torch.eye(48, dtype=torch.int8) * 100, torch.full((48, 1), 2.0)
+    fine = torch.tensor([0, 1, 2, 4, 6, 7, 8])
+    small = kernels.int8_linear(x, codes, scale)[fine]  # a small weight is made whole
+    assert torch.equal(small, op.reference(x, codes, scale)[fine])
+    monkeypatch.setattr(op, "LARGE", 0)
     y = kernels.int8_linear(x, codes, scale)
     assert y.dtype == dtype and y[5].isnan().all() and not y[3].any()
-    fine = torch.tensor([0, 1, 2, 4, 6, 7, 8])
     near = x.double().abs().amax(1, keepdim=True) * 2**-15.9 + torch.finfo(dtype).eps * x.double().abs()
     assert ((y.double() / 200 - x.double()).abs() <= near)[fine].all()
     assert all(torch.equal(op.digits(x[j : j + 1].float(), codes, scale).to(dtype)[0], y[j]) for j in fine)
