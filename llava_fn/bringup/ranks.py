@@ -8,13 +8,13 @@ is one of the two, as `start` starts it. Rank 0 prints the rows.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llava_fn import batch, train
@@ -29,23 +29,25 @@ GRACE = 10.0  # seconds for the other rank to end by itself after an error of on
 
 
 def start(device: torch.device) -> None:
-    """Runs both to their end. RuntimeError names the first that failed; the other is killed then."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """Runs both to their end. RuntimeError names those that failed first; the other is killed then.
+
+    The store takes a free port as it binds it, as torchrun's own does: no other program can take that port in between.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     command = [sys.executable, "-X", "faulthandler", "-m", "llava_fn.bringup.ranks", device.type]
     both = [subprocess.Popen(command, env=os.environ | shared | _of(rank)) for rank in range(2)]
     while any(p.poll() is None for p in both) and not any(p.poll() for p in both):
         time.sleep(0.1)
-    failed = [rank for rank, p in enumerate(both) if p.poll()]
+    failed = [f"rank {rank} ended with status {p.returncode}" for rank, p in enumerate(both) if p.poll()]
     for p in both:
         try:
             p.wait(GRACE)
         except subprocess.TimeoutExpired:
             p.kill()
     if failed:
-        raise RuntimeError(f"rank {failed[0]} ended with status {both[failed[0]].returncode}")
+        raise RuntimeError(", ".join(failed))
 
 
 def _of(rank: int) -> dict[str, str]:

@@ -129,7 +129,7 @@ def run(clone, warm):
             pids = warm.start_ranks(2, lambda _: argv, clone, ENV, lambda rank: clone / f"rank{rank}.log")
             status, logs = max(map(abs, warm.statuses(pids))), [(clone / f"rank{r}.log").read_text() for r in (0, 1)]
             done = subprocess.CompletedProcess(command, status, logs[0], "".join(logs))
-        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     return call
