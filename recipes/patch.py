@@ -11,10 +11,12 @@ positions   the state before a block, or after the last, at one token, or at all
 patches     the same at one patch of an image
 heads       what one head of a block gives to all positions
 
-Each cell of the table shows by how many nats this raises the log-probability of the answer, or of the --words named.
-The colours end at the whole gap between the corrupted and the clean run: deep red carries all of the answer. An .npz
-file of the same name has `patched` (layer, site, token of the answer), `clean` and `corrupted` (token), all in nats,
-and the names of the sites, `sites`. A model too large for one device is shared by --tp of them, which torchrun starts.
+With --window N a part comes from the clean run in a layer, which names the row, and in the N - 1 after it, as far as
+there are any. Each cell of the table shows by how many nats this raises the log-probability of the answer, or of the
+--words named. The colours end at the whole gap between the corrupted and the clean run: deep red carries all of the
+answer. An .npz file of the same name has `patched` (layer, site, token of the answer), `clean` and `corrupted` (token),
+all in nats, and the names of the sites, `sites`. A model too large for one device is shared by --tp of them, which
+torchrun starts.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Patch:
     noise: float = 0.0  # on the features of the images, in units of their standard deviation; the paper takes 3
     seed: int = 0  # of the noise
     sites: Literal["positions", "patches", "heads"] = "positions"
+    window: int = 1  # layers in a row whose part is taken at once
     words: tuple[str, ...] = ()  # of the answer; all unless given
     batch: int = 32  # sites at a time
     tokens: int = 512  # of the answer at most
@@ -60,9 +63,10 @@ class Patch:
             raise ValueError("give one of --other-image, --other-prompt and --noise: what the corrupted run differs in")
         if self.other_image and len(self.other_image) != len(self.image):
             raise ValueError(f"{len(self.other_image)} other images for {len(self.image)}; give one for each")
-        if not self.noise >= 0 or self.batch < 1:
+        if not self.noise >= 0 or self.batch < 1 or self.window < 1:
             raise ValueError(
-                f"noise={self.noise}, batch={self.batch}: no negative noise, and at least one site at a time"
+                f"noise={self.noise}, batch={self.batch}, window={self.window}: no negative noise, and at least one "
+                "site at a time and one layer"
             )
 
 
@@ -93,7 +97,7 @@ def main(c: Patch) -> None:
             raise ValueError(f"the corrupted run makes the answer {-gap:.2f} nats likelier; corrupt it in another way")
         names, groups = sites(c, a, e)
         patch = patch_heads if c.sites == "heads" else patch_states
-        patched = patch(a.model, clean, corrupted, groups, e.answer, c.batch)
+        patched = patch(a.model, clean, corrupted, groups, e.answer, c.batch, c.window)
         if not world.first:
             return
         numbers = {"patched": patched, "clean": clean.logprobs, "corrupted": corrupted.logprobs}
@@ -137,7 +141,8 @@ def draw(
     from llava_fn.study import figures
 
     said = " ".join(c.words) or answer
-    title = f"Gain of \u201c{said}\u201d in nats where one part comes from the clean run; the whole gap is {gap:.3g}"
+    part = "one part" if c.window == 1 else f"one part of {c.window} layers"
+    title = f"Gain of \u201c{said}\u201d in nats where {part} comes from the clean run; the whole gap is {gap:.3g}"
     if c.sites == "patches":
         return figures.patched_maps(gains, both[0].pixels, rows, title)
     return figures.patched_table(gains, rows, names, gap, title, [x.pixels for x in both])

@@ -6,7 +6,8 @@
 Two runs differ in the picture or in the question. The corrupted one is computed again with a part of the clean one's
 states in place of its own; where the answer becomes likely again, that part carries it. Here: with the state of
 position 7 before block 3, the log-probability of each token. Each of many such sites is a segment of one stream, and
-a site before block j costs the blocks from j on.
+a site before block j costs the blocks from j on. With a window of n layers a site is patched in layer j and the n - 1
+after it, as far as there are any: what several layers carry together may be in none of them alone.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from llava_fn.study.exchange import Exchange, logprobs, piece
 
 @torch.no_grad()
 def patch_states(
-    m: Model, clean: Activations, corrupted: Activations, groups: Tensor, answer: Sequence[int], batch: int = 32
-) -> Tensor:
+    m: Model, clean: Activations, corrupted: Activations, groups: Tensor, answer: Sequence[int], batch: int = 32,
+    window: int = 1,
+) -> Tensor:  # fmt: skip
     """Log-probability of each token, f32[l + 1, g, r], with the clean states of a group of positions before a block.
 
     groups: bool[g, t], the positions of each. After the last block: index l. batch: sites at a time.
     """
 
     def row(layer: int, where: Tensor) -> Tensor:
-        x = torch.where(where[..., None], clean.states[layer], corrupted.states[layer]).flatten(0, 1)
-        return logprobs(m, x, answer, len(where), edited(first=layer))
+        def state(i: int, x: Tensor) -> Tensor:
+            if i >= layer + window:
+                return x
+            return torch.where(where[..., None], clean.states[i], x.unflatten(0, where.shape)).flatten(0, 1)
+
+        x = corrupted.states[layer].repeat(len(where), 1)
+        return logprobs(m, x, answer, len(where), edited(state=state, first=layer))
 
     parts = groups.to(clean.states.device).split(batch)
     return torch.stack([torch.cat([row(layer, part) for part in parts]) for layer in range(len(clean.states))])
@@ -42,8 +49,9 @@ def patch_states(
 
 @torch.no_grad()
 def patch_heads(
-    m: Model, clean: Activations, corrupted: Activations, groups: Tensor, answer: Sequence[int], batch: int = 32
-) -> Tensor:
+    m: Model, clean: Activations, corrupted: Activations, groups: Tensor, answer: Sequence[int], batch: int = 32,
+    window: int = 1,
+) -> Tensor:  # fmt: skip
     """Log-probability of each token, f32[l, g, r], with what a group of heads gives in the clean run, at all positions.
 
     groups: bool[g, n], the heads of each, over all ranks. batch: sites at a time.
@@ -53,10 +61,10 @@ def patch_heads(
 
     def row(layer: int, where: Tensor) -> Tensor:
         def heads(i: int, x: Tensor) -> Tensor:
-            if i != layer:
+            if i >= layer + window:
                 return x
             x = x.unflatten(0, (len(where), -1))
-            return torch.where(where[:, None, :, None], clean.heads[layer], x).flatten(0, 1)
+            return torch.where(where[:, None, :, None], clean.heads[i], x).flatten(0, 1)
 
         x = corrupted.states[layer].repeat(len(where), 1)
         return logprobs(m, x, answer, len(where), edited(heads=heads, first=layer))

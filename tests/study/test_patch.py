@@ -1,6 +1,7 @@
 """Activations and patched runs against hooks on transformers' model, and the laws that patching must obey."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,24 +77,30 @@ def test_activations_and_the_lens_equal_transformers(both):
 
 def test_one_site_equals_a_run_patched_by_hooks_on_transformers(both):
     layers, t = both.peer.model.language_model.layers, len(both.e.prompt.ids)
-    states = patch_states(both.m, both.clean, both.corrupted, torch.eye(t, dtype=torch.bool), both.e.answer, batch=5)
-    heads = patch_heads(both.m, both.clean, both.corrupted, torch.eye(both.c.llama.heads).bool(), both.e.answer, 2)
+    runs = both.m, both.clean, both.corrupted
+    sites, of_heads = torch.eye(t, dtype=torch.bool), torch.eye(both.c.llama.heads).bool()
+    states, wide = (patch_states(*runs, sites, both.e.answer, batch=5, window=n) for n in (1, 2))
+    heads, wide_heads = (patch_heads(*runs, of_heads, both.e.answer, 2, window=n) for n in (1, 2))
     assert states.shape[:2] == (len(layers) + 1, t) and heads.shape[:2] == (len(layers), both.c.llama.heads)
     h = both.c.llama.head
     patch = int(both.e.at[0, 1])
     for layer, site, head in ((0, patch, 3), (len(layers) - 1, patch, 1), (len(layers) - 1, t - 1, 0)):
 
-        def at_position(x, layer=layer, site=site):
+        def at_position(layer, x, site=site):
             return x.index_copy(1, torch.tensor([site]), both.clean.states[layer + 1, site][None, None])
 
-        def of_head(x, layer=layer, head=head):
+        def of_head(layer, x, head=head):
             return torch.cat([x[..., : head * h], both.clean.heads[layer, :, head][None], x[..., head * h + h :]], -1)
 
-        want = logprobs_of(both.run(both.other, [(layers[layer], at_position)]).logits, both.e)
-        same_but_rounded(states[layer + 1, site], want)
-        want = logprobs_of(both.run(both.other, [(layers[layer].self_attn.o_proj, of_head)]).logits, both.e)
-        same_but_rounded(heads[layer, head], want)
-        assert (want - both.corrupted.logprobs).abs().max() > 1e-3
+        for n, found, found_heads in ((1, states, heads), (2, wide, wide_heads)):  # the window ends with the layers
+            window = range(layer, min(layer + n, len(layers)))
+            hooks = [(layers[j], partial(at_position, j)) for j in window]
+            same_but_rounded(found[layer + 1, site], logprobs_of(both.run(both.other, hooks).logits, both.e))
+            hooks = [(layers[j].self_attn.o_proj, partial(of_head, j)) for j in window]
+            want = logprobs_of(both.run(both.other, hooks).logits, both.e)
+            same_but_rounded(found_heads[layer, head], want)
+            assert (want - both.corrupted.logprobs).abs().max() > 1e-3
+    assert (wide_heads - heads)[:-1].abs().max() > 1e-3 and (wide - states)[1:-1].abs().max() > 1e-3
     assert (states[1, patch] - both.corrupted.logprobs).abs().max() > 1e-3
 
 
@@ -175,7 +182,7 @@ def test_the_recipe_draws_each_kind_of_site_and_writes_its_numbers(weights, imag
     made = {}
     for sites, more in (
         ("positions", {}),
-        ("patches", {"words": ("cat",)}),
+        ("patches", {"words": ("cat",), "window": 2}),
         ("heads", {"noise": 3.0, "other_image": (), "words": ("red",)}),
     ):
         c = patch(weights, images, tmp_path, sites=sites, **more)
@@ -197,6 +204,7 @@ BAD = [
     ({"other_image": ()}, "give one of --other-image, --other-prompt and --noise"),
     ({"noise": 1.0}, "give one of"),
     ({"other_image": (), "noise": -1.0}, "no negative noise"),
+    ({"window": 0}, "window=0: .* one layer"),
     ({"other_image": ("a", "b")}, "2 other images for 1"),
     ({"other_image": (), "other_prompt": "What is this thing?"}, "has .* positions and the corrupted one"),
     ({"other_image": (), "other_prompt": "What?"}, "nats likelier"),
