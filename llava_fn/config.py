@@ -197,6 +197,10 @@ class Optim:
         """The peak rate of a parameter: that of the first pattern that its path, or the front of it, matches."""
         return _first(self.rates, path, self.lr)
 
+    def scheduled(self, peak: float, lr: float) -> float:
+        """The rate of a parameter with this peak at an update whose rate is `lr`: in proportion."""
+        return lr if peak == self.lr else lr * (peak / self.lr)
+
     def decay(self, path: Sequence[str], dims: int) -> float:
         """The weight decay of a parameter of so many dims. Norms and biases have one, and decay only by a pattern."""
         return _first(self.decays, path, self.weight_decay if dims > 1 else 0.0)

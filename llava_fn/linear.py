@@ -4,7 +4,8 @@
     {int8, scale}        int8[out, in] and fp32[out, 1]: symmetric, one scale for each row of outputs
     {nf4, scale}         uint8[out, in / 2] and fp32[out, in / 64]: two 4-bit codes a byte, one scale for 64 inputs
     {w, lora}            w of any kind above, and lora = {a: f[r, in], b: f[out, r], scale}: x w^T + scale (x a^T) b^T
-    {w, probe}           w of any kind above, or an adapter's a or b, with gradients sample by sample: probe.py
+    {w, probe}           w of any kind above, or an adapter's a or b, with gradients sample by sample: probe.py;
+                         so may be an embedding table, f[v, d], and the gain of a norm, f[d]
 
 A compressed weight is made whole just before its product, in the forward pass and again in the backward pass, so that
 one weight at a time exists in full. It has no gradient. Activations are not rounded, except where no gradient is taken
@@ -29,9 +30,10 @@ from llava_fn import kernels, tree
 from llava_fn.dropout import dropped
 from llava_fn.kernels.int8_linear import whole as int8_whole
 from llava_fn.kernels.transfer import to_device
+from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import join
 from llava_fn.parallel.mesh import Axis
-from llava_fn.probe import probed
+from llava_fn.probe import probed, probed_embedding
 
 Weight = Tensor | TensorDict
 Kind = Literal["int8", "nf4"]
@@ -62,6 +64,28 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     else:
         y = F.linear(x, whole(w, x.dtype))
     return y if bias is None else y + bias
+
+
+def embedding(ids: Tensor, table: Weight, axis: Axis) -> Tensor:
+    """ids: int64[t], table: v d, V on `axis` along v -> f[t, d], I."""
+    if isinstance(table, Tensor):
+        return vocab.embed(table, ids, axis)
+    return probed_embedding(vocab.embed(table["w"], ids, axis), ids, table["probe"])
+
+
+def rms_norm(x: Tensor, gain: Weight, eps: float) -> Tensor:
+    """x: t d, gain: d -> t d; see kernels/rms_norm.py."""
+    if isinstance(gain, Tensor):
+        return kernels.rms_norm(x, gain, eps)
+    rows = probed(x.new_ones(len(x), 1), gain["w"].expand_as(x), gain["probe"], False)
+    return kernels.rms_norm(x, torch.ones_like(gain["w"]), eps) * rows
+
+
+def add_rms_norm(x: Tensor, y: Tensor, gain: Weight, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its rms_norm; see kernels/add_rms_norm.py."""
+    if isinstance(gain, Tensor):
+        return kernels.add_rms_norm(x, y, gain, eps)
+    return (x := x + y), rms_norm(x, gain, eps)
 
 
 def swiglu(x: Tensor, p: TensorDict) -> Tensor:

@@ -15,18 +15,17 @@ from llava_fn.config import Llama
 from llava_fn.grad import remat, scan
 from llava_fn.kernels import (
     Segments,
-    add_rms_norm,
     attention,
     decode_attention,
-    rms_norm,
     rotary,
     rotary_tables,
     write_kv,
 )
 from llava_fn.kernels.transfer import to_device
-from llava_fn.linear import linear, swiglu
+from llava_fn.linear import add_rms_norm, linear, rms_norm, swiglu
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
+from llava_fn.probe import part
 from llava_fn.spec import Param, Spec, norm
 from llava_fn.spec import linear as weight
 
@@ -185,5 +184,5 @@ def nll(p: TensorDict, x: Tensor, targets: Tensor, c: Llama, tp: TP = TP()) -> T
 
     if len(x) <= LOGIT_ROWS:
         return chunk(x, head(p, c), targets)
-    parts = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return torch.cat([remat(chunk)(x, head(p, c), t) for x, t in parts])
+    parts = zip(range(0, len(x), LOGIT_ROWS), x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return torch.cat([remat(chunk)(x, part(head(p, c), at, at + len(x)), t) for at, x, t in parts])

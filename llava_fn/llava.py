@@ -15,7 +15,7 @@ from llava_fn import llama, projector, vit
 from llava_fn.batch import Batch
 from llava_fn.config import Llava, Vision
 from llava_fn.grad import remat, scan
-from llava_fn.parallel import vocab
+from llava_fn.linear import embedding
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.zero import Zero
 from llava_fn.spec import Spec
@@ -105,7 +105,7 @@ def splice(x: Tensor, feats: Tensor, rows: Tensor) -> Tensor:
 
 def embed(p: TensorDict, batch: Batch, c: Llava, run: Execution = Execution()) -> Tensor:
     """The decoder's input, f[t, d]: embeddings of the text, features of the images. ValueError if they do not match."""
-    x = vocab.embed(p["llama"]["embed"], batch.ids.clamp(min=0), run.tp.axis)
+    x = embedding(batch.ids.clamp(min=0), p["llama"]["embed"], run.tp.axis)
     if len(batch.image_rows) != len(batch.pixels) * c.vision.patches:
         raise ValueError(
             f"{len(batch.image_rows)} image tokens do not match {len(batch.pixels)} images of "

@@ -76,5 +76,5 @@ def adamw(params: TensorDict, grads: TensorDict, moments: Moments, step: int, lr
     trees = [tree.values(t) for t in (params, grads, moments.first, moments.second)]
     for (rate, decay), group in groups(c, params).items():
         p, g, first, second = ([leaves[i] for i in group] for leaves in trees)
-        own = lr if rate == c.lr else lr * (rate / c.lr)
+        own = c.scheduled(rate, lr)
         kernels.adamw(p, g, first, second, step, kernels.Coefficients(own, c.beta1, c.beta2, c.eps, decay))

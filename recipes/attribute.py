@@ -55,6 +55,7 @@ def main(c: Attribute) -> None:
     asked = attribution.question(c.image, c.prompt, c.answer or "?")
     records.encode(asked, subject.preparation)  # a question that the run's template cannot take is refused now
     models = subject.models(device)
+    rates = attribution.rates(subject, models[-1], g) if c.method == "tracin" else None
     with replicas(device) as axis:
         folder = c.store or c.run / "gradients"
         stores = [attribution.store(subject, opened, g, folder) for opened in subject.checkpoints]
@@ -68,7 +69,7 @@ def main(c: Attribute) -> None:
     sample = records.sample(attribution.question(c.image, c.prompt, answer), subject.preparation)
     taken = [attribution.gradients(model, [replace(sample, record="0")], g) for model in models]
     queries, loss = [gradient for _, _, gradient in taken], float(taken[-1][1])
-    (scores,) = attribution.influences(stores, queries, subject.rates, c.method, c.damping)
+    (scores,) = attribution.influences(stores, queries, c.damping, rates)
     raised, lowered = attribution.influential(subject, stores[-1], scores)
     text = page.render(
         "study/attribution.html", run=c.run, count=subject.count, steps=subject.steps, answer=answer, prompt=c.prompt,

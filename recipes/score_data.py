@@ -31,7 +31,7 @@ class ScoreData:
     order: Order = "worst_token"  # the largest first
     most: int = 80  # records on the page
     steps: tuple[int, ...] = ()  # of the run's checkpoints; all that it has, unless given
-    parts: tuple[str, ...] = ("projector",)  # whose linear layers the gradient's norm is of
+    parts: tuple[str, ...] = ("projector",)  # whose weights the gradient's norm is of
     batch: int = 16  # samples in memory at a time
     store: Path | None = None  # signals/ in the run's folder, unless given
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"

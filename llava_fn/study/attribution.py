@@ -22,9 +22,9 @@ from llava_fn.generate.types import Model
 from llava_fn.runs import page
 from llava_fn.runs.answers import prompt, spans
 from llava_fn.study import influence
-from llava_fn.study.gradients import Projection, Studied, per_sample, sites
+from llava_fn.study.gradients import Projection, Studied, bias_of, per_sample, sites
 from llava_fn.study.gradients import size as numbers
-from llava_fn.study.options import Gradients, Method
+from llava_fn.study.options import Gradients
 from llava_fn.study.store import Figures, Store
 from llava_fn.study.subject import Subject, batches, digest
 
@@ -77,21 +77,36 @@ def answered(subject: Subject, model: Studied, record: Record, limit: int = 128)
     return subject.tokenizer.decode(ids).strip()
 
 
+def rates(subject: Subject, model: Studied, c: Gradients) -> list[Tensor]:
+    """The learning rate of each number of a gradient at each checkpoint, fp32[d].
+
+    ValueError if a weight and its bias, whose gradients are one matrix, were trained with rates of their own.
+    """
+    o, parts = subject.optim, list[tuple[int, float]]()
+    for site in sites(model, c.parts):
+        bias = (*site.path[:-1], bias_of(site.path[-1]))
+        if site.bias and o.rate(bias) != o.rate(site.path):
+            raise ValueError(
+                f"optim.rates gives {'/'.join(bias)} another learning rate than {'/'.join(site.path)}, and their "
+                "gradients are kept as one; use --method gauss_newton, which takes no rates"
+            )
+        parts.append((numbers([site], Projection(c.rank, c.seed)), o.rate(site.path)))
+    return [torch.cat([torch.full((n,), o.scheduled(peak, lr)) for n, peak in parts]) for lr in subject.rates]
+
+
 def influences(
-    stores: Sequence[Store], queries: Sequence[Tensor], rates: Sequence[float], method: Method, damping: float
+    stores: Sequence[Store], queries: Sequence[Tensor], damping: float, rates: Sequence[Tensor] | None = None
 ) -> Tensor:
     """Over all checkpoints, fp32[q, records]. queries: the gradients of the answers, f[q, d], for each checkpoint.
 
-    rates: the learning rate of each checkpoint, for tracin alone.
+    rates: those of tracin; without them gauss_newton, for which `damping` is.
     """
-    out = []
-    for kept, q, rate in zip(stores, queries, rates, strict=True):
-        chunks = partial(kept.read, "gradients")
-        if method == "tracin":
-            out.append(rate * influence.tracin(chunks, q.cpu()))
-        else:
-            out.append(influence.gauss_newton(chunks, q.cpu(), damping) / len(stores))
-    return torch.stack(out).sum(0)
+    gradients = [partial(kept.read, "gradients") for kept in stores]
+    if rates is None:
+        pairs = zip(gradients, queries, strict=True)
+        return torch.stack([influence.gauss_newton(g, q.cpu(), damping) for g, q in pairs]).mean(0)
+    triples = zip(gradients, queries, rates, strict=True)
+    return torch.stack([influence.tracin(g, q.cpu() * rate) for g, q, rate in triples]).sum(0)
 
 
 @dataclass(frozen=True)

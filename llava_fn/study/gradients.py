@@ -1,7 +1,7 @@
-"""The gradient that each sample of a batch has by itself, of chosen linear layers, from one backward pass.
+"""The gradient that each sample of a batch has by itself, of chosen weights, from one backward pass.
 
-    sites(params, c, adapters, parts)             the linear layers in the parts, and their sizes
-    per_sample(params, batch, sites, model)       loss of each sample, and its gradients: path -> f[n, o, i]
+    sites(model, parts)                           the weights in the parts, and their sizes
+    per_sample(model, batch, sites, projection)   loss of each sample, and its gradients: path -> f[n, o, i]
 
 The samples of a stream never see each other, so the gradient of a weight is a sum over samples, and probe.py takes the
 sum apart. With a Projection no gradient is ever whole: each is a matrix of at most rank x rank.
@@ -28,9 +28,10 @@ from llava_fn.spec import under
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer whose gradient is taken: a weight f[out, inp], or an adapter's a or b.
+    """A weight f[out, inp] whose gradient is taken: of a linear layer, an adapter's a or b, embeddings, the head.
 
-    bias: whether the layer has one; its gradient is then the last of inp + 1 columns.
+    The gain of a norm is one with a single input. bias: whether the layer has one; its gradient is then the last of
+    inp + 1 columns.
     """
 
     path: tree.Path
@@ -86,21 +87,22 @@ class Studied:
 
 
 def sites(model: Studied, parts: Sequence[str]) -> list[Site]:
-    """The linear layers that lie in the parts, but not the patch embedding and the head.
+    """The linear layers that lie in the parts, and of the decoder embeddings, norms and head too.
 
-    ValueError names a part in which there is none, or which is none of the model's.
+    ValueError names a part in which there is none of these, or which is none of the model's.
     """
     found = []
     for path, leaf in zip(tree.paths(model.params), tree.values(model.params), strict=True):
-        if _is_linear(path):
+        if _is_probed(path):
             bias = path[0] != lora.PART and (*path[:-1], bias_of(path[-1])) in model.params
-            out, inp = leaf.shape
+            out, inp = leaf.shape if leaf.ndim == 2 else (len(leaf), 1)
             found.append(Site(path, out, inp, bias))
     empty = [part for part in parts if not any(under(site.path, [part]) for site in found)]
     if empty:
         known = ", ".join(dict.fromkeys(site.path[0] for site in found))
         raise ValueError(
-            f"{', '.join(empty)}: no part of the model with a linear layer; there are {known}, and paths in them"
+            f"{', '.join(empty)}: no part of the model with a weight that can be looked at; there are {known}, and "
+            "paths in them"
         )
     return [site for site in found if under(site.path, parts)]
 
@@ -110,9 +112,9 @@ def bias_of(weight: str) -> str:
     return f"b{weight[1:]}"
 
 
-def _is_linear(path: tree.Path) -> bool:
-    if path[0] == lora.PART:
-        return path[-1] in ("a", "b")
+def _is_probed(path: tree.Path) -> bool:
+    if path[0] in (lora.PART, "llama"):
+        return True
     return path[-1].startswith("w") and (path[0] == "projector" or "blocks" in path)
 
 
@@ -144,9 +146,14 @@ def per_sample(
     """Loss and gradients of each sample. batch: on the model's device.
 
     mean: the loss of a sample is the mean over its labelled tokens instead of their sum. Memory beside that of an
-    ordinary step: n times `size` numbers. Dropout of adapters is off. ValueError if the batch has padding.
+    ordinary step: n times `size` numbers. Dropout of adapters is off. ValueError if the batch has padding, or tp shares
+    the model.
     """
     n = len(batch.records)
+    if model.run.tp.axis.size > 1:
+        raise ValueError(
+            f"a rank of tp={model.run.tp.axis.size} has a part of each gradient; use a whole model on every device"
+        )
     if n != len(batch.stream.segments.queries):
         raise ValueError("the batch has a segment of padding, which is no sample; collate it with multiple=1")
     shapes = {site.path: projection.shape(site) if projection else site.shape for site in chosen}
@@ -178,19 +185,22 @@ def _samples(rows: Tensor, lengths: Sequence[int]) -> Tensor:
 def _probe(site: Site, batch: Batch, c: Llava, projection: Projection | None, like: Tensor) -> dict[str, Tensor]:
     """The leaves of a probe but `delta`."""
     matrices = projection.matrices(site) if projection else {}
-    return {"rows": _rows(site, batch, c), **{name: m.to(like) for name, m in matrices.items()}}
+    return {**_rows(site, batch, c), **{name: m.to(like) for name, m in matrices.items()}}
 
 
-def _rows(site: Site, batch: Batch, c: Llava) -> Tensor:
-    """How many rows of each sample the layer reads, int64[n] on the host."""
+def _rows(site: Site, batch: Batch, c: Llava) -> dict[str, Tensor]:
+    """How many rows of each sample the layer reads, and the table embeds: `rows` and `tokens`, int64[n] on the host."""
     part, *inner = site.path[site.path[0] == lora.PART :]
     stream = batch.stream
     if part != "llama":
         images = torch.bincount(_samples(batch.image_rows, stream.segments.queries), minlength=len(batch.records))
-        return images.cpu() // c.vision.patches * (c.vision.patches + (part == "vision"))
+        return {"rows": images.cpu() // c.vision.patches * (c.vision.patches + (part == "vision"))}
+    if inner[0] in ("embed", "head"):  # the table may be the head too
+        labelled = torch.bincount(owners(batch), minlength=len(batch.records)).cpu()
+        return {"rows": labelled, "tokens": torch.tensor(stream.segments.queries)}
     # the last block computes queries, output and feed-forward layer of the rows that are read alone
-    late = inner[1] == str(c.llama.blocks - 1) and not {"wk", "wv"} & set(inner)
-    return torch.tensor((stream.read_segments if late else stream.segments).queries)
+    late = inner[0] == "norm" or inner[1] == str(c.llama.blocks - 1) and not {"norm1", "wk", "wv"} & set(inner)
+    return {"rows": torch.tensor((stream.read_segments if late else stream.segments).queries)}
 
 
 def _attached(model: Studied, deltas: TensorDict, probes: Mapping[tree.Path, Mapping[str, Tensor]]) -> TensorDict:

@@ -11,7 +11,7 @@ Order = Literal["worst_token", "loss", "mean_loss", "gradient_norm", "forgotten"
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is taken of each record: the gradient of the summed loss of its answers, of the linear layers in `parts`."""
+    """What is taken of each record: the gradient of the summed loss of its answers, of the weights in `parts`."""
 
     parts: tuple[str, ...] = ("projector",)  # vision, projector, llama, lora, or paths in them
     rank: int = 16  # of the random projection of a layer's inputs, and of its outputs

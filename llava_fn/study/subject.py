@@ -13,7 +13,7 @@ from llava_fn import fields, tree
 from llava_fn.batch import Batch, Sample, collate
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.checkpoint.folder import Checkpoint
-from llava_fn.config import structure
+from llava_fn.config import Optim, structure
 from llava_fn.data import records
 from llava_fn.data.options import Data
 from llava_fn.data.records import Preparation, Record
@@ -26,11 +26,12 @@ from llava_fn.study.gradients import Studied
 
 @dataclass(frozen=True)
 class Subject:
-    """A run. checkpoints: in the order of their steps; rates: the learning rate at each. data: as the run's config."""
+    """A run. checkpoints: in the order of their steps; rates: the learning rate at each. optim, data: its config's."""
 
     folder: Path
     checkpoints: tuple[Checkpoint, ...]
     rates: tuple[float, ...]
+    optim: Optim
     data: Data
     sources: tuple[Sequence[Record], ...]
     tokenizer: Tokenizer
@@ -91,7 +92,7 @@ def open_run(folder: Path, steps: Sequence[int] = ()) -> Subject:
         )
     opened = tuple(checkpoint.open_checkpoint(checkpoint.at(runs, step)) for step in sorted(steps or there))
     values = fields.load(config)
-    data = structure(Data, values["data"])
+    data, optim = structure(Data, values["data"]), structure(Optim, values["optim"])
     manifest, tokenizer = opened[-1].manifest, open_tokenizer(opened[-1].tokenizer)
     preparation = records.preparation(tokenizer, manifest.model.vision.image, manifest.model.vision.patches, data)
     sources = [records.read(source) for source in data.sources]
@@ -102,7 +103,7 @@ def open_run(folder: Path, steps: Sequence[int] = ()) -> Subject:
         )
     held = Heldout(share=(values.get("heldout") or {}).get("share", 0.0))
     sources, _ = validation.divided(sources, held, data.seed)
-    return Subject(folder, opened, _rates(folder, opened), data, tuple(sources), tokenizer, preparation)
+    return Subject(folder, opened, _rates(folder, opened), optim, data, tuple(sources), tokenizer, preparation)
 
 
 def _rates(folder: Path, opened: Sequence[Checkpoint]) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ EMOJI = r".*pretrain\.py .*--data\.epochs 0\.1( .*)?"
 SHORTER = {  # commands that take minutes, and options that make them short
     r"python recipes/(pretrain|finetune)\.py --config published .*": "--data.workers 0",
     r"python recipes/finetune\.py --config task .*": "--data.workers 0 --heldout.answers 2",
-    r".*--run-dir runs/emoji-kept .*": "--source few.json runs/emoji-data --heldout.records few.json --data.workers 0",
+    r".*--run-dir runs/emoji-kept .*": "--source few.json runs/emoji-data --heldout.records few.json --data.workers 0 "
+    "--saving.save-interval 4",
     r"python recipes/finetune\.py": "--data.epochs 0.01 --heldout.most 16 --heldout.answers 8",
     EMOJI: "--heldout.records few.json --heldout.images runs/emoji-data",
     r".*recipes/infer\.py --tp 2 .*": "--tokens 16",
