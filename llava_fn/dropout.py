@@ -3,6 +3,9 @@
 A generator of random numbers that counts (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key
 of a row is its record and its position, that of a column its update, its weight and its index. Hence an element is
 dropped or kept alike when a block is recomputed, on every mesh, and however an update is cut into micro-batches.
+
+Keys are mixed well, one by one; an element's number is then a product of two sums of them, of which the upper bits
+count. It takes no shift, which Atlas A2 and A3 compute on slow cores of their own (aclnnRightShift, as an AI CPU task).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from llava_fn.parallel.mesh import Axis
 def dropped(x: Tensor, rows: Tensor, columns: Tensor, p: Tensor) -> Tensor:
     """x: f[t, n], rows: int32[t], columns: int32[n] -> x / (1 - p) where an element is kept, else 0. p: fp32[]."""
     threshold = ((p - 0.5) * 2**32).clamp(-(2**31), 2**31 - 1).to(torch.int64)  # the numbers are even over int32
-    kept = _mixed(rows[:, None] ^ columns) >= threshold
+    factor = (rows * 0x2C1B3C6D | 1)[:, None] + (columns * 0x297A2D39 & -2)  # odd: all products are equally likely
+    kept = (rows[:, None] ^ columns) * factor >= threshold
     return torch.where(kept, x / (1 - p).to(x.dtype), 0)
 
 

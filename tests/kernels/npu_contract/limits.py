@@ -16,7 +16,8 @@ from torch import Tensor
 PLUGIN = (
     "https://github.com/Ascend/op-plugin/blob/517f2e7d0f202f38b76310706cb977ca2388ad21/docs/zh/custom_APIs/torch_npu/"
 )
-MATH = "https://github.com/hicann/ops-math/blob/c41933244c31e44fd496e3bb3212164f8c48c214/"
+REPO = "https://github.com/hicann/ops-math/blob"
+MATH = f"{REPO}/c41933244c31e44fd496e3bb3212164f8c48c214/"
 NN = "https://github.com/hicann/ops-nn/blob/e5c3fa9327ea95ba26d06227e746923580d10921/"
 ATTENTION = "https://github.com/hicann/ops-transformer/blob/c29bc1069d3252c641e2aa059ec88f392d3f05ac/"
 
@@ -254,6 +255,7 @@ FUSED = (
 INDEX = "int32 int64"
 NUMBERS = "fp16 bf16 fp32 int8 uint8 int16 int32 int64"
 ANY = NUMBERS + " bool"
+INTEGERS = "int8 uint8 int16 int32 int64"
 ATEN = (
     Limit(
         "aten::_fused_adamw_", "one AdamW update of all leaves",
@@ -373,6 +375,25 @@ ATEN = (
     Limit(
         "aten::_log_softmax", "logarithm of softmax", {"self": FLOAT},
         NN + "activation/log_softmax_v2/docs/aclnnLogSoftmax.md", ranks={"self": (1, 8)},
+    ),
+    Limit(
+        "aten::bitwise_xor.Scalar", "keys of dropout", {"self": INTEGERS},
+        f"{REPO}/29bf6a1bbcdf37a391bfcd4545c977a9d34f7d86/math/bitwise_xor/docs/"
+        "aclnnBitwiseXorScalar%26aclnnInplaceBitwiseXorScalar.md",
+        ranks={"self": (0, 8)},
+    ),
+    Limit(
+        "aten::bitwise_xor.Tensor", "the same", {"self": INTEGERS, "other": INTEGERS},
+        f"{REPO}/61da8fd8285378b6e0e10e728da70b0067b94228/math/bitwise_xor/docs/"
+        "aclnnBitwiseXorTensor%26aclnnInplaceBitwiseXorTensor.md",
+        ranks={"self": (0, 8)},
+    ),
+    Limit(
+        "aten::__rshift__.Scalar", "the same", {"self": INTEGERS},
+        f"{REPO}/019fdf8074b3e830955bcfa0a18c3a4a1cbeef71/math/right_shift/docs/"
+        "aclnnRightShift.md",
+        ranks={"self": (0, 1)},
+        risk="on A2 and A3 an AI CPU computes it, which is slow: it is called on one dim alone",
     ),
     Limit(
         "aten::where.self", "one of two by a condition", {"condition": "bool uint8", "self": ANY, "other": ANY},

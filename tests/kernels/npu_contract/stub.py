@@ -102,5 +102,9 @@ def _built(libraries: list[str], source: str) -> Path:
         (new / "stub.c").write_text(source)
         for name in libraries:
             _lines("gcc", "-w", "-shared", "-fPIC", str(new / "stub.c"), f"-Wl,-soname,{name}", "-o", str(new / name))
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same
+                raise
     return folder

@@ -1,6 +1,7 @@
 """(B) Forward and backward on tensors without memory: the real dispatcher, autograd formulas and shape rules."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,14 @@ from tensordict import TensorDict
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llava_fn import config, kernels, llama, llava, optim, spec, train, tree
+from llava_fn import config, kernels, linear, llama, llava, lora, optim, spec, train, tree
 from llava_fn.batch import Batch, Stream
 from llava_fn.cache import Cache
 from llava_fn.config import STAGES
 from llava_fn.grad import remat, scan, value_and_grad
 from llava_fn.kernels import Held, Segments
 from llava_fn.kernels.decode import masked
+from llava_fn.linear import Kind
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import TP
 from llava_fn.parallel.mesh import Axis, Mesh
@@ -216,14 +218,14 @@ def test_a_real_npu_tensor_cannot_be_made():
         torch.ones(4).npu()
 
 
-def params(c: config.Llava, dtype, mesh=Mesh()) -> TensorDict:
+def params(c: config.Llava, dtype, mesh=Mesh(), adapters: config.Lora | None = None) -> TensorDict:
     """Parameters without memory, this rank's shards."""
 
     def leaf(path, p):
         sizes = [part.stop - part.start for part in spec.shard(p, mesh)]
         return torch.empty(sizes, dtype=dtype, device="npu")
 
-    return spec.build(llava.spec(c), leaf)
+    return spec.build(lora.extended(llava.spec(c), adapters), leaf)
 
 
 def stream_of(lengths, tails=None) -> Stream:
@@ -245,14 +247,24 @@ def make_batch(c: config.Llava, captions=(20, 40)) -> Batch:
     )  # fmt: skip
 
 
-def step_ops(c: config.Llava, stage: str) -> Log:
-    """Every op of one whole train_step."""
-    mine, frozen = tree.split(params(c, torch.float32), train.trains(STAGES[stage]))
+def step_ops(
+    c: config.Llava, parts: Sequence[str], adapters: config.Lora | None = None, kind: Kind | None = None
+) -> Log:
+    """Every op of one whole train_step, whose only wait for the device is for two numbers: the loss and the norm.
+
+    They are read as one tensor, which is one wait on a card; without memory each number is seen alone.
+    """
+    mine, frozen = tree.split(params(c, torch.float32, adapters=adapters), train.trains(parts))
+    frozen = tree.build(
+        (path, linear.empty(w, kind) if kind and linear.compressible(path) else w.to(BF16))
+        for path, w in zip(tree.paths(frozen), tree.values(frozen), strict=True)
+    )
     state = train.TrainState(0, mine, optim.init(mine))
-    task = train.Task(tree.cast(frozen, BF16), c, optim.Optim(), 100, Zero(dtype=BF16))
+    task = train.Task(frozen, c, optim.Optim(), 100, Zero(dtype=BF16), lora=adapters)
     with Log() as log:
         after, metrics = train.train_step(state, [make_batch(c)], task)
     assert after.step == 1 and metrics.labelled == 60 and log.copies == []
+    assert log.waits == ["aten::_local_scalar_dense"] * 2
     for path, leaf in zip(tree.paths(mine), tree.values(after.params), strict=True):
         assert (leaf.shape, leaf.dtype) == (mine[path].shape, torch.float32)
     return log
@@ -260,7 +272,7 @@ def step_ops(c: config.Llava, stage: str) -> Log:
 
 def test_a_whole_7b_train_step_runs_fused(fake):
     """Stage 1 at the shapes of LLaVA-1.5-7B. The image tower is frozen and first, so it has no backward pass."""
-    log = step_ops(config.LLAVA_7B, "projector")
+    log = step_ops(config.LLAVA_7B, STAGES["projector"])
     assert log.fused == {
         "npu_fast_gelu": 23, "npu_fusion_attention": 23 + 32, "npu_gelu": 1, "npu_gelu_backward": 1,
         "npu_rms_norm": 32 + 1, "npu_add_rms_norm": 32, "npu_rms_norm_backward": 2 * 32 + 1,
@@ -272,9 +284,17 @@ def test_a_whole_7b_train_step_runs_fused(fake):
 
 
 def test_training_every_part_runs_fused(fake):
-    log = step_ops(SMALL, "all")
+    log = step_ops(SMALL, STAGES["all"])
     assert log.fused["npu_fast_gelu_backward"] == 2 and log.fused["npu_fusion_attention_grad"] == 2 + 2
     assert not UNFUSED & log.ops.keys()
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_training_adapters_runs_fused(fake, kind):
+    """With dropout, on a base as it is and on a compressed one, which is made whole by plain operations."""
+    log = step_ops(SMALL, ("projector", "lora"), config.Lora(rank=8, dropout=0.1), kind)
+    assert log.fused["npu_fusion_attention_grad"] == log.fused["npu_swiglu_backward"] == 2
+    assert not UNFUSED & log.ops.keys() and log.cards["950"] == set()
 
 
 def test_recomputation_runs_fused(fake):
