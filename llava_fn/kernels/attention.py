@@ -12,7 +12,7 @@ Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 23
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from llava_fn.kernels.chunked_attention import LEAST, MOST, chunked_attention
 from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
 from llava_fn.kernels.transfer import to_device
 from llava_fn.kernels.varlen import varlen_attn
@@ -88,15 +89,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool)
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    return choose(q, reference, npu=npu, cuda=cuda)(q, k, v, segments, causal)
+    return choose(q, reference, npu=npu, cuda=cuda, cpu=cpu)(q, k, v, segments, causal)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """Dense attention of each run of segments of one size."""
+    return _by_runs(_dense, q, k, v, segments, causal)
+
+
+def cpu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """The reference; in fp32 a run of causal segments by chunked_attention where that is faster, outside torch.func."""
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    plain = not causal or q.dtype != torch.float32 or transform is not None
+    return _by_runs(_dense if plain else _chunked, q, k, v, segments, causal)
+
+
+def _by_runs(attend: Callable, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """attend(q, k, v, b, causal) of each run of b segments of one size."""
     runs = list(segments.runs())
     rows, cols = [b * t for b, t, _ in runs], [b * s for b, _, s in runs]
     parts = zip(q.split(rows), k.split(cols), v.split(cols), runs, strict=True)  # split: one backward for all parts
-    return torch.cat([_dense(q, k, v, b, causal) for q, k, v, (b, _, _) in parts])
+    return torch.cat([attend(q, k, v, b, causal) for q, k, v, (b, _, _) in parts])
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
+    """As `_dense`, which it leaves other sizes to."""
+    if len(q) == b or not LEAST <= len(k) // b <= MOST:
+        return _dense(q, k, v, b, causal)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (repeat(x, "s m h -> s (m g) h", g=groups) for x in (k, v))
+    return chunked_attention(q, k, v, b)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:

@@ -24,19 +24,42 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's linear, which is MKL's product; in fp32 without gradients one of two others where it is faster.
+    """torch's linear, which is MKL's product; in fp32 one of two others where it is faster, outside torch.func.
 
-    For a few rows that is w x^T, in which the weight is the first factor: as the second, MKL packs a weight anew in
-    every call, which takes as long as reading it. Else it is oneDNN's product, with AVX-512 (bench/RESULTS.md).
+    For a few rows without gradients that is w x^T, in which the weight is the first factor: as the second, MKL packs a
+    weight anew in every call, which takes as long as reading it. Else it is oneDNN's product, with AVX-512
+    (bench/RESULTS.md).
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.ndim != 2:
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    if transform is not None or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.ndim != 2:
         return F.linear(x, w, bias)
-    if not 1 < len(x) <= (FEW_AVX512 if avx512() else FEW):
-        if avx512() and len(x) and w.numel() >= LARGE:
-            return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
-        return F.linear(x, w, bias)
-    y = (w @ x.contiguous().t()).t().contiguous()
-    return y if bias is None else y.add_(bias)
+    gradients = torch.is_grad_enabled() and any(z.requires_grad for z in (x, w, bias) if z is not None)
+    if 1 < len(x) <= (FEW_AVX512 if avx512() else FEW) and not gradients:
+        y = (w @ x.contiguous().t()).t().contiguous()
+        return y if bias is None else y.add_(bias)
+    if avx512() and len(x) and w.numel() >= LARGE:
+        return _OneDNN.apply(x, w, bias) if gradients else one_dnn(x, w, bias)
+    return F.linear(x, w, bias)
+
+
+def one_dnn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product, which has no gradient, silently."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    """`one_dnn` with gradients. That of the weight is MKL's product, which is the faster one there."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        return one_dnn(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, *gs: Tensor):
+        (g,), (x, w) = gs, ctx.saved_tensors
+        d_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+        return None if w is None else cpu(g, w.t()), None if x is None else g.t() @ x, d_bias
 
 
 @cache  # every product asks

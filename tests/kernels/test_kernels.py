@@ -4,18 +4,22 @@ import dataclasses
 import math
 from importlib import import_module
 from inspect import signature
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava_fn import kernels
 from llava_fn.kernels import Segments, decode
 from llava_fn.kernels.swiglu import gated
 from llava_fn.kernels.varlen import varlen_attn
+
+ATTENTION, CHUNKED = (import_module(f"llava_fn.kernels.{name}attention") for name in ("", "chunked_"))
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,6 +57,42 @@ def test_attention_equals_one_query_at_a_time(pairs, heads, causal):
     grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (mine, want)]
     torch.testing.assert_close(mine, want)
     torch.testing.assert_close(*grads)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(sizes, min_size=1, max_size=5), st.sampled_from([(2, 2), (4, 2)]))
+def test_attention_in_chunks_equals_one_query_at_a_time(pairs, heads):
+    segments = Segments(*map(tuple, zip(*pairs, strict=True)))
+    q = rand(sum(segments.queries), heads[0], 4, seed=1)
+    k, v = (rand(sum(segments.keys), heads[1], 4, seed=s) for s in (2, 3))
+    want, weight = naive_attention(q, k, v, segments, True), rand(*q.shape, seed=4).detach()
+    with patch.multiple(CHUNKED, CHUNK=2), patch.multiple(ATTENTION, LEAST=2):
+        mine = kernels.attention(q.float(), k.float(), v.float(), segments, True)
+    torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (mine, want)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_gradient_of_attention_in_chunks(monkeypatch):
+    monkeypatch.setattr(CHUNKED, "CHUNK", 2)
+    q, k, v = rand(6, 1, 2), rand(10, 1, 2, seed=1), rand(10, 1, 2, seed=2)
+    assert gradgradcheck(lambda *x: CHUNKED.chunked_attention(*x, 2), (q, k, v))
+
+
+def test_forms_of_a_cpu_give_way_to_transforms(monkeypatch):
+    monkeypatch.setattr(ATTENTION, "LEAST", 2)
+    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 1)
+    x = rand(9, 2, 4).detach().float()
+    ops = {
+        "attention": lambda x: kernels.attention(x, x, x, Segments.of([5, 4]), True),
+        "linear": lambda x: kernels.linear(x.flatten(1), x[:8].flatten(1)),
+    }
+    for op in ops.values():
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no forward-mode rule
+            y, slope = torch.func.jvp(op, (x,), (x,))
+            (backward,) = torch.autograd.grad(op(x.requires_grad_()).sum(), x)
+            torch.testing.assert_close(slope.sum(), (backward * x.detach()).sum(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.func.vmap(op)(x.detach()[None].repeat(3, 1, 1, 1)), y.expand(3, *y.shape))
 
 
 def test_attention_takes_strided_input():
@@ -292,10 +332,23 @@ def test_linear_without_a_gradient_equals_the_product(shape, biased, monkeypatch
         assert (y.shape, y.dtype) == (want.shape, dtype) and y.is_contiguous()
         torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
         assert all(map(torch.equal, before, args))
-        args[0].requires_grad_()
-        assert type(kernels.linear(*args).grad_fn) is type(torch.nn.functional.linear(*args).grad_fn)
     args = [z.requires_grad_() for z in ((x, w, bias) if biased else (x, w))]
     assert x.numel() == 0 or gradcheck(kernels.linear, args)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_linear_in_fp32_has_the_gradients_of_the_product(rows, wanted, monkeypatch):
+    """First and second ones, of those factors alone that want one."""
+    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 24)
+    both = []
+    for op, dtype in ((kernels.linear, torch.float32), (torch.nn.functional.linear, torch.float64)):
+        args = [rand(*s, seed=j).detach().to(dtype) for j, s in enumerate([(rows, 24), (5, 24), (5,)])]
+        leaves = [args[j].requires_grad_() for j in wanted]
+        first = torch.autograd.grad(op(*args).square().sum(), leaves, create_graph=True)
+        both.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for mine, want in zip(*both, strict=True):
+        torch.testing.assert_close(mine.double(), want, rtol=1e-4, atol=1e-4)
 
 
 def codes_of(n, k, seed=5):
