@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from warm import ROOT, Warm
+from warm import ROOT, Strike, Warm
 
 from llava_fn import config, tree
 from llava_fn.data import records as data
@@ -22,14 +22,18 @@ class Launcher:
     def __init__(self, warm: Warm) -> None:
         self.warm, self.wait = warm, warm.wait
 
-    def start(self, cwd: Path, *args: object, output: Path | None = None, **env: str) -> int:
-        """-> the process id of a run in `cwd`, which writes to cwd/log."""
-        return self.warm.start([SCRIPT, *args], cwd, os.environ | env, output or cwd / "log")
+    def start(
+        self, cwd: Path, *args: object, output: Path | None = None, strike: Strike | None = None, **env: str
+    ) -> int:
+        """-> the process id of a run in `cwd`, which writes to cwd/log. strike: as of Warm."""
+        return self.warm.start([SCRIPT, *args], cwd, os.environ | env, output or cwd / "log", strike=strike)
 
-    def start_ranks(self, cwd: Path, world: int, *args: object, own: Sequence[Sequence] = ((),)) -> list[int]:
+    def start_ranks(
+        self, cwd: Path, world: int, *args: object, own: Sequence[Sequence] = ((),), strike: Strike | None = None
+    ) -> list[int]:
         """The process ids of a run of several processes. own: arguments of each process besides those of all."""
         argv = lambda rank: [SCRIPT, *args, *own[rank % len(own)]]  # noqa: E731
-        return self.warm.start_ranks(world, argv, cwd, dict(os.environ), lambda rank: cwd / f"log{rank}")
+        return self.warm.start_ranks(world, argv, cwd, dict(os.environ), lambda rank: cwd / f"log{rank}", strike)
 
     def run(self, cwd: Path, *args: object, **env: str) -> tuple[int, str]:
         """-> (exit status, all that it wrote)."""

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import uvicorn
@@ -19,6 +20,8 @@ from warm import Warm, until
 
 from llava_fn.generate import conversation
 from llava_fn.generate.family import Family
+from llava_fn.serve import engine
+from llava_fn.serve import worker as worker_of
 from llava_fn.serve.app import Service, build
 from llava_fn.serve.ask import Offer
 from llava_fn.serve.options import Limits, Web
@@ -56,12 +59,8 @@ class Running:
 
     def free(self, slots, waiting=0):
         """Wait until so many slots are free."""
-        for _ in range(1000):
-            figures = self.service.worker.figures()
-            if (figures["free"], figures["waiting"]) == (slots, waiting):
-                return True
-            time.sleep(0.02)
-        return False
+        figures = self.service.worker.figures
+        return until(lambda: (figures()["free"], figures()["waiting"]) == (slots, waiting), seconds=100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +110,18 @@ def serving(a, key=None, web=Web(), strict=False, **limits):
         server.should_exit = True
         thread.join()
         worker.stop()
+
+
+def steps_take(monkeypatch, seconds):
+    """Each step takes so many seconds of the clock by which requests expire, however fast the machine is."""
+    clock, step = [0.0], engine.step
+
+    def timed(a, desk):
+        clock[0] += seconds
+        return step(a, desk)
+
+    monkeypatch.setattr(engine, "step", timed)
+    monkeypatch.setattr(worker_of, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
 
 
 def alone(a, chat, d):

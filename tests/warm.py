@@ -7,6 +7,7 @@ The fixture `warm` is one such process for each worker of pytest:
     assert warm.statuses(pids) == [0, 0]
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -16,8 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,11 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 IMPORTS = """torch tensordict tyro matplotlib.pyplot PIL.Image sentencepiece torchdata.nodes safetensors.torch einops
 llava_fn.evaluate.task llava_fn.evaluate.finish llava_fn.runs.answers llava_fn.runs.run llava_fn.launch.cli uvicorn
 llava_fn.serve.app"""
+
+
+# A signal for a process, and for all that it has started, once files of its folder that match a pattern have so many
+# lines together; a folder counts as one.
+Strike = tuple[int, str, int]
 
 
 class Warm:
@@ -45,13 +52,17 @@ class Warm:
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
-    def start(self, argv: Sequence, cwd: Path, env: dict[str, str], out: Path, err: Path | None = None) -> int:
+    def start(
+        self, argv: Sequence, cwd: Path, env: dict[str, str], out: Path, err: Path | None = None,
+        strike: Strike | None = None,
+    ) -> int:  # fmt: skip
         """`python ARGV` in folder `cwd` with an empty standard input and no other variables than `env`. -> its id.
 
-        Without `err`, both streams go to `out`. The process can be killed by its id; `wait` takes its status.
+        Without `err`, both streams go to `out`. The process can be killed by its id; `wait` takes its status. strike:
+        the process gets a signal at an instant of its own work, which it cannot have passed when the signal comes.
         """
         words = [str(word) for word in argv]
-        return self._ask(argv=words, cwd=str(cwd), env=env, out=str(out), err=str(err or out))
+        return self._ask(argv=words, cwd=str(cwd), env=env, out=str(out), err=str(err or out), strike=strike)
 
     def wait(self, pid: int) -> int:
         """The exit status, or minus the signal that ended the process."""
@@ -69,11 +80,15 @@ class Warm:
             return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
     def start_ranks(
-        self, world: int, argv: Callable[[int], Sequence], cwd: Path, env: dict[str, str], out: Callable[[int], Path]
-    ) -> list[int]:
-        """The ids of `world` processes that find each other; argv and out: by rank."""
+        self, world: int, argv: Callable[[int], Sequence], cwd: Path, env: dict[str, str], out: Callable[[int], Path],
+        strike: Strike | None = None,
+    ) -> list[int]:  # fmt: skip
+        """The ids of `world` processes that find each other; argv and out: by rank. strike: of the last rank."""
         self.store, variables = rendezvous(world)  # that of the ranks before ends here
-        return [self.start(argv(r), cwd, env | own, out(r)) for r, own in enumerate(variables)]
+        return [
+            self.start(argv(r), cwd, env | own, out(r), strike=strike if r == world - 1 else None)
+            for r, own in enumerate(variables)
+        ]
 
 
 def rendezvous(world: int):
@@ -106,6 +121,16 @@ def children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
+def family(pid: int) -> list[int]:
+    """All processes that this one and those started."""
+    return [p for child in children(pid) for p in (child, *family(child))]
+
+
+def lines(paths: Iterable[Path]) -> int:
+    """Lines of those files that are there."""
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
+
+
 def ended(pid: int) -> bool:
     """Whether a process that was started, and not waited for, has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -131,6 +156,19 @@ def recipe(name: str):
     return module
 
 
+def _strike(number: int, pattern: str, count: int) -> None:
+    """Beside the work of this process, which waits for the signal: watched from elsewhere, it could come too late."""
+    while lines(found := list(Path().glob(pattern))) + sum(map(Path.is_dir, found)) < count:
+        time.sleep(0.0005)
+    all_of_them = (os.getpid(), *family(os.getpid()))
+    helper = os.fork()  # a worker takes what its parent sends for the parent's own word
+    if not helper:
+        for pid in all_of_them:
+            os.kill(pid, number)
+        os._exit(0)
+    ctypes.PyDLL(None).waitpid(helper, None, 0)  # and keeps the interpreter's lock meanwhile
+
+
 def _child(job: dict) -> None:
     """The command, in this process: never returns."""
     status, flags = 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOCTTY
@@ -142,6 +180,8 @@ def _child(job: dict) -> None:
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
+    if job["strike"]:
+        threading.Thread(target=_strike, args=job["strike"], daemon=True).start()
     module = job["argv"][0] == "-m"
     sys.argv = job["argv"][module:]
     try:

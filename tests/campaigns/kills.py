@@ -29,7 +29,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import pretraining  # noqa: E402
 import tsvs  # noqa: E402
 import warm as warmth  # noqa: E402
-from warm import ROOT, Warm, children, ended, until  # noqa: E402
+from warm import ROOT, Warm, children, ended, lines, until  # noqa: E402
 
 from llava_fn import config  # noqa: E402
 from llava_fn.checkpoint import folder as checkpoint  # noqa: E402
@@ -45,6 +45,7 @@ MODEL = config.Llava(
 FINAL = (".xlsx", "_acc.csv", "_summary.json")  # results that say nothing of time
 WORKER = "a process that reads data has failed"
 PLACES = ("start", "work", "save", "worker")
+STARTING = 4  # lines that a command says before it works
 HANG = 120.0  # seconds that a run may take to end after the death of a worker; it looks every 5, on a busy machine
 
 
@@ -64,10 +65,6 @@ class Kind:
     places: Sequence[str]  # of PLACES
     begun: Callable[[Path], int]
     wrong: Callable[[Path, Path, bool], str]
-
-
-def lines(paths: Sequence[Path]) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
 def trained(folder: Path) -> int:
@@ -104,21 +101,22 @@ def other_results(folder: Path, whole: Path, over: bool) -> str:
     return f"{', '.join(other)}: other results" if other else ""
 
 
-def strike(kind: Kind, place: str, pids: list[int], folder: Path, rng: random.Random) -> bool:
-    """Wait for an instant, and kill. -> False if the command ended before."""
-    begun, checkpoints = kind.begun(folder), folder / "run/checkpoints"
+def strike(kind: Kind, place: str, pids: list[int], folder: Path, whole: Path, rng: random.Random) -> bool:
+    """Wait for an instant, and kill. -> False if the command ended before.
+
+    The instant is drawn over what is left of the work, or over what a command says before it works.
+    """
+    done, total, checkpoints = kind.begun(folder), kind.begun(whole), folder / "run/checkpoints"
     if place == "start":
-        time.sleep(rng.uniform(0, 1.5))
-    elif place == "save":
-        if not until(lambda: any(checkpoints.glob(checkpoint.TEMPORARY + "*")), *pids):
-            return False
-        time.sleep(rng.uniform(0, 0.004))
+        said = rng.randint(0, STARTING)
+        there = until(lambda: lines([folder / "log0"]) >= said, *pids)
     else:
-        more = rng.randint(1, 4)
-        if not until(lambda: kind.begun(folder) >= begun + more or kind.begun(folder) < begun, *pids):
-            return False
-        time.sleep(rng.uniform(0, 0.05))
-    if any(map(ended, pids)):
+        target = rng.randint(min(done + (place != "save"), total), total)
+        there = until(lambda: kind.begun(folder) >= target, *pids)
+    if place == "save":
+        there = there and until(lambda: any(checkpoints.glob(checkpoint.TEMPORARY + "*")), *pids)
+    time.sleep(rng.uniform(0, 0.004 if place == "save" else 0.05))
+    if not there or any(map(ended, pids)):
         return False
     victims = pids
     if place == "worker":  # which the forkserver, a child, has started
@@ -163,7 +161,11 @@ def judge(kind: Kind, place: str, struck: bool, statuses: list[int], folder: Pat
 
 
 def campaign(warm: Warm, kind: Kind, kills: int, seed: int, work: Path) -> Counter:
-    """Kill a command so many times. -> counts: of kills by place, of torn saves, of runs that ended, of violations."""
+    """Kill a command so many times.
+
+    -> counts: of kills by place, of later ones, which a checkpoint was there before, of torn saves, of runs that ended,
+    of violations.
+    """
     rng, counts, folder = random.Random(f"{seed} {kind.name}"), Counter(), work / "killed"
     whole = work / "whole"
     for place in (whole, folder):
@@ -173,7 +175,8 @@ def campaign(warm: Warm, kind: Kind, kills: int, seed: int, work: Path) -> Count
     while killed < kills or not counts["ended"]:
         place = rng.choice(kind.places)
         pids = start(warm, kind, folder)
-        struck = killed < kills and strike(kind, place, pids, folder, rng)
+        struck = killed < kills and strike(kind, place, pids, folder, whole, rng)
+        counts["later"] += struck and bool(checkpoint.steps(folder / "run/checkpoints"))
         statuses = finish(warm, pids, place, rng) if struck else warm.statuses(pids)
         counts[place] += struck
         if struck and (killed := killed + 1) % 50 == 0:
@@ -250,15 +253,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     c = parser.parse_args()
     total = Counter()
-    print(f"| {'command':26} | {' | '.join(PLACES)} | torn saves | ended, equal | violations | seconds |")
-    print("|---|" + "---:|" * (len(PLACES) + 4))
+    names = [*PLACES, "after a checkpoint", "torn saves", "ended, equal", "violations", "seconds"]
+    print(f"| {'command':26} | {' | '.join(names)} |\n|---|" + "---:|" * len(names))
     with tempfile.TemporaryDirectory() as work, Warm() as warm:
         for kind, share in kinds(Path(work)):
             kills, begun = round(share * c.train) if share else c.evaluate, time.monotonic()
             if not kills:
                 continue
             counts = campaign(warm, kind, kills, c.seed, Path(work) / "runs")
-            columns = [counts[name] for name in (*PLACES, "torn", "ended", "violations")]
+            columns = [counts[name] for name in (*PLACES, "later", "torn", "ended", "violations")]
             cells = " | ".join(map(str, [*columns, round(time.monotonic() - begun)]))
             print(f"| {kind.name:26} | {cells} |", flush=True)
             total += counts

@@ -631,6 +631,6 @@ def test_the_folder_of_shares_may_be_moved_as_soon_as_the_last_has_appeared(tmp_
 
 def test_kills_leave_whole_checkpoints_only(tmp_path):
     script = Path(__file__).with_name("checkpoint_kills.py")
-    done = subprocess.run([sys.executable, script, tmp_path, "10"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, tmp_path, "10"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert re.search(r"10 kills, [1-9]\d* of them in the midst of a save; [1-9]\d* checkpoints were whole", done.stdout)

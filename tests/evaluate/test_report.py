@@ -230,7 +230,7 @@ def open_report(browser, tmp_path):
 
     def opened(path, **more):
         view = browser.new_page(**{"viewport": {"width": 1200, "height": 800}} | more)
-        view.set_default_timeout(15_000)
+        view.set_default_timeout(60_000)
         view.on("request", lambda r: asked.append(r.url))
         view.on("console", lambda m: said_.append(m.text))
         view.on("pageerror", lambda e: said_.append(str(e)))

@@ -360,7 +360,7 @@ def test_an_interrupt_of_the_process_ends_with_130(config, tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130 and "keeps what is done" in process.stderr.read()
+    assert process.wait(300) == 130 and "keeps what is done" in process.stderr.read()
     assert config.out.read_text().endswith("\n")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretraining import ROOT, figures, rows, same
-from warm import until
+from warm import Strike
 
 from llava_fn import config, llava, lora, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -87,8 +87,8 @@ def write(folder: Path, c) -> Path:
     return folder / "my.json"
 
 
-def start(warm, folder: Path, *args: object) -> int:
-    return warm.start([SCRIPT, *args], folder, dict(os.environ), folder / "log")
+def start(warm, folder: Path, *args: object, strike: Strike | None = None) -> int:
+    return warm.start([SCRIPT, *args], folder, dict(os.environ), folder / "log", strike=strike)
 
 
 def run(warm, folder: Path, *args: object) -> tuple[int, str]:
@@ -174,10 +174,7 @@ def same_run(a: Path, b: Path) -> None:
 def test_a_killed_run_with_adapters_and_dropout_goes_on_to_the_bit(warm, finished, small, tmp_path):
     path = write(tmp_path, small)
     for step in (2, 6, 9):
-        child = start(warm, tmp_path, "--config", path)
-        metrics = tmp_path / "run/metrics.jsonl"
-        until(lambda: metrics.exists() and f'"step": {step}' in metrics.read_text(), child)  # noqa: B023
-        os.kill(child, signal.SIGKILL)
+        child = start(warm, tmp_path, "--config", path, strike=(signal.SIGKILL, "run/metrics.jsonl", step))
         assert warm.wait(child) == -signal.SIGKILL
     status, log = run(warm, tmp_path, "--config", path)
     assert status == 0 and "goes on from run/checkpoints/000008" in log, log

@@ -40,9 +40,9 @@ def small(emojis, tmp_path_factory):
     return replace(c, saving=replace(c.saving, keep=0), optim=calm)
 
 
-def start(launcher, folder, c, world, *more, own=((),)):
+def start(launcher, folder, c, world, *more, own=((),), strike=None):
     """The process ids of a run of `world` processes. own: arguments of each process besides those of all."""
-    return launcher.start_ranks(folder, world, "--config", write(folder, c), *more, own=own)
+    return launcher.start_ranks(folder, world, "--config", write(folder, c), *more, own=own, strike=strike)
 
 
 def run(launcher, folder, c, world, *more, own=((),)):
@@ -164,9 +164,8 @@ def test_after_a_kill_the_same_mesh_has_the_same_figures_to_the_bit(launcher, sm
 def test_a_signal_to_one_process_stops_all_after_the_same_update(launcher, small, runs, tmp_path, kind):
     """The rest of the run saves in the background, which must leave the same checkpoints."""
     c, world = many(small, kind)
-    children = start(launcher, tmp_path, c, world, "--saving.save-interval", "1000")
-    assert until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and rows(tmp_path), *children)
-    os.kill(children[1], signal.SIGTERM)
+    at = signal.SIGTERM, "run/metrics.jsonl", 1
+    children = start(launcher, tmp_path, c, world, "--saving.save-interval", "1000", strike=at)
     assert [launcher.wait(child) for child in children] == [143] * world, (tmp_path / "log0").read_text()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [len(rows(tmp_path))] < [STEPS]
     statuses, logs = run(launcher, tmp_path, replace(c, saving=replace(c.saving, background=True)), world)

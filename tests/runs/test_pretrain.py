@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining import ROOT, SCRIPT, figures, rows, run_of, same, write
-from warm import children, until
+from warm import family, lines, until
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -161,29 +161,23 @@ def parts(folder: Path) -> list[str]:
     return [p.name for p in path.iterdir() if p.name.startswith(".")] if path.exists() else []
 
 
-def lines(folder: Path) -> int:
-    path = folder / "run" / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+METRICS = "run/metrics.jsonl"
 
 
 def test_a_run_killed_again_and_again_equals_one_that_was_not(launcher, finished, small, tmp_path):
-    path, torn, status = write(tmp_path, small), 0, -signal.SIGKILL
-    for attempt in range(40):
-        child = launcher.start(tmp_path, "--config", path, "--saving.save-interval", "1")
-        begun = lines(tmp_path)
+    """In the midst of each second save, and after an update."""
+    path, torn = write(tmp_path, small), 0
+    arguments = "--config", path, "--saving.save-interval", "1"
+    for attempt in range(12):
+        at = METRICS, lines([tmp_path / METRICS]) + 1
         if attempt % 2:
-            until(lambda: parts(tmp_path), child)  # noqa: B023
-        else:
-            until(lambda: lines(tmp_path) not in (0, begun), child)  # noqa: B023
-            time.sleep(0.003 * attempt)
-        if attempt < 12:
-            os.kill(child, signal.SIGKILL)
-        status = launcher.wait(child)
+            checkpoint.clean(tmp_path / "run/checkpoints")  # else what the last one left would be taken for a save
+            at = "run/checkpoints/.*", 1
+        child = launcher.start(tmp_path, *arguments, strike=(signal.SIGKILL, *at))
+        assert launcher.wait(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
         torn += bool(parts(tmp_path))
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
-    assert status == 0 and attempt >= 3
+    status, log = launcher.run(tmp_path, *arguments)
+    assert status == 0 and "goes on from" in log, log
     assert parts(tmp_path) == [] and torn
     same_run(finished[0], tmp_path)
 
@@ -195,28 +189,22 @@ def test_a_run_that_a_signal_stops_has_a_checkpoint_and_goes_on_to_the_bit(
     """With workers, and with the signal sent to them too, as a cluster does."""
     path = write(tmp_path, small)
     arguments = ("--config", path, "--data.workers", "1", "--saving.save-interval", "1000")
-    child = launcher.start(tmp_path, *arguments)
-    assert until(lambda: lines(tmp_path), child)
-    for process in (child, *family(child)):
-        os.kill(process, number)
+    child = launcher.start(tmp_path, *arguments, strike=(number, METRICS, 1))
     assert launcher.wait(child) == status, (tmp_path / "log").read_text()
     (at,), log = checkpoint.steps(tmp_path / "run/checkpoints"), (tmp_path / "log").read_text()
-    assert at == lines(tmp_path) < 18 and f"; the same command goes on from run/checkpoints/{at:06d}\n" in log
+    assert (
+        at == lines([tmp_path / METRICS]) < 18 and f"; the same command goes on from run/checkpoints/{at:06d}\n" in log
+    )
     assert f"{number.name}: the run stops after this update" in log and "held-out captions" not in log
     status, log = launcher.run(tmp_path, *arguments)
     assert status == 0 and f"goes on from run/checkpoints/{at:06d}" in log, log
     same_run(finished[0], tmp_path)
 
 
-def family(process: int) -> list[int]:
-    """All processes that this one and those started."""
-    return [p for child in children(process) for p in (child, *family(child))]
-
-
 def test_a_killed_run_leaves_no_worker_behind(launcher, small, tmp_path):
     endless = replace(small, data=replace(small.data, workers=1, epochs=1e4))
     child = launcher.start(tmp_path, "--config", write(tmp_path, endless))
-    assert until(lambda: lines(tmp_path), child)
+    assert until(lambda: lines([tmp_path / METRICS]), child)
     workers = family(child)
     os.kill(child, signal.SIGKILL)
     launcher.wait(child)
@@ -256,7 +244,7 @@ def test_a_run_without_optimizer_state_goes_on_only_where_told(launcher, small, 
 def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(launcher, small, tmp_path):
     path = write(tmp_path, replace(small, data=replace(small.data, epochs=200.0)))
     child = launcher.start(tmp_path, "--config", path, output=tmp_path / "first")
-    until(lambda: lines(tmp_path) > 1, child)
+    until(lambda: lines([tmp_path / METRICS]) > 1, child)
     status, log = launcher.run(tmp_path, "--config", path)
     assert status == 1 and re.search(rf"error: run is in use by process {child} on \S+; wait for its end, or", log), log
     os.kill(child, signal.SIGKILL)

@@ -52,7 +52,7 @@ def open_page(browser):
 
     def opened(server, wait=True, **more):
         page = browser.new_page(**{"viewport": {"width": 900, "height": 700}} | more)
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("request", lambda r: asked.append(r.url))
         page.on("console", lambda m: said.append(m.text))
         page.on("pageerror", lambda e: said.append(str(e)))
@@ -74,7 +74,7 @@ def open_page(browser):
 
 def until(page, condition):
     """Playwright's own wait_for_function is forbidden by the page's security policy, as it should be."""
-    for _ in range(750):
+    for _ in range(3000):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(20)

@@ -5,6 +5,7 @@ import queue
 import threading
 
 import pytest
+from serving import steps_take
 
 from llava_fn import cache, llama, tree
 from llava_fn.generate import assistant, conversation, sampling
@@ -348,7 +349,7 @@ class Client:
         worker.submit(Ticket.of(name, tuple(jobs), self.got.put, seconds))
 
     def next(self):
-        return self.got.get(timeout=20)
+        return self.got.get(timeout=100)
 
     def all(self, answers=1):
         """All pieces, or why there are no more."""
@@ -380,7 +381,7 @@ def text_of(pieces):
 def hold(monkeypatch):
     """The engine stands still before a step until the event is set."""
     go, step = threading.Event(), engine.step
-    monkeypatch.setattr(engine, "step", lambda a, desk: go.wait(20) and step(a, desk))
+    monkeypatch.setattr(engine, "step", lambda a, desk: go.wait(100) and step(a, desk))
     return go
 
 
@@ -420,11 +421,10 @@ def test_a_cancelled_request_frees_its_slot_and_its_place_in_the_queue(a, chats,
 
 
 def test_a_request_has_so_much_time_in_the_queue_and_in_its_slot(a, chats, worker, monkeypatch):
-    step = engine.step
-    monkeypatch.setattr(engine, "step", lambda a, desk: threading.Event().wait(0.02) or step(a, desk))
+    steps_take(monkeypatch, 1)
     w = worker(slots=1)
-    slow = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "slow")], "slow", 0.4)
-    waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w", 0.1)
+    slow = Client(w, [job(a, chats[1], Decoding(tokens=100, temperature=2.0), "slow")], "slow", 20)
+    waiting = Client(w, [job(a, chats[1], OPTIONS[0], "w")], "w", 5)
     *pieces, last = slow.all()
     assert last.status == 504 and 0 < len(pieces) < 100
     (refused,) = waiting.all()
@@ -461,7 +461,7 @@ def test_a_model_that_fails_is_told_to_everybody(a, chats, monkeypatch):
     w.start()
     clients = [Client(w, [job(a, chats[1], OPTIONS[0], f"{j}")], f"{j}") for j in range(1)]
     assert [c.all()[-1].status for c in clients] == [500]
-    assert crashed.wait(10) and isinstance(w.error, ZeroDivisionError)
+    assert crashed.wait(100) and isinstance(w.error, ZeroDivisionError)
     with pytest.raises(Refused, match="has failed"):
         Client(w, [job(a, chats[1], OPTIONS[0], "z")], "z")
     w.stop()
