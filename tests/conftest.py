@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import zipfile
 from importlib import resources
 
@@ -27,6 +28,11 @@ torch.set_num_threads(int(os.environ.get("LLAVA_FN_TEST_THREADS", "1")))
 # what ranks and workers of the data set import, once for all of them: see warm.ranks
 multiprocessing.set_forkserver_preload(["torch", "tensordict", "torchdata.nodes", "llava_fn.train"])
 CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
 LONGEST = (
     "test_default_runs.py",
     "test_docs.py",
@@ -50,6 +56,18 @@ def warm():
 @pytest.fixture(scope="session")
 def launcher(warm):
     return Launcher(warm)
+
+
+@pytest.fixture(scope="module")  # while it is open, no other loop of asyncio can run
+def browser():
+    """Chromium, which fetches nothing by itself."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

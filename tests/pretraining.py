@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
-from warm import ROOT, Strike, Warm
+from warm import ROOT, Strike, Warm, recipe
 
 from llava_fn import config, tree
 from llava_fn.data import records as data
@@ -47,9 +46,7 @@ def run_of(emojis: Path, folder: Path, model, **fields):
     bad = {"id": "bad", "image": "images/none.png", "conversations": records[0]["conversations"]}
     path = folder / "some.json"
     path.write_text(json.dumps([*records, bad]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import pretrain
+    pretrain = recipe("pretrain")
     how = {"epochs": 6.0, "workers": 0, "max_tokens": 64, "on_bad_record": "skip"} | fields
     return replace(
         pretrain.EMOJI,

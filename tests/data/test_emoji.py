@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from PIL import Image, ImageStat
+from warm import recipe
 
 from llava_fn.data import emoji
 
@@ -23,16 +24,8 @@ CONTENT = resources.files("llava_fn.data").joinpath("emoji.zip").read_bytes()
 TONES = ["light", "medium-light", "medium", "medium-dark", "dark"]
 MODIFIERS = ["1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"]
 COLOURS = {"1F600": (250, 0, 0), "1F601": (0, 250, 0), "1F602-FE0F": (0, 0, 250)}
+packer = recipe("pack_emoji")
 LABELS = {"1F600": "hand", "1F601": "nose", "1F602-FE0F": "ear"}
-
-
-@pytest.fixture(scope="module")
-def packer():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import pack_emoji
-
-        yield pack_emoji
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ def test_each_tone_is_held_out_about_as_often(records):
     assert set(counts) == set(TONES) and min(counts.values()) > 281 / 5 / 2
 
 
-def test_shipped_split_is_the_packers_split(packer, records, pictures):
+def test_shipped_split_is_the_packers_split(records, pictures):
     plain = [{key: r[key] for key in ("caption", "hexcode", "base")} for r in records]
     cells = [pictures[r["caption"]].tobytes() for r in records]
     assert packer.split(plain, packer.hold_out(plain, cells, 281)) == records
@@ -175,7 +168,7 @@ def test_tokenizer_gives_all_captions_back_without_byte_pieces(unpacked, records
 
 
 @pytest.mark.parametrize("trained", ["shipped", "now"])
-def test_tokenizer_has_the_settings_of_llamas(packer, archive, records, trained):
+def test_tokenizer_has_the_settings_of_llamas(archive, records, trained):
     train = [r["caption"] for r in of_split(records, "train")]
     proto = archive.read("tokenizer.model") if trained == "shipped" else packer.tokenizer(train, 512)
     model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -320,7 +313,7 @@ def write_names(root, named):
 
 
 @pytest.fixture
-def config(packer, tmp_path):
+def config(tmp_path):
     (tmp_path / "NOTICE").write_text("emoji-datasource-google 1.2.3, emojibase-data 4.5.6")
     return packer.Config(
         pictures=fake_google(tmp_path / "google"),
@@ -333,7 +326,7 @@ def config(packer, tmp_path):
     )
 
 
-def test_packing_twice_gives_equal_bytes(packer, config, tmp_path):
+def test_packing_twice_gives_equal_bytes(config, tmp_path):
     """Once here, and once from .tgz files in a process with another hash seed, through the command line."""
     tgz = {}
     for name in ("pictures", "names"):
@@ -349,7 +342,7 @@ def test_packing_twice_gives_equal_bytes(packer, config, tmp_path):
     assert {info.date_time for info in zipfile.ZipFile(config.out).infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-def test_packed_emoji_come_back_with_their_own_colour_and_caption(packer, config):
+def test_packed_emoji_come_back_with_their_own_colour_and_caption(config):
     files = emoji.files(packer.pack(config))
     records = json.loads(files["train.json"]) + json.loads(files["heldout.json"])
     assert len(records) == 18
@@ -364,7 +357,7 @@ def test_packed_emoji_come_back_with_their_own_colour_and_caption(packer, config
         assert all(abs(a - b) <= 3 for a, b in zip(picture.getpixel((16, 16)), expected, strict=True)), caption
 
 
-def test_scaling_averages_neighbours_and_clear_pixels_are_white(packer):
+def test_scaling_averages_neighbours_and_clear_pixels_are_white():
     picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     for x in range(0, 64, 2):
         picture.paste((0, 0, 0, 255), (x, 0, x + 1, 32))
@@ -375,19 +368,19 @@ def test_scaling_averages_neighbours_and_clear_pixels_are_white(packer):
     assert scaled.getpixel((16, 24)) == (255, 255, 255)
 
 
-def test_records_stand_in_unicode_order(packer, config):
+def test_records_stand_in_unicode_order(config):
     archive = zipfile.ZipFile(io.BytesIO(packer.pack(config)))
     captions = [r["caption"] for r in json.loads(archive.read("records.json"))]
     assert captions[:3] == ["hand", "hand: light skin tone", "hand: medium-light skin tone"] and captions[12] == "ear"
 
 
-def test_pictures_alike_are_never_held_out_and_three_variants_stay(packer, config):
+def test_pictures_alike_are_never_held_out_and_three_variants_stay(config):
     archive = zipfile.ZipFile(io.BytesIO(packer.pack(config)))
     heldout = [r["caption"].split(":")[0] for r in json.loads(archive.read("records.json")) if r["split"] == "heldout"]
     assert Counter(heldout) == {"hand": 2, "nose": 2}
 
 
-def test_heldout_variants_are_the_first_by_sha256_of_the_hexcode(packer):
+def test_heldout_variants_are_the_first_by_sha256_of_the_hexcode():
     records = [{"caption": "hand", "hexcode": "A", "base": "A"}]
     records += [{"caption": f"hand: {i}", "hexcode": f"A-{i}", "base": "A"} for i in range(25)]
     cells = [bytes([i]) for i in range(26)]
@@ -395,7 +388,7 @@ def test_heldout_variants_are_the_first_by_sha256_of_the_hexcode(packer):
     assert packer.hold_out(records, cells, 6) == set(ranked[:6])
 
 
-def test_tokenizer_is_trained_on_train_captions_only(packer, config, monkeypatch):
+def test_tokenizer_is_trained_on_train_captions_only(config, monkeypatch):
     seen = []
     real = packer.tokenizer
     monkeypatch.setattr(packer, "tokenizer", lambda captions, vocab: seen.extend(captions) or real(captions, vocab))
@@ -404,7 +397,7 @@ def test_tokenizer_is_trained_on_train_captions_only(packer, config, monkeypatch
     assert seen == train and len(train) == 14
 
 
-def test_packer_refuses_more_heldout_than_the_rule_allows(packer, config):
+def test_packer_refuses_more_heldout_than_the_rule_allows(config):
     records = packer.select(fake_names(), dict.fromkeys(["1F600", *(f"1F600-{m}" for m in MODIFIERS)], ""))
     cells = [bytes([i]) for i in range(6)]
     assert len(packer.hold_out(records, cells, 2)) == 2
@@ -412,13 +405,13 @@ def test_packer_refuses_more_heldout_than_the_rule_allows(packer, config):
         packer.hold_out(records, cells, 3)
 
 
-def test_packer_refuses_a_heldout_word_that_train_lacks(packer):
+def test_packer_refuses_a_heldout_word_that_train_lacks():
     records = [{"caption": "hand", "hexcode": "A"}, {"caption": "hand: dark", "hexcode": "B"}]
     with pytest.raises(ValueError, match=r"\['dark'\]"):
         packer.split(records, {"B"})
 
 
-def test_packer_refuses_a_caption_that_occurs_twice(packer, config):
+def test_packer_refuses_a_caption_that_occurs_twice(config):
     named = fake_names()
     named[0]["label"] = named[1]["label"]
     write_names(config.names, named)
@@ -426,30 +419,30 @@ def test_packer_refuses_a_caption_that_occurs_twice(packer, config):
         packer.pack(config)
 
 
-def test_packer_refuses_swapped_packages(packer, config):
+def test_packer_refuses_swapped_packages(config):
     swapped = packer.Config(pictures=config.names, names=config.pictures, notice=config.notice)
     with pytest.raises(ValueError, match="emojibase-data 4.5.6, not emoji-datasource-google"):
         packer.pack(swapped)
 
 
-def test_packer_refuses_a_folder_that_is_no_package(packer, config, tmp_path):
+def test_packer_refuses_a_folder_that_is_no_package(config, tmp_path):
     with pytest.raises(ValueError, match="no package.json"):
         packer.read_package(tmp_path, ("package.json",))
 
 
-def test_packer_refuses_a_version_that_notice_does_not_name(packer, config):
+def test_packer_refuses_a_version_that_notice_does_not_name(config):
     config.notice.write_text("emoji-datasource-google 1.2.3, emojibase-data 4.5.5")
     with pytest.raises(ValueError, match="NOTICE does not name emojibase-data 4.5.6"):
         packer.pack(config)
 
 
-def test_packer_refuses_a_zip_above_the_limit(packer, monkeypatch):
+def test_packer_refuses_a_zip_above_the_limit(monkeypatch):
     monkeypatch.setattr(packer, "LIMIT", 100)
     with pytest.raises(ValueError, match="above the limit of 100"):
         packer.zip_bytes({"noise": bytes(range(256))})
 
 
-def test_packer_refuses_a_tokenizer_that_loses_text(packer):
+def test_packer_refuses_a_tokenizer_that_loses_text():
     model = packer.tokenizer(["hand: dark skin tone"], 275)
     with pytest.raises(ValueError, match="does not give 'a\\u2581b' back"):
         packer.check_tokenizer(model, ["hand", "a\u2581b"])  # the mark of a space decodes as a space

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +18,6 @@ from llava_fn.evaluate import page, results, score
 from llava_fn.evaluate.intervals import bootstrap, of_difference
 from llava_fn.runs import page as pages
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
 HOSTILE = [
     "<script>document.title = 'hacked'</script>", "</script><script>document.title = 'hacked'</script>",
     "<img src=x onerror=\"document.title = 'hacked'\">", "<!--<script>", "]]>", "\"'><b>bold</b>",
@@ -210,17 +207,6 @@ def test_runs_that_cannot_be_compared_are_refused():
     two = table("docvqa", [{"answer": "a"}] * 2)
     with pytest.raises(ValueError, match="no index has answers in both"):
         comparing.compare(summary(two, ["a"], partial=True), summary(two, [None, "a"], partial=True))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

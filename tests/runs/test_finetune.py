@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretraining import ROOT, figures, rows, same
-from warm import Strike
+from warm import Strike, recipe
 
 from llava_fn import config, llava, lora, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
@@ -26,15 +26,7 @@ from llava_fn.runs.options import Heldout, Saving
 from llava_fn.weights import model
 
 SCRIPT = ROOT / "recipes" / "finetune.py"
-
-
-@pytest.fixture(scope="module")
-def finetune():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import finetune
-
-        yield finetune
+finetune = recipe("finetune")
 
 
 def talk(name, images, *turns):
@@ -66,7 +58,7 @@ def based(tiny, tokenizer, emojis, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def small(finetune, based, emojis):
+def small(based, emojis):
     """12 updates of adapters with dropout and of the projector."""
     return finetune.Finetune(
         run_dir=Path("run"),

@@ -17,22 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pretraining import ROOT, SCRIPT, figures, rows, run_of, same, write
-from warm import family, lines, until
+from pretraining import SCRIPT, figures, rows, run_of, same, write
+from warm import family, lines, recipe, until
 
 from llava_fn import config, llava, spec, tree
 from llava_fn.checkpoint import folder as checkpoint
 from llava_fn.launch.processes import World
 from llava_fn.runs import guard
 
-
-@pytest.fixture(scope="module")
-def pretrain():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        import pretrain
-
-        yield pretrain
+pretrain = recipe("pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +125,6 @@ def test_help_names_the_flags(tmp_path):
     assert shown.returncode == 0 and list(tmp_path.iterdir()) == []
     for flag in ("--config NAME", "--run-dir", "--data.samples", "--optim.lr", "--saving.resume", "--model.vision.act"):
         assert flag in shown.stdout, flag
-
-
-def test_help_does_not_wait_for_torch(tmp_path):
-    """`import torch` takes seconds."""
-    look = """import runpy, sys
-sys.argv = [sys.argv[1], "--help"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print([name for name in ("torch", "tensordict", "numpy") if name in sys.modules], file=sys.stderr)
-"""
-    shown = subprocess.run([sys.executable, "-c", look, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--optim.lr" in shown.stdout and shown.stderr == "[]\n"
 
 
 def test_a_worker_process_gives_the_same_run(launcher, finished, small, tmp_path):
@@ -374,7 +354,7 @@ def test_a_config_file_that_is_no_config_is_refused_by_name(launcher, tmp_path, 
     assert status == 1 and log.startswith("my.json") and "Traceback" not in log, log
 
 
-def test_the_paths_of_the_data_set_follow_unpack_alone(pretrain, tmp_path):
+def test_the_paths_of_the_data_set_follow_unpack_alone(tmp_path):
     c = pretrain.follow(replace(pretrain.EMOJI, unpack=tmp_path, tokenizer=Path("mine.model")))
     (source,) = c.data.sources
     assert (source.records, source.images, c.heldout.records) == (

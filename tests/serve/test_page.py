@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import shutil
 import time
 
 import pytest
@@ -16,12 +15,6 @@ from llava_fn.generate.options import ChatOptions, Decoding
 from llava_fn.serve import engine
 from llava_fn.serve.options import Web
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 PHONE = {"width": 360, "height": 640}
 
 
@@ -34,15 +27,6 @@ def a(weights):
 def server(a):
     with serving(a, prompt=500, tokens=400, pixels=100_000) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

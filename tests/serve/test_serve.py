@@ -2,14 +2,12 @@
 
 import asyncio
 import dataclasses
-import importlib.util
 import io
 import json
 import re
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import urllib.error
@@ -22,7 +20,7 @@ import openai
 import pytest
 from PIL import Image
 from serving import alone, part, serving, start, steps_take, text, user
-from warm import ENV, until
+from warm import ENV, recipe, until
 
 from llava_fn.data.templates import TEMPLATES
 from llava_fn.data.text import render
@@ -35,6 +33,7 @@ from llava_fn.serve import ask as ask_of
 from llava_fn.serve.worker import Worker
 
 ROOT = Path(__file__).parents[2]
+serve = recipe("serve")
 HI = [{"role": "user", "content": "Say a word or two."}]
 SAID = ask(Chat(), "Say a word or two.")
 
@@ -481,9 +480,9 @@ def test_an_answer_that_cannot_be_sent_is_given_up_in_time(server, monkeypatch):
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
         reply = await app.complete(s, ask_of.chat, answer.CHAT, app.Request(scope, receive))
         await asyncio.wait_for(reply(scope, receive, never), 60)
+        assert await asyncio.to_thread(server.free, 4)  # the loop must be there for what the worker has under way
 
     asyncio.run(main())
-    assert server.free(4)
 
 
 def test_a_request_has_so_much_time(a, monkeypatch):
@@ -515,15 +514,6 @@ def test_health_says_when_the_model_has_failed(a, monkeypatch):
             urllib.request.urlopen(server.url + "/health")
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_serve", ROOT / "recipes/serve.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weights, warm, tmp_path):
     command = f"python {ROOT}/recipes/serve.py --weights {weights}/vicuna_v1"
     server = start(warm, command, tmp_path, ENV)
@@ -541,28 +531,28 @@ def test_the_recipe_lets_answers_finish_when_a_signal_comes_and_ends_with_0(weig
             assert re.fullmatch(r"8 slots, a cache of 32768 tokens: \d+\.\d\d GiB; warmed up in \d+\.\d s\n", err)
 
 
-def test_the_recipe_refuses_what_it_cannot_do(recipe, weights):
+def test_the_recipe_refuses_what_it_cannot_do(weights):
     model = ChatOptions((weights / "vicuna_v1",), device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="cannot listen on 127.0.0.1:.* give another --port"):
-            recipe.main(recipe.Serve(model, port=taken.getsockname()[1]))
+            serve.main(serve.Serve(model, port=taken.getsockname()[1]))
     with pytest.raises(ValueError, match="--api-key is empty"):
-        recipe.Serve(model, api_key="")
+        serve.Serve(model, api_key="")
     with pytest.raises(ValueError, match="port=70000: must be from 0"):
-        recipe.Serve(model, port=70_000)
+        serve.Serve(model, port=70_000)
     with pytest.raises(ValueError, match="limits.queue=0: must be above 0"):
-        recipe.Limits(queue=0)
+        serve.Limits(queue=0)
     with pytest.raises(ValueError, match="limits.pixels=100000000: must be at most"):
-        recipe.Limits(pixels=100_000_000)
+        serve.Limits(pixels=100_000_000)
 
 
-def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(recipe, weights, monkeypatch, capsys):
+def test_the_recipe_fails_with_the_model_and_warns_of_an_open_door(weights, monkeypatch, capsys):
     model = ChatOptions((weights / "plain",), device="cpu")
     monkeypatch.setattr(Worker, "start", lambda w: setattr(w, "error", ValueError("lost")) or threading.Timer(
         0.5, w._on_crash).start())  # fmt: skip
     monkeypatch.setattr(Worker, "stop", lambda w: None)
     with pytest.raises(ValueError, match="the model failed: ValueError..lost"):
-        recipe.main(recipe.Serve(model, web=recipe.Web(host="127.0.0.2"), port=0))
+        serve.main(serve.Serve(model, web=serve.Web(host="127.0.0.2"), port=0))
     said = capsys.readouterr()
     assert "anybody who reaches 127.0.0.2" in said.err and "stage 1" in said.err
     assert said.out.startswith("plain: http://127.0.0.2:")

@@ -1,23 +1,21 @@
 """MindSpeed-MM's JSON files: nothing of them is dropped unsaid, and what they say becomes a config that loads."""
 
 import copy
-import importlib.util
 import json
 import re
-import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
 import pytest
 from mindspeed_files import data_json, evaluate_json, inference_json, model_json
+from warm import recipe
 
 from llava_fn.config import LLAVA_7B, LLAVA_13B, Llama, Vision
 from llava_fn.data.options import Source
 from llava_fn.launch import cli
 from llava_fn.weights import mindspeed
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes/pretrain.py"
 LLAMA, VISION, PROJECTOR = "text_decoder", "image_encoder.vision_encoder", "image_encoder.vision_projector"
 PIPELINE = "dataset_param.preprocess_parameters.train_pipeline"
 BASIC = "dataset_param.basic_parameters"
@@ -351,22 +349,13 @@ def test_sizes_that_do_not_divide_are_refused_with_the_file(move):
     assert "model.json: llama.width=4096" in refusal(move, model=put(model_json(), f"{LLAMA}.num_attention_heads", 24))
 
 
-@pytest.fixture
-def load(monkeypatch):
+def load(moved, base=Path("bases/a")):
     """The training config of what was moved, after a way through a file."""
-    found = importlib.util.spec_from_file_location("pretrain_recipe", RECIPE)
-    recipe = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "pretrain_recipe", recipe)  # where its types are looked up
-    found.loader.exec_module(recipe)
-
-    def load(moved, base=Path("bases/a")):
-        Path("config.json").write_text(json.dumps(mindspeed.pretrain_config(moved, base)))
-        return cli.read(recipe.Pretrain, Path("config.json"))
-
-    return load
+    Path("config.json").write_text(json.dumps(mindspeed.pretrain_config(moved, base)))
+    return cli.read(recipe("pretrain").Pretrain, Path("config.json"))
 
 
-def test_the_training_config_loads_and_says_what_the_files_say(move, load):
+def test_the_training_config_loads_and_says_what_the_files_say(move):
     c = load(move(model=model_json(), data=data_json()))
     assert c.data.sources == (Source(Path("d/records.json"), Path("d/images")),)
     assert (c.data.template, c.data.image_mode) == ("plain", "pad")
@@ -374,7 +363,7 @@ def test_the_training_config_loads_and_says_what_the_files_say(move, load):
     assert (c.model, c.tokenizer) == (None, None)  # the base brings both
 
 
-def test_data_alone_gives_a_training_of_the_projector(move, load):
+def test_data_alone_gives_a_training_of_the_projector(move):
     moved = move(data=data_json())
     assert (moved.model, moved.weights, moved.tokenizer) == (None, (), Path("hf/vicuna"))
     assert load(moved).train == "projector"
@@ -403,14 +392,14 @@ def test_images_are_padded_whatever_pad2square_says(move, pad):
     ("llama", "vision", "projector", "train"),
     [(True, True, False, "projector"), (False, True, False, "projector+llama"), (False, False, False, "all")],
 )
-def test_what_is_not_frozen_is_trained(move, load, llama, vision, projector, train):
+def test_what_is_not_frozen_is_trained(move, llama, vision, projector, train):
     values = model_json()
     for path, value in ((LLAMA, llama), (VISION, vision), (PROJECTOR, projector)):
         values = put(values, f"{path}.freeze", value)
     assert load(move(model=values, data=data_json())).train == train
 
 
-def test_a_training_that_there_is_not_is_refused(move, load):
+def test_a_training_that_there_is_not_is_refused(move):
     said = refusal(move, model=put(model_json(), f"{VISION}.freeze", False), data=data_json())
     assert f"{VISION}.freeze = False" in said and "projector+llama" in said
     said = refusal(move, model=model_json("fp16"), data=data_json())
@@ -420,7 +409,7 @@ def test_a_training_that_there_is_not_is_refused(move, load):
 
 
 @pytest.mark.parametrize("inner", [True, False])
-def test_several_data_sets_become_sources(move, load, inner):
+def test_several_data_sets_become_sources(move, inner):
     rows = [{"data_path": f"{i}.jsonl", "data_folder": f"i{i}", "repeat_time": i} for i in range(3)]
     rows.append({"data_path": "a.json", "data_folder": "b", "note": None})
     values = put(data_json(), BASIC, {"data_path": rows} if inner else rows)
@@ -491,7 +480,7 @@ def test_a_path_that_waits_to_be_edited_is_named(move, text):
         assert said.startswith("1 fields") and f"{name}.json: {path} is {text!r}" in said and "edit it first" in said
 
 
-def test_files_that_agree_are_read_together(move, load):
+def test_files_that_agree_are_read_together(move):
     both = move(model=model_json(), data=data_json(), inference=inference_json())
     assert both.model == LLAVA_7B and both.tokenizer == Path("hf/vicuna")
     assert both.weights == (Path("w/vicuna.pt"), Path("w/clip.pt"), Path("w/mlp.pt"))
