@@ -182,7 +182,7 @@ def measure(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[d
 
 def joined(p: TensorDict, quantise: linear.Kind | None = None) -> TensorDict:
     """The parameters as an assistant places them."""
-    return tree.build(linear.joined(linear.placed(p, None, None, quantise, Axis("tp"))))
+    return tree.build(linear.packed(linear.joined(linear.placed(p, None, None, quantise, Axis("tp")))))
 
 
 def with_llama_cpp(c: Bench) -> list[dict]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from llava_fn import kernels, tree
 from llava_fn.dropout import dropped
 from llava_fn.kernels.int8_linear import whole as int8_whole
+from llava_fn.kernels.linear import pack
 from llava_fn.kernels.transfer import to_device
 from llava_fn.parallel import vocab
 from llava_fn.parallel.collectives import join
@@ -189,6 +190,13 @@ def joined(leaves: Iterable[tuple[tree.Path, Weight]]) -> Iterator[tuple[tree.Pa
         if len(groups[place]) == len(JOINED[name]):
             group = groups.pop(place)
             yield place, _cat([group[part] for part in JOINED[name]])
+
+
+def packed(leaves: Iterable[tuple[tree.Path, Weight]]) -> Iterator[tuple[tree.Path, Weight]]:
+    """The same leaves with the linears and the head of the decoder as kernels/linear.py packs them, for generation."""
+    for path, w in leaves:
+        product = compressible(path) or path[-1] in JOINED or path == ("llama", "head")
+        yield path, pack(w) if product and isinstance(w, Tensor) else w
 
 
 def _cat(parts: Sequence[Weight]) -> Weight:

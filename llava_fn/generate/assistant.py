@@ -99,7 +99,11 @@ def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> A
     step = compiled_step(to.compile)
     leaves = linear.placed(model.load(weights, to.mesh), to.device, to.dtype, to.quantise, axis)
     adapters = model.adapters(weights, to.mesh, to.device, to.dtype)
-    params = lora.attached(tree.build(linear.joined(leaves) if to.join and not adapters else leaves), adapters)
+    if to.join and not adapters:
+        leaves = linear.joined(leaves)
+    if to.join and not to.compile:
+        leaves = linear.packed(leaves)
+    params = lora.attached(tree.build(leaves), adapters)
     assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)
     launcher = Graphs() if to.device.type == "cuda" and axis.size == 1 and not FORCED else Eager()

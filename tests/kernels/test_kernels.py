@@ -19,7 +19,9 @@ from llava_fn.kernels import Segments, decode
 from llava_fn.kernels.swiglu import gated
 from llava_fn.kernels.varlen import varlen_attn
 
-ATTENTION, CHUNKED = (import_module(f"llava_fn.kernels.{name}attention") for name in ("", "chunked_"))
+ATTENTION, CHUNKED, LINEAR = (  # the package has functions of these names
+    import_module(f"llava_fn.kernels.{name}") for name in ("attention", "chunked_attention", "linear")
+)
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,7 +83,7 @@ def test_the_second_gradient_of_attention_in_chunks(monkeypatch):
 
 def test_forms_of_a_cpu_give_way_to_transforms(monkeypatch):
     monkeypatch.setattr(ATTENTION, "LEAST", 2)
-    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 1)
+    monkeypatch.setattr(LINEAR, "LARGE", 1)
     x = rand(9, 2, 4).detach().float()
     ops = {
         "attention": lambda x: kernels.attention(x, x, x, Segments.of([5, 4]), True),
@@ -321,7 +323,7 @@ def test_activations_follow_their_formulas():
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 24), (8, 24), (9, 24), (2, 3, 24), (24,), (0, 24)])
 def test_linear_without_a_gradient_equals_the_product(shape, biased, monkeypatch):
-    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 24)
+    monkeypatch.setattr(LINEAR, "LARGE", 24)
     x, w, bias = (rand(*s, seed=j).detach() for j, s in enumerate([shape, (5, 24), (5,)]))
     want = x @ w.t() + (bias if biased else 0)
     for dtype in (torch.float32, torch.float64):
@@ -336,11 +338,24 @@ def test_linear_without_a_gradient_equals_the_product(shape, biased, monkeypatch
     assert x.numel() == 0 or gradcheck(kernels.linear, args)
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (9, 24), (2, 3, 24), (24,), (0, 24)])
+def test_a_packed_weight_gives_the_same_product_and_gradient(shape, monkeypatch):
+    monkeypatch.setattr(LINEAR, "LARGE", 24)
+    monkeypatch.setattr(LINEAR, "avx512", torch.backends.mkldnn.is_available)  # packing needs no more
+    x, w, bias = (rand(*s, seed=j).detach().float() for j, s in enumerate([shape, (5, 24), (5,)]))
+    packed = LINEAR.pack(w)
+    assert packed.is_mkldnn == torch.backends.mkldnn.is_available() and LINEAR.pack(w.double()).layout == torch.strided
+    for b in (None, bias):
+        torch.testing.assert_close(kernels.linear(x, packed, b), torch.nn.functional.linear(x, w, b))
+    (g,) = torch.autograd.grad(kernels.linear(x.requires_grad_(), packed, bias).sum(), x)
+    torch.testing.assert_close(g, w.sum(0).expand(shape))
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_linear_in_fp32_has_the_gradients_of_the_product(rows, wanted, monkeypatch):
     """First and second ones, of those factors alone that want one."""
-    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 24)
+    monkeypatch.setattr(LINEAR, "LARGE", 24)
     both = []
     for op, dtype in ((kernels.linear, torch.float32), (torch.nn.functional.linear, torch.float64)):
         args = [rand(*s, seed=j).detach().to(dtype) for j, s in enumerate([(rows, 24), (5, 24), (5,)])]

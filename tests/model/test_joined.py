@@ -1,6 +1,7 @@
 """Weights of one input as one: the same model, kind by kind."""
 
 import dataclasses
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from llava_fn.batch import Stream
 from llava_fn.generate import decode
 from llava_fn.generate.options import Decoding
 from llava_fn.generate.types import Model, Prompt, Vocabulary
+from llava_fn.kernels.linear import avx512
 from llava_fn.parallel.mesh import Axis
 
 C = config.Llama(vocab=24, width=128, blocks=2, heads=4, kv_heads=2, ffn=192)
@@ -45,6 +47,21 @@ def test_joined_weights_give_the_same_answers(kind):
     c = config.Llava(llama=C)
     apart, joined = (decode.generate(Model(p, c), prompts, Decoding(tokens=6), words) for p in models(kind))
     assert apart == joined
+
+
+def test_packed_weights_give_the_same_answers(monkeypatch):
+    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 1)
+    none = torch.zeros(0, C.width)
+    prompts, words = [Prompt((1, 5, 9), none), Prompt((1, 3), none)], Vocabulary(C.vocab, (-1,), str)
+    for kind in KINDS:
+        p = models(kind)[1]
+        packed = tree.build(linear.packed(zip(tree.paths(p), tree.values(p), strict=True)))
+        names = {path[-1] for path, w in zip(tree.paths(packed), tree.values(packed), strict=True) if w.is_mkldnn}
+        every = {"wqkv", "wo", "w_gate_up", "w_down", "head"}
+        assert names == (set() if not avx512() else {"head"} if kind else every)
+        c = config.Llava(llama=C)
+        plain, mine = (decode.generate(Model(x, c), prompts, Decoding(tokens=6), words) for x in (p, packed))
+        assert plain == mine
 
 
 def test_weights_are_joined_when_all_parts_have_come_and_names_are_gone():
