@@ -95,6 +95,7 @@ def test_forms_of_a_cpu_give_way_to_transforms(monkeypatch):
             y, slope = torch.func.jvp(op, (x,), (x,))
             (backward,) = torch.autograd.grad(op(x.requires_grad_()).sum(), x)
             torch.testing.assert_close(slope.sum(), (backward * x.detach()).sum(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.func.grad(lambda x, op=op: op(x).sum())(x.detach()), backward)
             torch.testing.assert_close(torch.func.vmap(op)(x.detach()[None].repeat(3, 1, 1, 1)), y.expand(3, *y.shape))
 
 
