@@ -49,7 +49,7 @@ class Placement:
     dtype: torch.dtype
     mesh: Mesh = Mesh()
     quantise: Kind | None = None  # the decoder's linears; see linear.py
-    join: bool = False  # weights of one input, where none has an adapter; see linear.py
+    join: bool = False  # weights of one input, where none has an adapter, and packed; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
     @staticmethod

@@ -4,8 +4,7 @@ Contract: b segments of one size, q: (b t) n h, k and v: (b s) n h, t <= s, fp32
 with causal=True. For the backward pass a call keeps the probabilities, n b t (s + CHUNK) / 2 numbers if t = s, where
 they are at most KEPT; else, and for a second gradient, they are computed again, of one chunk at a time.
 torch's attention for a CPU skips hidden keys in blocks of 512. This skips them in blocks of CHUNK: with 603 keys and 8
-heads of 64 both passes take 0.74 of its time, with LEAST keys 0.93, above MOST more than its time. Those figures are of
-probabilities computed again; kept ones take 0.80 of that with 600 keys, 0.90 with AVX2.
+heads of 64 both passes take 0.66 of its time, 0.74 with probabilities computed again; above MOST more than its time.
 Source: Dao et al. 2022, arXiv 2205.14135, appendix B.4, the backward pass.
 """
 

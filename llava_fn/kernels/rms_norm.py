@@ -28,39 +28,10 @@ def reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def cpu(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """torch's fused kernel, in fp32 with a backward pass of four passes over memory; else the reference."""
-    if not (torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad)) and x.dtype == gain.dtype:
-        return F.rms_norm(x, gain.shape, gain, eps)
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    other = transform is not None or torch.compiler.is_compiling()
-    if other or not x.dtype == gain.dtype == torch.float32 or x.ndim != 2:
+    """The reference; without gradients and in one dtype, torch's fused kernel."""
+    if torch.is_grad_enabled() or x.dtype != gain.dtype:
         return reference(x, gain, eps)
-    y = _RmsNorm.apply(x, gain, eps)
-    assert isinstance(y, Tensor)
-    return y
-
-
-class _RmsNorm(torch.autograd.Function):
-    """x: t d, gain: d, fp32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.eps = eps
-        return F.rms_norm(x, gain.shape, gain, eps)
-
-    @staticmethod
-    def backward(ctx, *gs: Tensor):
-        (g,), (x, gain) = gs, ctx.saved_tensors
-        rate = torch.rsqrt(_dot(x, x) / x.shape[1] + ctx.eps)
-        d_gain = (g * x * rate).sum(0) if ctx.needs_input_grad[1] else None
-        d = g * gain
-        return d.addcmul(x, _dot(d, x) * rate.square() / -x.shape[1]).mul_(rate), d_gain, None
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Of each row with the other's, t 1. As a product, which makes no tensor of t d."""
-    return (x[:, None] @ y[:, :, None])[:, 0]
+    return F.rms_norm(x, gain.shape, gain, eps)
 
 
 cuda = compiled(reference)
