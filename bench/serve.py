@@ -2,7 +2,7 @@
 
     python bench/serve.py --weights runs/emoji
     python bench/serve.py --weights runs/emoji --trees . ../before --clients 8 32
-    python bench/serve.py --weights llava-1.5-7b-hf --slots 32 --clients 1 8 32 128 --json
+    python bench/serve.py --weights llava-1.5-7b-hf --slots 32 --context 2048 --cache-tokens 24576 --json
 
 Each client asks for one streamed answer after the other, each about a picture that nobody has asked about before. The
 time to the first token begins when a request is sent, and the time per token is that between two events of a stream.
@@ -43,6 +43,7 @@ class Bench:
     rounds: int = 3
     slots: int = 8
     context: int = 512  # tokens of a slot
+    cache_tokens: int | None = None  # of all slots together; unless given, slots times context
     template: str = "vicuna_v1"  # one whose answers are not a caption's few words
     trees: tuple[Path, ...] = (ROOT,)
     json: bool = False
@@ -152,6 +153,7 @@ def table(rows: list[dict]) -> str:
 def serving(c: Bench, tree: Path) -> Iterator[Server]:
     """The recipe of a tree, until the figures are taken."""
     options = ["--template", c.template, "--slots", str(c.slots), "--context", str(c.context), "--port", "0"]
+    options += ["--cache-tokens", str(c.cache_tokens)] if c.cache_tokens else []
     most = ["--limits.prompt", str(c.context - c.tokens), "--limits.queue", str(max(c.clients) + 1)]
     command = [sys.executable, str(tree / "recipes/serve.py"), "--weights", *map(str, c.weights), *options, *most]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
