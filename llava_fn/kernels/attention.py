@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from llava_fn.kernels.chunked_attention import LEAST, MOST, chunked_attention
-from llava_fn.kernels.dispatch import choose, npu_op, require, require_float
+from llava_fn.kernels.dispatch import choose, in_transform, npu_op, require, require_float
 from llava_fn.kernels.transfer import to_device
 from llava_fn.kernels.varlen import varlen_attn
 
@@ -99,8 +99,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool)
 
 def cpu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """The reference; in fp32 a run of causal segments by chunked_attention where that is faster, outside torch.func."""
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    plain = not causal or q.dtype != torch.float32 or transform is not None
+    plain = not causal or q.dtype != torch.float32 or in_transform()
     return _by_runs(_dense if plain else _chunked, q, k, v, segments, causal)
 
 

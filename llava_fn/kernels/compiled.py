@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from llava_fn.kernels.dispatch import require
+from llava_fn.kernels.dispatch import in_transform, require
 
 GRAPHS = 64  # of one operation; torch's 8 are too few for training, prompts and steps of a model with grouped heads
 
@@ -30,8 +30,7 @@ def compiled(reference: Callable) -> Callable:
 
     @wraps(reference)
     def call(x: Tensor, *rest):
-        transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-        if torch.compiler.is_compiling() or transform is not None:
+        if torch.compiler.is_compiling() or in_transform():
             return reference(x, *rest)
         require(x.device.type != "cuda" or has_triton(), name, "Triton, the compiler, which torch does not find here")
         for tensor in (x, *rest):

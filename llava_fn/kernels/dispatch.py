@@ -33,6 +33,11 @@ def choose(x: Tensor, reference: Callable, **fused: Callable) -> Callable:
     return reference if FORCED else fused.get(x.device.type, reference)
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is under way, which only plain operations go through."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def require(condition: bool, op: str, limit: str) -> None:
     """ValueError unless the condition holds. limit: what the fused op needs and what it was given.
 

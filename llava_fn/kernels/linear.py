@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fn.kernels.dispatch import FORCED, choose
+from llava_fn.kernels.dispatch import FORCED, choose, in_transform
 
 FEW = 8  # rows
 FEW_AVX512 = 4  # above it oneDNN is faster
@@ -43,13 +43,12 @@ def cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     weight anew in every call, which takes as long as reading it. Else it is oneDNN's product, with AVX-512
     (bench/RESULTS.md).
     """
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     gradients = torch.is_grad_enabled() and any(z.requires_grad for z in (x, w, bias) if z is not None)
     if w.is_mkldnn:
         if not gradients and x.numel():
             return one_dnn(x, w, bias)
         w = w.to_dense()
-    if transform is not None or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.ndim != 2:
+    if in_transform() or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.ndim != 2:
         return F.linear(x, w, bias)
     if 1 < len(x) <= (FEW_AVX512 if avx512() else FEW) and not gradients:
         y = (w @ x.contiguous().t()).t().contiguous()
