@@ -28,8 +28,8 @@ def pack(w: Tensor) -> Tensor:
     """w: n k in the order in which oneDNN multiplies it, where it is faster so; else w. For `linear` alone.
 
     That is on a CPU with AVX-512, in fp32. A product of 4 or 8 rows takes 0.5 to 0.7 of the time, of 2 rows 1.5 times
-    as long (bench/RESULTS.md). A packed weight has no gradient and no transforms of torch.func; where x has a gradient
-    it is unpacked in each product.
+    as long (bench/RESULTS.md). A packed weight has no gradient and no transforms of torch.func; for that of x it is
+    unpacked in the backward pass, one weight at a time.
     """
     if FORCED or w.device.type != "cpu" or w.dtype != torch.float32 or w.numel() < LARGE or not avx512():
         return w
@@ -44,10 +44,10 @@ def cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     (bench/RESULTS.md).
     """
     gradients = torch.is_grad_enabled() and any(z.requires_grad for z in (x, w, bias) if z is not None)
+    if w.is_mkldnn and x.numel():
+        return _OneDNN.apply(x, w, bias) if gradients else one_dnn(x, w, bias)
     if w.is_mkldnn:
-        if not gradients and x.numel():
-            return one_dnn(x, w, bias)
-        w = w.to_dense()
+        w = w.to_dense()  # oneDNN has no product of no rows
     if in_transform() or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.ndim != 2:
         return F.linear(x, w, bias)
     if 1 < len(x) <= (FEW_AVX512 if avx512() else FEW) and not gradients:
@@ -74,8 +74,11 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs: Tensor):
         (g,), (x, w) = gs, ctx.saved_tensors
-        d_bias = g.sum(0) if ctx.needs_input_grad[2] else None
-        return None if w is None else cpu(g, w.t()), None if x is None else g.t() @ x, d_bias
+        d_bias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[2] else None
+        d_weight = None if x is None else g.t() @ x
+        if w is None:
+            return None, d_weight, d_bias
+        return cpu(g, (w.to_dense() if w.is_mkldnn else w).t()), d_weight, d_bias
 
 
 @cache  # every product asks

@@ -335,6 +335,8 @@ def test_linear_without_a_gradient_equals_the_product(shape, biased, monkeypatch
         assert (y.shape, y.dtype) == (want.shape, dtype) and y.is_contiguous()
         torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
         assert all(map(torch.equal, before, args))
+        args[0].requires_grad_()
+        assert kernels.linear(*args).requires_grad
     args = [z.requires_grad_() for z in ((x, w, bias) if biased else (x, w))]
     assert x.numel() == 0 or gradcheck(kernels.linear, args)
 
@@ -348,8 +350,12 @@ def test_a_packed_weight_gives_the_same_product_and_gradient(shape, monkeypatch)
     assert packed.is_mkldnn == torch.backends.mkldnn.is_available() and LINEAR.pack(w.double()).layout == torch.strided
     for b in (None, bias):
         torch.testing.assert_close(kernels.linear(x, packed, b), torch.nn.functional.linear(x, w, b))
-    (g,) = torch.autograd.grad(kernels.linear(x.requires_grad_(), packed, bias).sum(), x)
-    torch.testing.assert_close(g, w.sum(0).expand(shape))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):
+        y = kernels.linear(x.requires_grad_(), packed, bias.requires_grad_())
+    assert x.numel() == 0 or all(z.is_mkldnn for z in kept)  # no whole weight waits for the backward pass
+    grads = torch.autograd.grad(y.sum(), (x, bias))
+    torch.testing.assert_close(grads, (w.sum(0).expand(shape), torch.full((5,), float(y.numel() // 5))))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
