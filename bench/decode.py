@@ -180,9 +180,9 @@ def measure(pair: dict[str, Answer], c: Bench, size: int, copy: float) -> list[d
     return [*table, {"who": "ratio"} | ratio]
 
 
-def joined(p: TensorDict, quantise: linear.Kind | None = None) -> TensorDict:
+def arranged(p: TensorDict, backend: str, quantise: linear.Kind | None = None) -> TensorDict:
     """The parameters as an assistant places them."""
-    return tree.build(linear.packed(linear.joined(linear.placed(p, None, None, quantise, Axis("tp")))))
+    return tree.build(linear.arranged(linear.placed(p, None, None, quantise, Axis("tp")), False, backend))
 
 
 def with_llama_cpp(c: Bench) -> list[dict]:
@@ -191,7 +191,7 @@ def with_llama_cpp(c: Bench) -> list[dict]:
     peer.generation_config.eos_token_id = None
     ids, whole, clock = smollm2.text(tokenizer, 602), config.Llava(config.LLAVA_EMOJI.vision, llama), clock_of(c)
     peers: dict[str, Callable] = {}
-    for name, params in (("ours, fp32", joined(p)), ("ours, int8", joined(p, "int8"))):
+    for name, params in (("ours, fp32", arranged(p, c.compile)), ("ours, int8", arranged(p, c.compile, "int8"))):
         m = Model(params, whole, step=decode.compiled_step(c.compile))
         peers[name] = ours(m, lambda m=m: [Prompt(tuple(ids), m.embed[:0])], c.new, clock)
     peers["transformers, fp32"] = theirs(peer, {"input_ids": torch.tensor([ids])}, c.new, clock)
@@ -230,7 +230,7 @@ def main(c: Bench) -> list[dict]:
     peer.generation_config.eos_token_id = None
     peer.generation_config.disable_compile = not c.compile
     p, samples, clock = from_state_dict(peer.state_dict(), model), prompts(model, c.rows, c.device), clock_of(c)
-    m = Model(joined(p), model, step=decode.compiled_step(c.compile))
+    m = Model(arranged(p, c.compile), model, step=decode.compiled_step(c.compile))
     pair = {
         "ours": ours(m, lambda: decode.prompts(m, samples), c.new, clock),
         "transformers": theirs(peer, seen_by(peer, samples), c.new, clock),

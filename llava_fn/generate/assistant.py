@@ -49,12 +49,12 @@ class Placement:
     dtype: torch.dtype
     mesh: Mesh = Mesh()
     quantise: Kind | None = None  # the decoder's linears; see linear.py
-    join: bool = False  # weights of one input, where none has an adapter, and packed; see linear.py
+    arrange: bool = False  # weights arranged for generation; see linear.py
     compile: str = ""  # the backend of torch.compile for a step of decoding
 
     @staticmethod
     def of(m: ModelOptions, mesh: Mesh = Mesh()) -> Placement:
-        """What the options ask for, with weights of one input joined. ValueError if the device is not there."""
+        """What the options ask for, with weights arranged for generation. ValueError if the device is not there."""
         device = pick_device(m.device)
         name = m.dtype if m.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
         return Placement(device, getattr(torch, name), mesh, m.quantise, True, m.compile)
@@ -99,10 +99,8 @@ def place(weights: Weights, form: Form, to: Placement, context: int = 4096) -> A
     step = compiled_step(to.compile)
     leaves = linear.placed(model.load(weights, to.mesh), to.device, to.dtype, to.quantise, axis)
     adapters = model.adapters(weights, to.mesh, to.device, to.dtype)
-    if to.join and not adapters:
-        leaves = linear.joined(leaves)
-    if to.join and not to.compile:
-        leaves = linear.packed(leaves)
+    if to.arrange:
+        leaves = linear.arranged(leaves, bool(adapters), to.compile)
     params = lora.attached(tree.build(leaves), adapters)
     assert weights.tokenizer is not None  # open_weights has checked it
     tokenizer = open_tokenizer(weights.tokenizer)

@@ -65,7 +65,7 @@ class Family:
 def load(m: ChatOptions, adapters: Mapping[str, Path], mesh: Mesh = Mesh()) -> Family:
     """The base that the options name, and adapters of it from PEFT folders or runs. ValueError if one does not fit."""
     weights, to = open_weights(m.weights), Placement.of(m, mesh)
-    to = replace(to, join=to.join and not adapters)
+    to = replace(to, arrange=to.arrange and not adapters)
     if weights.lora and adapters:
         raise ValueError(f"{weights.where} holds adapters itself; give its base as weights, and each adapter by name")
     base = place(weights, form_of(weights, m.preset, m.template, m.image_mode), to, m.context)

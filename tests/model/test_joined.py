@@ -40,28 +40,40 @@ def test_joined_weights_give_the_same_values_and_gradients(kind, tails):
         same_but_rounded(joined, apart)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_joined_weights_give_the_same_answers(kind):
+def answers(p):
     none = torch.zeros(0, C.width)
     prompts, words = [Prompt((1, 5, 9), none), Prompt((1, 3), none)], Vocabulary(C.vocab, (-1,), str)
-    c = config.Llava(llama=C)
-    apart, joined = (decode.generate(Model(p, c), prompts, Decoding(tokens=6), words) for p in models(kind))
+    return decode.generate(Model(p, config.Llava(llama=C)), prompts, Decoding(tokens=6), words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_weights_give_the_same_answers(kind):
+    apart, joined = map(answers, models(kind))
     assert apart == joined
+
+
+def packed_names(p):
+    return {path[-1] for path, w in zip(tree.paths(p), tree.values(p), strict=True) if w.is_mkldnn}
 
 
 def test_packed_weights_give_the_same_answers(monkeypatch):
     monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 1)
-    none = torch.zeros(0, C.width)
-    prompts, words = [Prompt((1, 5, 9), none), Prompt((1, 3), none)], Vocabulary(C.vocab, (-1,), str)
     for kind in KINDS:
         p = models(kind)[1]
         packed = tree.build(linear.packed(zip(tree.paths(p), tree.values(p), strict=True)))
-        names = {path[-1] for path, w in zip(tree.paths(packed), tree.values(packed), strict=True) if w.is_mkldnn}
         every = {"wqkv", "wo", "w_gate_up", "w_down", "head"}
-        assert names == (set() if not avx512() else {"head"} if kind else every)
-        c = config.Llava(llama=C)
-        plain, mine = (decode.generate(Model(x, c), prompts, Decoding(tokens=6), words) for x in (p, packed))
-        assert plain == mine
+        assert packed_names(packed) == (set() if not avx512() else {"head"} if kind else every)
+        assert answers(p) == answers(packed)
+
+
+@pytest.mark.parametrize("backend", ["", "inductor"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weights_are_arranged_as_adapters_and_torch_compile_allow(adapters, backend, monkeypatch):
+    monkeypatch.setattr(import_module("llava_fn.kernels.linear"), "LARGE", 1)
+    leaves = list(linear.placed(models(None)[0], None, None, None, Axis("tp")))
+    p = tree.build(linear.arranged(leaves, adapters, backend))
+    assert bool(packed_names(p)) == (avx512() and not backend)
+    assert ("wq" in p["llama", "blocks", "0"]) == adapters
 
 
 def test_weights_are_joined_when_all_parts_have_come_and_names_are_gone():
