@@ -153,7 +153,7 @@ def table(rows: list[dict]) -> str:
 def serving(c: Bench, tree: Path) -> Iterator[Server]:
     """The recipe of a tree, until the figures are taken."""
     options = ["--template", c.template, "--slots", str(c.slots), "--context", str(c.context), "--port", "0"]
-    options += ["--cache-tokens", str(c.cache_tokens)] if c.cache_tokens else []
+    options += ["--cache-tokens", str(c.cache_tokens)] if c.cache_tokens is not None else []
     most = ["--limits.prompt", str(c.context - c.tokens), "--limits.queue", str(max(c.clients) + 1)]
     command = [sys.executable, str(tree / "recipes/serve.py"), "--weights", *map(str, c.weights), *options, *most]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
