@@ -19,6 +19,15 @@ def give_up(reason: str) -> None:
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
+def settle(new: Path, folder: Path) -> None:
+    """Give the new folder its name, unless another process was faster, with the same."""
+    try:
+        new.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
 def fetch(name: str, requirement: str) -> Path:
     """The folder in the cache that holds this wheel, unpacked."""
     folder = CACHE / f"{name}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
@@ -34,11 +43,7 @@ def fetch(name: str, requirement: str) -> Path:
         (wheel,) = new.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(new)
         wheel.unlink()
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same
-                raise
+        settle(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from wheels import settle
 
 SYSTEM = ("libc.", "libm.", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt.", "ld-linux")
 OURS = ("acl", "rt", "Msprof", "Hccl")  # what the names of CANN's functions begin with
@@ -102,9 +103,5 @@ def _built(libraries: list[str], source: str) -> Path:
         (new / "stub.c").write_text(source)
         for name in libraries:
             _lines("gcc", "-w", "-shared", "-fPIC", str(new / "stub.c"), f"-Wl,-soname,{name}", "-o", str(new / name))
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same
-                raise
+        settle(new, folder)
     return folder
